@@ -1,0 +1,287 @@
+"""Every parameter: its name, default, bounds and help, filled in from a preset; flags become a Config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from attribution.errors import InputError
+
+STAGES = ("finetune", "trak", "ablation")
+# What each stage's result depends on; `execution` changes only where and how fast it is computed.
+STAGE_GROUPS = {
+    "finetune": ("data", "training", "finetune"),
+    "trak": ("data", "training", "finetune", "trak"),
+    "ablation": ("data", "training", "finetune", "trak", "ablation"),
+}
+FOOD_CLASSES = (
+    "bruschetta,garlic_bread,grilled_salmon,omelette,pancakes,"
+    "pizza,pork_chop,spaghetti_bolognese,spaghetti_carbonara,steak"
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "dataset": "digits",
+        "classes": "",
+        "image_size": 16,
+        "label_noise": 0.1,
+        "augment": "crop",
+        "model": "resnet-mini",
+        "num_models": 10,
+        "epochs": 15,
+        "learning_rate": 5e-3,
+        "batch_size": 64,
+        "weight_decay": 5e-4,
+        "patience": 0,
+        "subset_fraction": 0.5,
+        "precision": "float32",
+        "proj_dim": 512,
+        "lambda_reg": 0.1,
+    },
+    "food101": {
+        "dataset": "ethz/food101",
+        "classes": FOOD_CLASSES,
+        "image_size": 224,
+        "label_noise": 0.0,
+        "augment": "flip,crop",
+        "model": "microsoft/resnet-18",
+        "num_models": 5,
+        "epochs": 20,
+        "learning_rate": 1e-4,
+        "batch_size": 64,
+        "weight_decay": 0.01,
+        "patience": 3,
+        "subset_fraction": 0.5,
+        "precision": "auto",
+        "proj_dim": 2048,
+        "lambda_reg": 1.0,
+    },
+    "images": {
+        "classes": "",
+        "image_size": 64,
+        "label_noise": 0.0,
+        "augment": "flip,crop",
+        "model": "resnet-mini",
+        "num_models": 5,
+        "epochs": 15,
+        "learning_rate": 3e-3,
+        "batch_size": 64,
+        "weight_decay": 5e-4,
+        "patience": 0,
+        "subset_fraction": 0.5,
+        "precision": "auto",
+        "proj_dim": 1024,
+        "lambda_reg": 1.0,
+    },
+}
+
+
+def _default_cache_dir() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("TRAK_ABLATION_CACHE") or os.path.join(base, "trak-ablation")
+
+
+def option(group: str, help: str, default: Any = None, **bounds: Any) -> Any:
+    """A documented parameter; `bounds` may hold choices, at_least, at_most, above, below."""
+    metadata = {"group": group, "help": help, **bounds}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All parameters of a run; None means that the preset decides."""
+
+    # fmt: off
+    preset: str = option("data", "digits, food101, images; auto is images where dataset is named, else digits", "auto", choices=("auto", *PRESETS))
+    dataset: str = option("data", "digits, a Hub id, or a folder of images in class subfolders")
+    classes: str = option("data", "comma list of the class names to keep; empty keeps all")
+    image_size: int = option("data", "side in pixels that every image is resized and cropped to", at_least=1, at_most=4096)
+    label_noise: float = option("data", "share of training labels flipped on purpose, and recorded", at_least=0, below=1)
+    data_seed: int = option("data", "seed of the splits and of the planted noise", 0, at_least=0)
+    image_column: str = option("data", "column of the Hub data set that holds the image; empty finds it", "")
+    label_column: str = option("data", "column of the Hub data set that holds the label; empty finds it", "")
+    on_bad_image: str = option("data", "a file that cannot be decoded stops the run, or is skipped and counted", "stop", choices=("stop", "skip"))
+    augment: str = option("training", "train-time augmentation", choices=("none", "flip", "crop", "flip,crop"))
+    model: str = option("training", "a Hub id, a from_pretrained folder, or resnet-mini (small, from scratch)")
+    epochs: int = option("training", "passes over the training set, at most", at_least=1)
+    learning_rate: float = option("training", "peak of the schedule", above=0)
+    batch_size: int = option("training", "images in a step", at_least=2)
+    weight_decay: float = option("training", "AdamW's decoupled weight decay", at_least=0)
+    schedule: str = option("training", "learning rate over the run", "one_cycle", choices=("one_cycle", "cosine"))
+    patience: int = option("training", "epochs without a better validation loss before stopping; 0 trains them all", at_least=0)
+    precision: str = option("training", "bfloat16 autocast or float32; auto takes bfloat16 where the processor has it", choices=("auto", "float32", "bfloat16"))
+    num_models: int = option("finetune", "checkpoints in the ensemble", at_least=1)
+    subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn per checkpoint", above=0, at_most=1)
+    seed: int = option("training", "root of every seed beside data_seed", 0, at_least=0)
+    finetune_run_id: str = option("lineage", "score the checkpoints of this run; empty finds or makes it", "")
+    proj_dim: int = option("trak", "length k of the projected gradient", at_least=1)
+    projector: str = option("trak", "sketch: ours; normal: traker's vmap gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
+    lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the features' Gram matrix", at_least=0)
+    loss_gradient_weight: str = option("trak", "multiply row i of the scores by the mean of 1 - p over checkpoints (mean) or not (none)", "mean", choices=("mean", "none"))
+    trak_run_id: str = option("lineage", "take scores from this run; empty finds or makes it", "")
+    frac: str = option("ablation", "share of the training set to remove: one value or a comma list", "0.05")
+    arms: str = option("ablation", "comma list of removal strategies", "none,random,helpful,harmful,negative,loss")
+    num_seeds: int = option("ablation", "paired retrainings of every arm", 10, at_least=2)
+    groups: str = option("ablation", "what makes targets a group: label, or a column of the targets table", "label")
+    group_weights: str = option("ablation", "how much a group counts in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
+    device: str = option("execution", "auto, cpu, or cuda", "auto")
+    jobs: int = option("execution", "worker processes; 0 is one a core (one on a GPU)", 0, at_least=0)
+    cache_dir: str = option("execution", "decoded pixels and unfinished work", _default_cache_dir)
+    # fmt: on
+
+    @property
+    def fracs(self) -> list[float]:
+        return [float(value) for value in self.frac.split(",")]
+
+    @property
+    def arm_names(self) -> list[str]:
+        return split_list(self.arms)
+
+    @property
+    def class_names(self) -> list[str]:
+        return split_list(self.classes)
+
+    def group(self, *names: str) -> dict[str, Any]:
+        """The parameters of these groups, as a plain dictionary in order of declaration."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.metadata["group"] in names
+        }
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def split_list(text: str) -> list[str]:
+    """'a, b' as ['a', 'b']; an empty text as no items."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
+    """The valid names closest to a mistyped one, for an error message."""
+    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
+    names = close or list(valid)[:limit]
+    more = "" if close or len(valid) <= limit else f", … ({len(valid)} in all)"
+    return ("did you mean " if close else "valid: ") + ", ".join(map(str, names)) + more
+
+
+def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The parameters that the caller gave, by name; argparse ends the process on an unknown flag."""
+    groups = (*STAGE_GROUPS[stage], "lineage", "execution")
+    parser = _Parser(prog=f"python -m scripts.{stage}", allow_abbrev=False)
+    for name, f in FIELDS.items():
+        if f.metadata["group"] in groups:
+            parser.add_argument(
+                f"--{name}",
+                metavar=f.type.upper(),
+                default=argparse.SUPPRESS,
+                help=_help(f).replace("%", "%%"),
+            )
+    return {
+        name: convert(name, text) for name, text in vars(parser.parse_args(argv)).items()
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [action.option_strings[0] for action in self._actions]
+            self.error(f"{unknown[0]}: no such parameter; {nearest(unknown[0], flags)}")
+        return known
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message}\n")
+
+
+def _help(f: dataclasses.Field) -> str:
+    values = {name: preset.get(f.name) for name, preset in PRESETS.items()}
+    if any(value is not None for value in values.values()):
+        shown = ", ".join(f"{k}: {v}" for k, v in values.items() if v not in (None, FOOD_CLASSES))
+        return f"{f.metadata['help']} ({shown})"
+    return f"{f.metadata['help']} (default: {_default(f) or 'empty'})"
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default_factory() if f.default is dataclasses.MISSING else f.default
+
+
+def convert(name: str, text: str) -> Any:
+    """A flag's text as the type of its parameter.
+
+    Raises:
+        InputError: the text is not a number where one is needed.
+    """
+    kind = FIELDS[name].type
+    try:
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except ValueError:
+        kinds = {"int": "a whole number", "float": "a number"}
+        raise InputError(f"{name}={text}: not {kinds[kind]}") from None
+
+
+def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> Config:
+    """Fill in what the caller left out, then check every value.
+
+    Args:
+        given: the caller's own values by name.
+        inherited: values of an upstream run; they win over the preset, and a given value that
+            contradicts one is refused, since the upstream result was made with the other.
+
+    Raises:
+        InputError: an unknown preset, a value out of bounds, or a contradiction.
+    """
+    for name, value in (inherited or {}).items():
+        if name in given and given[name] != value:
+            raise InputError(
+                f"{name}={given[name]}: the run built on was made with {name}={value}; "
+                "leave it out, or name another run"
+            )
+    values = {**given, **(inherited or {})}
+    preset = values.get("preset", "auto")
+    _check(FIELDS["preset"], preset)
+    if preset == "auto":
+        preset = "digits" if values.get("dataset") in (None, "", "digits") else "images"
+    values = {**PRESETS[preset], **{k: v for k, v in values.items() if v is not None}}
+    if not values.get("dataset"):
+        raise InputError(f"dataset: preset={preset} needs one: a Hub id or a folder of images")
+    config = Config(**values)
+    for f in FIELDS.values():
+        _check(f, getattr(config, f.name))
+    _check_fracs(config.frac)
+    return config
+
+
+def _check(f: dataclasses.Field, value: Any) -> None:
+    rules, shown = f.metadata, f"{f.name}={value}"
+    if "choices" in rules and value not in rules["choices"]:
+        raise InputError(f"{shown}: {nearest(str(value), rules['choices'], limit=10)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{shown}: must be a finite number")
+    if "at_least" in rules and value < rules["at_least"]:
+        raise InputError(f"{shown}: must be at least {rules['at_least']}")
+    if "at_most" in rules and value > rules["at_most"]:
+        raise InputError(f"{shown}: must be at most {rules['at_most']}")
+    if "above" in rules and value <= rules["above"]:
+        raise InputError(f"{shown}: must be above {rules['above']}")
+    if "below" in rules and value >= rules["below"]:
+        raise InputError(f"{shown}: must be below {rules['below']}")
+
+
+def _check_fracs(text: str) -> None:
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < 1:
+            raise InputError(f"frac={text}: {part!r} is not a number between 0 and 1, both excluded")

@@ -1,0 +1,5 @@
+"""The one exception for input that a person can put right."""
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: the parameter, its value, and what would be right."""
