@@ -1,0 +1,172 @@
+"""The checkpoints that scores are averaged over: their masks, their training, their joint loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from attribution import models
+from attribution.config import Config
+from attribution.data import ImageData
+from attribution.parallel import parallel_map, resolve_jobs
+from attribution.progress import progress
+from attribution.training import (
+    classification_metrics,
+    derive_seed,
+    losses,
+    predict,
+    resolve_device,
+    train,
+)
+
+
+def subset_masks(n: int, num_models: int, fraction: float, seed: int) -> np.ndarray:
+    """Which training examples each checkpoint sees, (num_models, n) bool, each row round(f n) many.
+
+    Consecutive checkpoints leave out disjoint parts of one random permutation, as in repeated
+    cross-validation: with fraction 0.5 and an even number of checkpoints every example is out of
+    sample for exactly half of them.
+    """
+    masks = np.ones((num_models, n), dtype=bool)
+    size = n - max(1, round(fraction * n))
+    if size == 0:
+        return masks
+    folds = max(1, n // size)
+    for m in range(num_models):
+        rng = np.random.default_rng(derive_seed(seed, "subset", m // folds))
+        start = (m % folds) * size
+        masks[m, rng.permutation(n)[start : start + size]] = False
+    return masks
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model on disk with what it said about train and validation."""
+
+    folder: Path
+    history: list[dict[str, float]]
+    train_logits: np.ndarray
+    validation_logits: np.ndarray
+
+
+def train_checkpoints(
+    config: Config, data: ImageData, masks: np.ndarray, work: Path
+) -> list[Checkpoint]:
+    """Train (or pick up from `work`) one checkpoint a row of masks, (num_models, n_train)."""
+    folders = [work / f"{m:03d}" for m in range(len(masks))]
+    tasks = [
+        (config, data, derive_seed(config.seed, "checkpoint", m), masks[m], folder)
+        for m, folder in enumerate(folders)
+        if not folder.exists()
+    ]
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(tasks))
+    with progress("finetune: checkpoints", len(folders), len(folders) - len(tasks)) as advance:
+        for _ in parallel_map(_train_checkpoint, tasks, jobs):
+            advance()
+    return [_read_checkpoint(folder) for folder in folders]
+
+
+def _train_checkpoint(
+    config: Config, data: ImageData, seed: int, keep: np.ndarray, folder: Path
+) -> None:
+    trained = train(config, data, seed, keep)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    models.save(
+        trained.model,
+        temporary / "model",
+        config.image_size,
+        *models.normalisation(config.model),
+    )
+    (temporary / "history.json").write_text(json.dumps(trained.history))
+    logits = {s: predict(config, trained.model, data, s) for s in ("train", "validation")}
+    np.savez(temporary / "logits.npz", **logits)
+    try:
+        os.replace(temporary, folder)
+    except OSError:  # another process was first, with the same result
+        shutil.rmtree(temporary)
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    with np.load(folder / "logits.npz", allow_pickle=False) as logits:
+        arrays = logits["train"], logits["validation"]
+    history = json.loads((folder / "history.json").read_text())
+    return Checkpoint(folder / "model", history, *arrays)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What all checkpoints together say.
+
+    Attributes:
+        masks: (M, n_train) bool, which examples each checkpoint saw.
+        train_logits: (M, n_train, C) float32.
+        validation_logits: (M, n_validation, C) float32.
+    """
+
+    masks: np.ndarray
+    train_logits: np.ndarray
+    validation_logits: np.ndarray
+
+    @classmethod
+    def of(cls, masks: np.ndarray, checkpoints: list[Checkpoint]) -> Ensemble:
+        """Stack what the checkpoints said."""
+        return cls(
+            masks,
+            np.stack([c.train_logits for c in checkpoints]),
+            np.stack([c.validation_logits for c in checkpoints]),
+        )
+
+    @classmethod
+    def load(cls, file: Path) -> Ensemble:
+        """Read the arrays that arrays() gave."""
+        with np.load(file, allow_pickle=False) as arrays:
+            return cls(arrays["masks"], arrays["train_logits"], arrays["validation_logits"])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The content, to be kept as an .npz file."""
+        return {
+            "masks": self.masks,
+            "train_logits": self.train_logits,
+            "validation_logits": self.validation_logits,
+        }
+
+    @property
+    def is_out_of_sample(self) -> bool:
+        """Whether every training example was left out by some checkpoint."""
+        return not self.masks.all(axis=0).any()
+
+    def train_loss(self, labels: np.ndarray) -> np.ndarray:
+        """Mean loss in nats of each training example, (n_train,).
+
+        The mean is over the checkpoints that did not see the example; where some example was seen
+        by all, it is over all checkpoints for every example, so that losses stay comparable.
+        """
+        each = np.stack([losses(logits, labels) for logits in self.train_logits])
+        if not self.is_out_of_sample:
+            return each.mean(axis=0)
+        return np.where(self.masks, 0, each).sum(axis=0) / (~self.masks).sum(axis=0)
+
+    def validation_loss(self, labels: np.ndarray) -> np.ndarray:
+        """Mean loss in nats of each target over the checkpoints, (n_validation,)."""
+        return np.mean([losses(logits, labels) for logits in self.validation_logits], axis=0)
+
+    def metrics(self, data: ImageData) -> dict[str, float]:
+        """Validation metrics: their mean over checkpoints, and those of the averaged prediction."""
+        labels = data.labels("validation")
+        each = [classification_metrics(logits, labels) for logits in self.validation_logits]
+        mean = {f"validation_{k}_mean": float(np.mean([m[k] for m in each])) for k in each[0]}
+        joint = classification_metrics(_mean_log_probability(self.validation_logits), labels)
+        return mean | {f"ensemble_validation_{k}": v for k, v in joint.items()}
+
+
+def _mean_log_probability(logits: np.ndarray) -> np.ndarray:
+    """Log of the mean probability over models, (n, C)."""
+    from scipy.special import log_softmax, logsumexp
+
+    return logsumexp(log_softmax(logits.astype(np.float64), axis=2), axis=0) - np.log(len(logits))

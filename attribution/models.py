@@ -1,0 +1,184 @@
+"""Builds, saves and loads image classifiers as from_pretrained folders; weights only ever as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attribution.errors import InputError
+
+# Small enough to train from scratch in seconds on a CPU.
+MINI_CONFIGS = {
+    "resnet-mini": {
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 64],
+        "depths": [1, 1, 1],
+        "layer_type": "basic",
+    },
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def build(name: str, class_names: tuple[str, ...], seed: int) -> nn.Module:
+    """A model with one logit a class: mini models from scratch, others pretrained with a new head.
+
+    Args:
+        name: a key of MINI_CONFIGS, a from_pretrained folder, or a Hub id.
+        class_names: in order of the labels.
+        seed: of every weight that is drawn.
+
+    Raises:
+        InputError: nothing loadable under that name, or it needs remote code or a pickle.
+    """
+    torch.manual_seed(seed)
+    labels = {
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {label: i for i, label in enumerate(class_names)},
+    }
+    if name in MINI_CONFIGS:
+        from transformers import ResNetConfig, ResNetForImageClassification
+
+        return ResNetForImageClassification(ResNetConfig(**MINI_CONFIGS[name], **labels))
+    model = _from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+    _renew_head(model, len(class_names))
+    return model
+
+
+def _from_pretrained(name: str, **options: object) -> nn.Module:
+    from transformers import AutoModelForImageClassification
+
+    _quiet_transformers()
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            name,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            **options,
+        )
+    except Exception as error:  # transformers raises many kinds for the same mistake
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model={name}: cannot be loaded; it must be {', '.join(MINI_CONFIGS)}, a "
+            f"from_pretrained folder with safetensors, or a Hub id that can be reached ({reason})"
+        ) from error
+
+
+def _quiet_transformers() -> None:
+    """Its report on the replaced head and its progress bars are no news here."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _renew_head(model: nn.Module, num_labels: int) -> None:
+    """Redraw the last layer: its old weights mean other classes even where the shape fits."""
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not heads or heads[-1].out_features != num_labels:
+        raise InputError(
+            f"model={model.config.model_type}: has no linear head with a logit a class; "
+            "name a transformers image classifier that has one"
+        )
+    heads[-1].reset_parameters()
+
+
+def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel that the model was pretrained with."""
+    if name in MINI_CONFIGS:
+        return IMAGENET_MEAN, IMAGENET_STD
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        return tuple(processor.image_mean), tuple(processor.image_std)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return IMAGENET_MEAN, IMAGENET_STD
+
+
+def check_image_size(model: nn.Module, image_size: int) -> None:
+    """Refuse images that the network's strides shrink to nothing.
+
+    Raises:
+        InputError: a strided layer receives a map smaller than its stride, or the model has a
+            fixed input size that differs.
+    """
+
+    def check(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        stride = max(module.stride if isinstance(module.stride, tuple) else (module.stride,))
+        if min(inputs[0].shape[-2:]) < stride:
+            raise InputError(
+                f"image_size={image_size}: too small for the model's strides; "
+                "a deep layer would shrink a single pixel, so use larger images"
+            )
+
+    strided = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
+    hooks = [m.register_forward_pre_hook(check) for m in strided]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"image_size={image_size}: the model refuses it ({reason})") from error
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+
+
+def save(
+    model: nn.Module,
+    folder: Path,
+    image_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Write a folder that from_pretrained loads without this project, preprocessing included."""
+    from transformers import ConvNextImageProcessor
+
+    _quiet_transformers()
+    model.save_pretrained(folder)
+    processor = ConvNextImageProcessor(
+        size={"shortest_edge": image_size},
+        crop_pct=1.0,
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+    processor.save_pretrained(folder)
+
+
+def load(folder: Path) -> nn.Module:
+    """The model of a folder written by save, in eval mode.
+
+    Raises:
+        InputError: missing, not safetensors, or with tensors that do not fit its config.
+    """
+    model, info = _from_pretrained(str(folder), output_loading_info=True, local_files_only=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise InputError(f"checkpoint={folder}: tensors do not fit its config: {wrong[:3]}")
+    return model.eval()
+
+
+def fingerprint(name: str) -> str:
+    """What a model name stands for: the content of a folder, else the name itself."""
+    if name in MINI_CONFIGS:
+        return json.dumps(MINI_CONFIGS[name], sort_keys=True)
+    if not Path(name).is_dir():
+        return name
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()

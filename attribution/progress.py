@@ -1,0 +1,18 @@
+"""A progress line on a terminal; silence elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """Yield a function that advances the line by one; it shows the rate and the time left."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, initial=done, desc=name, file=sys.stderr, disable=None, leave=False
+    ) as bar:
+        yield lambda: bar.update()

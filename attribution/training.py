@@ -1,0 +1,253 @@
+"""One seeded training loop for everything that is trained here, and prediction."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from attribution import models
+from attribution.config import Config
+from attribution.data import ImageData, augment_batch, draw_augmentation, to_batch
+from attribution.errors import InputError
+
+
+@dataclass
+class Trained:
+    """A model as training left it (the best epoch's weights where patience > 0)."""
+
+    model: nn.Module
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+
+
+def derive_seed(root: int, *path: str | int) -> int:
+    """An independent seed for each path, such as ('retrain', 3)."""
+    text = "/".join(map(str, (root, *path)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name stands for; auto is the GPU where there is one.
+
+    Raises:
+        InputError: a CUDA device is asked for where there is none, or the name is unknown.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name}: must be auto, cpu, or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={name}: must be auto, cpu, or cuda")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise InputError(f"device={name}: this machine has no such CUDA device; use device=cpu")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where auto finds hardware for it; asked for by name it is used wherever it runs."""
+    if name == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def train(
+    config: Config,
+    data: ImageData,
+    seed: int,
+    keep: np.ndarray,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    validate: bool = True,
+) -> Trained:
+    """Train one model on the kept part of the training set.
+
+    Two calls with one seed start from the same weights, and give every example that both keep the
+    same augmentation and the same place relative to the others: they differ in `keep` alone.
+
+    Args:
+        seed: of weights, order and augmentation.
+        keep: (n_train,) bool, which training examples are seen.
+        on_epoch: receives each epoch's metrics.
+        validate: measure validation loss and accuracy each epoch even where patience is 0.
+
+    Raises:
+        InputError: the loss is not finite, or nothing is kept.
+    """
+    if not keep.any():
+        raise InputError("keep: no training example is left; remove fewer")
+    device = resolve_device(config.device)
+    model = models.build(config.model, data.class_names, derive_seed(seed, "weights"))
+    model.to(device, memory_format=torch.channels_last)
+    kept = np.flatnonzero(keep)
+    steps = math.ceil(len(kept) / config.batch_size)
+    optimizer, scheduler = _optimizer(config, model, steps * config.epochs, device)
+    batches = _Batches(config, data, seed, device)
+    trained, best_loss, best_state = Trained(model), math.inf, None
+    for epoch in range(config.epochs):
+        model.train()
+        total = 0.0
+        for images, labels in batches(kept, steps):
+            with _autocast(config, device):
+                logits = model(images).logits
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            total += float(loss.detach()) * len(labels)
+        metrics = {"epoch": epoch, "train_loss": total / len(kept)}
+        if not math.isfinite(total):
+            raise InputError(
+                f"learning_rate={config.learning_rate}: the loss became {total} in epoch {epoch}; "
+                "use a smaller one, or precision=float32"
+            )
+        if validate or config.patience:
+            logits = predict(config, model, data, "validation")
+            metrics |= classification_metrics(logits, data.labels("validation"), "validation_")
+        trained.history.append(metrics)
+        if on_epoch:
+            on_epoch(metrics)
+        if config.patience:
+            if metrics["validation_log_loss"] < best_loss:
+                best_loss, trained.best_epoch = metrics["validation_log_loss"], epoch
+                best_state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            elif epoch - trained.best_epoch >= config.patience:
+                break
+        else:
+            trained.best_epoch = epoch
+    if best_state is not None:
+        model.load_state_dict(best_state)
+    model.eval()
+    return trained
+
+
+def _optimizer(
+    config: Config, model: nn.Module, total_steps: int, device: torch.device
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    if config.schedule == "cosine":
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+    else:
+        # One cycle needs a step more than it is asked for when there is but one.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config.learning_rate, total_steps=max(2, total_steps), pct_start=0.2
+        )
+    return optimizer, schedule
+
+
+class _Batches:
+    """Batches of the kept training examples; one call is one epoch.
+
+    Order and augmentation are drawn for the whole training set and then restricted, so that
+    leaving an example out changes nothing for the others.
+    """
+
+    def __init__(self, config: Config, data: ImageData, seed: int, device: torch.device) -> None:
+        self.augment, self.device = config.augment, device
+        self.pad = max(1, config.image_size // 8)
+        self.mean, self.std = models.normalisation(config.model)
+        self.pixels, self.rows = data.pixels(), data.rows("train")
+        self.labels = torch.from_numpy(data.labels("train")).to(device)
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
+
+    def __call__(self, kept: np.ndarray, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        n = len(self.rows)
+        order = torch.randperm(n, generator=self.generator).numpy()
+        augmentation = draw_augmentation(n, self.augment, self.pad, self.generator)
+        order = order[np.isin(order, kept, assume_unique=True)]
+        # Batches of nearly equal size: a last batch of one would break BatchNorm.
+        for batch in np.array_split(order, steps):
+            images = to_batch(self.pixels[self.rows[batch]], self.mean, self.std, self.device)
+            index = torch.from_numpy(batch)
+            images = augment_batch(images, augmentation[index])
+            yield images, self.labels[index.to(self.device)]
+
+
+def _autocast(config: Config, device: torch.device):
+    dtype = resolve_precision(config.precision, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def batches_of(
+    config: Config, data: ImageData, split: str, batch_size: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A split in order, never augmented: (images (B, 3, H, W), labels (B,))."""
+    mean, std = models.normalisation(config.model)
+    pixels, rows = data.pixels(), data.rows(split)
+    labels = torch.from_numpy(data.labels(split)).to(device)
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        yield to_batch(pixels[rows[part]], mean, std, device), labels[part]
+
+
+@torch.inference_mode()
+def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np.ndarray:
+    """Logits (n, C), float32, of a split; the model is left in eval mode.
+
+    Raises:
+        InputError: a logit is not finite.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    parts = []
+    for images, _ in batches_of(config, data, split, 256, device):
+        with _autocast(config, device):
+            parts.append(model(images).logits.float().cpu())
+    logits = torch.cat(parts).numpy()
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"learning_rate={config.learning_rate}: the model's outputs are not finite; "
+            "use a smaller one, or precision=float32"
+        )
+    return logits
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Log-softmax in float64, (n, C)."""
+    from scipy.special import log_softmax
+
+    return log_softmax(logits.astype(np.float64), axis=1)
+
+
+def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy in nats of each example, (n,)."""
+    return -log_probabilities(logits)[np.arange(len(labels)), labels]
+
+
+def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """log p/(1-p) of each example's label, (n,): its logit minus logsumexp of the others."""
+    from scipy.special import logsumexp
+
+    logits = logits.astype(np.float64)
+    rows = np.arange(len(labels))
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    return logits[rows, labels] - logsumexp(others, axis=1)
+
+
+def classification_metrics(
+    logits: np.ndarray, labels: np.ndarray, prefix: str = ""
+) -> dict[str, float]:
+    """Accuracy, log-loss, mean margin and the worst class's accuracy, as plain floats."""
+    correct = logits.argmax(axis=1) == labels
+    by_class = [correct[labels == c].mean() for c in np.unique(labels)]
+    return {
+        f"{prefix}accuracy": float(correct.mean()),
+        f"{prefix}log_loss": float(losses(logits, labels).mean()),
+        f"{prefix}mean_margin": float(margins(logits, labels).mean()),
+        f"{prefix}worst_class_accuracy": float(min(by_class)),
+    }
