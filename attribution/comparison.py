@@ -1,0 +1,172 @@
+"""Retrains every trial over paired seeds and sets the results side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from attribution.config import Config
+from attribution.data import ImageData
+from attribution.parallel import ResultStore, parallel_map, resolve_jobs
+from attribution.progress import progress
+from attribution.removal import Trial
+from attribution.statistics import Estimate, holm, mean_estimate, paired_difference
+from attribution.tracking import digest, say, training_key
+from attribution.training import classification_metrics, predict, resolve_device, train
+
+METRICS = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
+
+
+def retrain(
+    config: Config, data: ImageData, trials: Sequence[Trial], seeds: list[int], work: Path
+) -> list[np.ndarray]:
+    """Retrain every trial under every seed and read the test split once for each model.
+
+    A retraining is kept under what decides it (settings, data, seed, the examples seen), so that
+    one that an earlier command finished, or that two trials share, is not done again.
+
+    Args:
+        work: folder of finished retrainings.
+
+    Returns:
+        One array a trial, (n_seeds, n_test, C) float32 test logits.
+    """
+    store, settings = ResultStore(work), training_key(config, data)
+    keeps, keys = {}, []
+    for trial in trials:
+        keys.append([])
+        for seed, removed in zip(seeds, trial.removed, strict=True):
+            keep = np.ones(len(data.rows("train")), dtype=bool)
+            keep[removed] = False
+            key = digest(settings, seed, np.packbits(keep).tobytes().hex())
+            keys[-1].append(key)
+            keeps[key] = (seed, keep)
+    results = {key: found["logits"] for key in keeps if (found := store.get(key))}
+    missing = [key for key in keeps if key not in results]
+    say(f"ablation: {len(keeps)} models to compare, {len(missing)} of them to train")
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(missing))
+    tasks = [(config, data, *keeps[key]) for key in missing]
+    with progress("ablation: retrainings", len(keeps), len(results)) as advance:
+        for index, logits in parallel_map(_retrain, tasks, jobs):
+            store.put(missing[index], {"logits": logits})
+            results[missing[index]] = logits
+            advance()
+    return [np.stack([results[key] for key in row]) for row in keys]
+
+
+def _retrain(config: Config, data: ImageData, seed: int, keep: np.ndarray) -> np.ndarray:
+    trained = train(config, data, seed, keep, validate=False)
+    return predict(config, trained.model, data, "test")
+
+
+@dataclass
+class Outcome:
+    """What became of one trial.
+
+    Attributes:
+        per_seed: metric name to (n_seeds,) test values.
+        mean: metric name to the mean over seeds.
+        versus: 'random' or 'none' to metric name to the paired difference from that trial (for
+            'random': the random trial of the same size).
+        holm: 'random' or 'none' to the p-value of the accuracy difference, adjusted over all
+            trials that are compared with it.
+    """
+
+    trial: Trial
+    per_seed: dict[str, np.ndarray]
+    mean: dict[str, Estimate] = field(default_factory=dict)
+    versus: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    holm: dict[str, float] = field(default_factory=dict)
+
+
+def compare(
+    trials: Sequence[Trial], test_logits: Sequence[np.ndarray], test_labels: np.ndarray
+) -> list[Outcome]:
+    """Paired comparison of every trial with no removal and with random removal of the same size.
+
+    Args:
+        test_logits: one array a trial, (n_seeds, n_test, C); seeds in the same order.
+    """
+    outcomes = [
+        Outcome(trial, _per_seed(logits, test_labels))
+        for trial, logits in zip(trials, test_logits, strict=True)
+    ]
+    none = next(o for o in outcomes if o.trial.arm == "none")
+    random = {_size(o): o for o in outcomes if o.trial.arm == "random"}
+    for outcome in outcomes:
+        outcome.mean = {name: mean_estimate(v) for name, v in outcome.per_seed.items()}
+        controls = {"none": none, "random": random.get(_size(outcome), none)}
+        for name, control in controls.items():
+            if outcome is not none and outcome.trial.arm != name:
+                outcome.versus[name] = {
+                    metric: paired_difference(outcome.per_seed[metric], control.per_seed[metric])
+                    for metric in METRICS
+                }
+    for name in ("random", "none"):
+        family = [o for o in outcomes if name in o.versus]
+        adjusted = holm([o.versus[name]["accuracy"].p for o in family])
+        for outcome, p in zip(family, adjusted, strict=True):
+            outcome.holm[name] = p
+    return outcomes
+
+
+def _size(outcome: Outcome) -> int:
+    return len(outcome.trial.removed[0])
+
+
+def _per_seed(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    rows = [classification_metrics(each, labels) for each in logits]
+    return {name: np.array([row[name] for row in rows]) for name in METRICS}
+
+
+def summary_metrics(outcome: Outcome) -> dict[str, float]:
+    """One trial's figures under the names that MLflow shows."""
+    figures = {}
+    for metric, estimate in outcome.mean.items():
+        figures |= _named(f"{metric}", estimate, mean_suffix="_mean")
+    for control, differences in outcome.versus.items():
+        for metric, estimate in differences.items():
+            figures |= _named(f"{metric}_vs_{control}", estimate)
+        figures[f"accuracy_vs_{control}_p"] = differences["accuracy"].p
+        figures[f"accuracy_vs_{control}_p_holm"] = outcome.holm[control]
+    return figures
+
+
+def _named(name: str, estimate: Estimate, mean_suffix: str = "") -> dict[str, float]:
+    return {
+        f"{name}{mean_suffix}": estimate.mean,
+        f"{name}_ci_low": estimate.ci_low,
+        f"{name}_ci_high": estimate.ci_high,
+    }
+
+
+def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """One row a trial: arm, frac, n_removed and every summary metric."""
+    return pd.DataFrame(
+        [
+            {
+                "arm": o.trial.arm,
+                "frac": round(o.trial.frac, 6),
+                "n_removed": _size(o),
+                "n_seeds": len(o.trial.removed),
+                **summary_metrics(o),
+            }
+            for o in outcomes
+        ]
+    )
+
+
+def verdict(row: pd.Series) -> str:
+    """What a row's interval against random removal of the same size allows to say."""
+    if row["arm"] in ("none", "random"):
+        return "baseline"
+    low, high = row["accuracy_vs_random_ci_low"], row["accuracy_vs_random_ci_high"]
+    if low > 0:
+        return "better than random"
+    if high < 0:
+        return "worse than random"
+    return "indistinguishable from random"

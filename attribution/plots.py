@@ -1,0 +1,127 @@
+"""Every picture: training curves, galleries of examples, the comparison of arms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from attribution.data import ImageData
+from attribution.scores import Scores
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+HELPFUL, HARMFUL, NEUTRAL = "#1b7837", "#b2182b", "#4d4d4d"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def training_curves(histories: Sequence[list[dict[str, float]]], path: Path) -> None:
+    """Training and validation loss, and validation accuracy, of every checkpoint by epoch."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for history in histories:
+        epochs = [epoch["epoch"] + 1 for epoch in history]
+        for name, colour in (("train_loss", NEUTRAL), ("validation_log_loss", HARMFUL)):
+            left.plot(epochs, [epoch[name] for epoch in history], color=colour, alpha=0.5)
+        accuracy = [epoch["validation_accuracy"] for epoch in history]
+        right.plot(epochs, accuracy, color=HELPFUL, alpha=0.5)
+    left.set(xlabel="epoch", ylabel="loss (nats)", title="training (grey), validation (red)")
+    right.set(xlabel="epoch", ylabel="accuracy", title="validation accuracy")
+    _save(figure, path)
+
+
+def _tile(axes: plt.Axes, image: np.ndarray, title: str, colour: str) -> None:
+    axes.imshow(image)
+    axes.set_title(_plain(title), fontsize=7, color=colour)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=2)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it is: a dollar sign would start a formula."""
+    return text.replace("$", r"\$")
+
+
+def score_gallery(
+    data: ImageData, scores: Scores, path: Path, targets: int = 6, k: int = 4
+) -> None:
+    """For some targets spread over the classes: the most helpful and most harmful examples."""
+    chosen = scores.targets.groupby("label").head(1).head(targets).index
+    figure, grid = plt.subplots(
+        len(chosen), 2 * k + 1, figsize=(1.15 * (2 * k + 1), 1.45 * len(chosen)), squeeze=False
+    )
+    train, validation = data.rows("train"), data.rows("validation")
+    pixels = data.pixels()
+    for axes, target in zip(grid, chosen, strict=True):
+        name = f"target\n{scores.targets['label_name'][target]}"
+        _tile(axes[0], pixels[validation[target]], name, NEUTRAL)
+        sides = (scores.top(target, k), HELPFUL), (scores.bottom(target, k), HARMFUL)
+        for side, (rows, colour) in enumerate(sides):
+            for column, row in enumerate(rows.itertuples()):
+                tile = axes[1 + side * k + column]
+                _tile(tile, pixels[train[row.position]], _caption(row, row.score), colour)
+        for tile in axes[1 + len(sides[0][0]) : 1 + k]:
+            tile.axis("off")
+        for tile in axes[1 + k + len(sides[1][0]) :]:
+            tile.axis("off")
+    figure.suptitle("green: raises the target's margin, red: lowers it", fontsize=9)
+    _save(figure, path)
+
+
+def _caption(row, value: float) -> str:
+    flipped = " (flipped)" if row.is_flipped else ""
+    return f"{row.label_name}{flipped}\n{value:+.3g}"
+
+
+def removed_gallery(
+    data: ImageData, removed: pd.DataFrame, title: str, path: Path, limit: int = 48
+) -> None:
+    """The first removed examples by alignment (lowest first); a red frame marks a known flip."""
+    shown = removed.sort_values("alignment", kind="stable").head(limit)
+    columns = 12
+    lines = max(1, -(-len(shown) // columns))
+    figure, grid = plt.subplots(lines, columns, figsize=(1.1 * columns, 1.5 * lines), squeeze=False)
+    pixels, train = data.pixels(), data.rows("train")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, row in zip(grid.flat, shown.itertuples(), strict=False):
+        axes.axis("on")
+        colour = HARMFUL if row.is_flipped else NEUTRAL
+        _tile(axes, pixels[train[row.position]], _caption(row, row.alignment), colour)
+    more = f", the first {limit} of {len(removed)}" if len(removed) > limit else ""
+    figure.suptitle(f"removed by {title}{more}; label and alignment", fontsize=9)
+    _save(figure, path)
+
+
+def comparison(table: pd.DataFrame, path: Path) -> None:
+    """Left: mean test accuracy of each trial. Right: its paired difference from random removal."""
+    names = [r.arm if r.arm == "none" else f"{r.arm} {r.frac:.3g}" for r in table.itertuples()]
+    y = np.arange(len(table))[::-1]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 1.2 + 0.38 * len(table)), sharey=True, constrained_layout=True
+    )
+    _intervals(left, table, y, "accuracy_mean", "accuracy")
+    _intervals(right, table, y, "accuracy_vs_random", "accuracy_vs_random")
+    right.axvline(0, color=NEUTRAL, linewidth=0.8)
+    left.set_yticks(y, [_plain(name) for name in names])
+    left.set(xlabel="test accuracy (mean, 95 % interval over seeds)")
+    right.set(xlabel="difference from random removal of as many (paired, 95 %)")
+    _save(figure, path)
+
+
+def _intervals(axes: plt.Axes, table: pd.DataFrame, y: np.ndarray, mean: str, stem: str) -> None:
+    low, high = table[f"{stem}_ci_low"], table[f"{stem}_ci_high"]
+    versus = table["accuracy_vs_random_ci_low"], table["accuracy_vs_random_ci_high"]
+    colours = np.where(versus[0] > 0, HELPFUL, np.where(versus[1] < 0, HARMFUL, NEUTRAL))
+    for i, colour in enumerate(colours):
+        axes.plot([low.iloc[i], high.iloc[i]], [y[i], y[i]], color=colour, linewidth=2)
+        axes.plot(table[mean].iloc[i], y[i], "o", color=colour)

@@ -1,0 +1,184 @@
+"""The score artifact: written once, then read as data, checked against its own hash and schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attribution.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+SIGN = "positive = helpful: the example's presence in training raises the target's margin"
+REQUIRED_COLUMNS = {
+    "train.parquet": {
+        "position", "example_id", "label", "label_name", "alignment", "self_influence", "loss",
+    },
+    "targets.parquet": {"position", "example_id", "label", "label_name", "loss"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """TRAK scores with the examples that they are about.
+
+    Attributes:
+        values: (n_train, n_targets) float32, memory-mapped; values[i, j] is the effect of training
+            example i on target j's margin, positive = helpful.
+        train: one row a row of `values`, in the same order.
+        targets: one row a column of `values`, in the same order.
+        metadata: schema version, sign, estimator settings, fingerprints, sha256 of the matrix.
+    """
+
+    values: np.ndarray
+    train: pd.DataFrame
+    targets: pd.DataFrame
+    metadata: dict[str, Any]
+
+    def top(self, target: int, k: int = 10) -> pd.DataFrame:
+        """The k training examples most helpful to a target, best first, with a `score` column.
+
+        Raises:
+            InputError: no such target, or k below 1.
+        """
+        return self._ranked(target, k, sign=-1)
+
+    def bottom(self, target: int, k: int = 10) -> pd.DataFrame:
+        """The k training examples most harmful to a target, worst first, with a `score` column.
+
+        Raises:
+            InputError: no such target, or k below 1.
+        """
+        return self._ranked(target, k, sign=1)
+
+    def _ranked(self, target: int, k: int, sign: int) -> pd.DataFrame:
+        if not 0 <= target < self.values.shape[1]:
+            raise InputError(f"target={target}: must be from 0 to {self.values.shape[1] - 1}")
+        if k < 1:
+            raise InputError(f"k={k}: must be at least 1")
+        column = np.asarray(self.values[:, target])
+        order = np.argsort(sign * column, kind="stable")[:k]
+        return self.train.iloc[order].assign(score=column[order])
+
+
+def write_scores(
+    folder: Path,
+    values: np.ndarray,
+    train: pd.DataFrame,
+    targets: pd.DataFrame,
+    metadata: dict[str, Any],
+) -> None:
+    """Write the artifact into a folder; metadata.json, written last, makes it whole.
+
+    Args:
+        values: (n_train, n_targets); positive = helpful.
+
+    Raises:
+        InputError: a score is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise InputError(
+            "scores: not all are finite; raise lambda_reg, and look for a diverged checkpoint"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "scores.npy", np.ascontiguousarray(values, dtype=np.float32))
+    train.to_parquet(folder / "train.parquet", index=False)
+    targets.to_parquet(folder / "targets.parquet", index=False)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "sign": SIGN,
+        "unit": "margin (log-odds of the target's label)",
+        "shape": list(values.shape),
+        "sha256": _sha256(folder / "scores.npy"),
+        **metadata,
+    }
+    (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def load_scores(source: str | Path) -> Scores:
+    """Read a score artifact from a folder, or from a run as 'runs:/RUN_ID/scores'.
+
+    Raises:
+        InputError: something is missing, or differs from what metadata.json promises.
+    """
+    folder = _local_folder(str(source))
+    metadata = _read_metadata(folder, source)
+    matrix = folder / "scores.npy"
+    try:
+        values = np.load(matrix, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"scores={source}: scores.npy cannot be read ({error})") from None
+    if values.dtype != np.float32 or list(values.shape) != metadata["shape"]:
+        raise InputError(
+            f"scores={source}: scores.npy is {values.dtype} {values.shape}, "
+            f"not float32 {tuple(metadata['shape'])} as metadata.json says"
+        )
+    if _sha256(matrix) != metadata["sha256"]:
+        raise InputError(f"scores={source}: scores.npy does not have the hash in metadata.json")
+    tables = [
+        _read_table(folder / name, length, source)
+        for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True)
+    ]
+    return Scores(values, *tables, metadata)
+
+
+def _local_folder(source: str) -> Path:
+    if "://" not in source and not source.startswith("runs:"):
+        return Path(source)
+    import mlflow
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(source))
+    except Exception as error:  # each artifact store raises its own kind
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"scores={source}: cannot be had ({reason})") from None
+
+
+def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(
+            f"scores={source}: no metadata.json there; is it a scores folder?"
+        ) from None
+    except ValueError:
+        raise InputError(f"scores={source}: metadata.json is not valid JSON") from None
+    if not isinstance(metadata, dict) or metadata.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"scores={source}: metadata.json is not of schema {SCHEMA_VERSION}")
+    shape = metadata.get("shape")
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(side) is int and side > 0 for side in shape)
+        and isinstance(metadata.get("sha256"), str)
+    ):
+        raise InputError(f"scores={source}: metadata.json lacks a valid shape or sha256")
+    return metadata
+
+
+def _read_table(path: Path, length: int, source: str | Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        table = pd.read_parquet(path)
+    except Exception as error:  # pyarrow raises many kinds on a broken file
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"scores={source}: {path.name} cannot be read ({reason})") from None
+    missing = REQUIRED_COLUMNS[path.name] - set(table.columns)
+    if missing:
+        raise InputError(f"scores={source}: {path.name} lacks the columns {sorted(missing)}")
+    if len(table) != length:
+        raise InputError(f"scores={source}: {path.name} has {len(table)} rows, not {length}")
+    return table
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,363 @@
+"""MLflow: one run a stage, its lineage and fingerprint, and the reuse of finished runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attribution.config import FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
+from attribution.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from attribution.data import ImageData
+
+# Raised whenever a stage would compute something else from the same parameters and data.
+ESTIMATOR_VERSION = 1
+UPSTREAM = {"trak": "finetune", "ablation": "trak"}
+# A finished run without this artifact has lost what it was kept for.
+KEY_ARTIFACT = {
+    "finetune": "training/logits.npz",
+    "trak": "scores/metadata.json",
+    "ablation": "comparison.csv",
+}
+Make = Callable[[Config, "ImageData"], None]
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal; results go to stdout, everything else here."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of JSON-like values."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def training_key(config: Config, data: ImageData) -> str:
+    """What decides a trained model beside its seed and the examples that it sees."""
+    from attribution import models
+
+    settings = config.group("training") | {"model": models.fingerprint(config.model)}
+    return digest(ESTIMATOR_VERSION, settings, data.fingerprint)
+
+
+def fingerprint(stage: str, config: Config, data: ImageData) -> str:
+    """Hash of all that a stage's result depends on, its upstream stages included."""
+    if stage == "finetune":
+        return digest(stage, training_key(config, data), config.group("finetune"))
+    return digest(stage, fingerprint(UPSTREAM[stage], config, data), config.group(stage))
+
+
+def work_folder(config: Config, *parts: str) -> Path:
+    """A folder for unfinished work under cache_dir.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    folder = Path(config.cache_dir).joinpath("work", *parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cache_dir={config.cache_dir}: cannot be written ({error.strerror}); name another"
+        ) from error
+    return folder
+
+
+def run_entry_point(stage: str, make: Make, show: Callable[[str], None], argv: Any = None) -> None:
+    """The life of one command: parse, open the run, reuse or make, show, and exit.
+
+    Args:
+        make: computes the stage and logs it to the active run.
+        show: prints the result of the run with this id.
+    """
+    try:
+        given = parse(stage, argv)  # what is wrong with a flag is said before the slow imports
+        if not (given.get("trak_run_id") or given.get("finetune_run_id")):
+            resolve(given)
+        _quiet()
+        with _entry_run(stage) as run:
+            config, data = _prepare(stage, given)
+            run_id = find_finished(stage, fingerprint(stage, config, data))
+            if run_id:
+                _mark_reused(stage, run_id)
+            else:
+                run_id = run.info.run_id
+                _describe(stage, config, data)
+                make(config, data)
+    except InputError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from what is finished")
+        sys.exit(130)
+    show(run_id)
+
+
+def _quiet() -> None:
+    """Silence what a user of this project can do nothing about."""
+    import warnings
+
+    import mlflow  # noqa: F401  (it sets its own levels on import)
+
+    warnings.filterwarnings("ignore")
+    for name in ("mlflow", "mlflow.store.db.utils", "alembic", "datasets", "TRAK", "STORE"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _entry_run(stage: str) -> Iterator[Any]:
+    import mlflow
+
+    _check_store()
+    with mlflow.start_run() as run:
+        mlflow.set_tags({"stage": stage, "mlflow.runName": stage})
+        try:
+            yield run
+        except KeyboardInterrupt:
+            mlflow.end_run("KILLED")
+            raise
+        except InputError as error:
+            mlflow.set_tag("error", str(error))
+            raise
+
+
+def _check_store() -> None:
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("file:") or "://" not in uri:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI={uri}: MLflow has retired its file store; move the old mlruns "
+            "folder away or set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
+        )
+
+
+def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
+    """Resolve the parameters against the runs built on, and load the data."""
+    run_ids = {name: given.get(f"{name}_run_id") for name in ("trak", "finetune")}
+    inherited: dict[str, Any] = {}
+    for upstream, run_id in run_ids.items():
+        if run_id:
+            inherited = {**_inherit(upstream, run_id), **inherited}
+    # "auto" says nothing that could contradict the run built on.
+    asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
+    config = _resolve_hardware(resolve(asked, inherited))
+    from attribution.data import load_data
+
+    data = load_data(config)
+    for upstream, run_id in run_ids.items():
+        if run_id and _tags(run_id).get("fingerprint") != fingerprint(upstream, config, data):
+            raise InputError(
+                f"{upstream}_run_id={run_id}: was made from other data, another model, or another "
+                f"version of this project than dataset={config.dataset} gives now; leave it out"
+            )
+    counts = ", ".join(f"{len(data.rows(s))} {s}" for s in ("train", "validation", "test"))
+    flips = int(data.examples["is_flipped"].sum())
+    say(
+        f"data: {config.dataset}, {len(data.class_names)} classes, {counts}, {flips} labels flipped"
+    )
+    for note, count in (("undecodable files skipped", len(data.skipped)),
+                        ("copies of test images dropped", data.dropped_duplicates)):  # fmt: skip
+        if count:
+            say(f"data: {count} {note}")
+    return config, data
+
+
+def _resolve_hardware(config: Config) -> Config:
+    from attribution.training import resolve_device, resolve_precision
+
+    device = resolve_device(config.device)
+    precision = str(resolve_precision(config.precision, device)).removeprefix("torch.")
+    return dataclasses.replace(config, device=str(device), precision=precision)
+
+
+def _inherit(stage: str, run_id: str) -> dict[str, Any]:
+    """The parameters that an upstream run was made with.
+
+    Raises:
+        InputError: no such run, of another stage, or not FINISHED.
+    """
+    import mlflow
+
+    name = f"{stage}_run_id"
+    try:
+        run = mlflow.get_run(run_id)
+    except mlflow.exceptions.MlflowException:
+        raise InputError(f"{name}={run_id}: no such run in {mlflow.get_tracking_uri()}") from None
+    found = run.data.tags.get("stage")
+    if found != stage:
+        raise InputError(f"{name}={run_id}: is a run of stage {found}, not {stage}")
+    if run.info.status != "FINISHED":
+        raise InputError(f"{name}={run_id}: is {run.info.status}, not FINISHED")
+    if "fingerprint" not in run.data.tags:
+        other = run.data.tags.get("reused_run_id")
+        raise InputError(f"{name}={run_id}: only points to run {other}; name that one")
+    names = Config.__dataclass_fields__.keys() & run.data.params.keys()
+    wanted = {n for n in names if FIELDS[n].metadata["group"] in STAGE_GROUPS[stage]}
+    return {n: convert(n, run.data.params[n]) for n in wanted}
+
+
+def find_finished(stage: str, key: str) -> str | None:
+    """The newest FINISHED run of a stage with this fingerprint whose artifacts are still there."""
+    import mlflow
+
+    runs = mlflow.MlflowClient().search_runs(
+        [mlflow.active_run().info.experiment_id],
+        f"tags.stage = '{stage}' and tags.fingerprint = '{key}' and attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+    )
+    for run in runs:
+        if _has_artifact(run.info.run_id, KEY_ARTIFACT[stage]):
+            return run.info.run_id
+    return None
+
+
+def _has_artifact(run_id: str, path: str) -> bool:
+    import mlflow
+
+    folder = path.rpartition("/")[0] or None
+    try:
+        listed = mlflow.MlflowClient().list_artifacts(run_id, folder)
+    except (mlflow.exceptions.MlflowException, OSError):
+        return False
+    return any(item.path == path for item in listed)
+
+
+def obtain(stage: str, config: Config, data: ImageData, make: Make) -> str:
+    """The id of a finished upstream run: the one named, one with the same fingerprint, or a new one.
+
+    The active run is tagged with it.
+    """
+    import mlflow
+
+    key = fingerprint(stage, config, data)
+    run_id = getattr(config, f"{stage}_run_id") or find_finished(stage, key)
+    if run_id:
+        say(f"{stage}: reusing run {run_id}")
+    else:
+        with mlflow.start_run(run_name=stage, nested=True) as run:
+            run_id = run.info.run_id
+            # Not a part of the run that happened to need it first: others will build on it too.
+            mlflow.MlflowClient().delete_tag(run_id, "mlflow.parentRunId")
+            _describe(stage, config, data)
+            make(config, data)
+    mlflow.set_tag(f"{stage}_run_id", run_id)
+    return run_id
+
+
+def _describe(stage: str, config: Config, data: ImageData) -> None:
+    """Name, tags, parameters and data of the active run."""
+    import mlflow
+
+    key = fingerprint(stage, config, data)
+    mlflow.set_tags(
+        {
+            "stage": stage,
+            "fingerprint": key,
+            "data_fingerprint": data.fingerprint,
+            "mlflow.runName": f"{stage} {Path(config.dataset).name} {key[:6]}",
+        }
+    )
+    log_params(config.group(*STAGE_GROUPS[stage], "execution"))
+    source = mlflow.data.from_pandas(
+        data.examples.drop(columns="file_name"),
+        source=config.dataset,
+        name=Path(config.dataset).name,
+        targets="label",
+        digest=data.fingerprint[:8],
+    )
+    mlflow.log_input(source, context=stage)
+
+
+def log_params(params: dict[str, Any]) -> None:
+    """Log parameters that `mlflow run` has not logged already from its command line."""
+    import mlflow
+
+    known = mlflow.MlflowClient().get_run(mlflow.active_run().info.run_id).data.params
+    mlflow.log_params({k: v for k, v in params.items() if k not in known})
+
+
+def _mark_reused(stage: str, run_id: str) -> None:
+    import mlflow
+
+    say(f"{stage}: nothing has changed, reusing run {run_id}")
+    mlflow.set_tags(
+        {
+            "reused_run_id": run_id,
+            "mlflow.runName": f"{stage} (see {run_id[:8]})",
+            "mlflow.note.content": f"Nothing had changed: the result is in run `{run_id}`.",
+        }
+    )
+
+
+def _tags(run_id: str) -> dict[str, str]:
+    import mlflow
+
+    return mlflow.get_run(run_id).data.tags
+
+
+def artifact_path(run_id: str, path: str) -> Path:
+    """A run's artifact as a local path; downloaded where the store is remote.
+
+    Raises:
+        InputError: it is gone.
+    """
+    import mlflow
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path))
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"run {run_id}: its artifact {path} cannot be had ({reason})") from error
+
+
+@contextmanager
+def artifact_folder(path: str | None = None) -> Iterator[Path]:
+    """A temporary folder whose content becomes artifacts of the active run under `path`."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        mlflow.log_artifacts(folder, path)
+
+
+def metric_name(text: str) -> str:
+    """A text with the characters that MLflow refuses in a metric's name replaced."""
+    return re.sub(r"[^\w\-. :/]", "_", text)
+
+
+def log_series(metrics: list[tuple[str, float, int]]) -> None:
+    """Log (name, value, step) metrics to the active run in as few calls as MLflow takes."""
+    import time
+
+    import mlflow
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    entities = [Metric(name, float(value), now, step) for name, value, step in metrics]
+    client, run_id = mlflow.MlflowClient(), mlflow.active_run().info.run_id
+    for start in range(0, len(entities), 1000):
+        client.log_batch(run_id, metrics=entities[start : start + 1000])
+
+
+def log_table(table: pd.DataFrame, name: str) -> None:
+    """Log a table twice: for MLflow's table view (json) and for everything else (csv)."""
+    import mlflow
+
+    mlflow.log_table(table, f"{name}.json")
+    mlflow.log_text(table.to_csv(index=False), f"{name}.csv")

@@ -1,0 +1,112 @@
+"""Remove training examples, retrain, and compare: does it really change accuracy?"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from attribution import tracking
+from scripts import trak
+
+if TYPE_CHECKING:
+    from attribution.comparison import Outcome
+    from attribution.config import Config
+    from attribution.data import ImageData
+    from attribution.removal import Evidence
+    from attribution.scores import Scores
+
+
+def make(config: Config, data: ImageData) -> None:
+    """Find or compute scores, retrain every arm over paired seeds, and log the comparison."""
+    import mlflow
+
+    from attribution import comparison, plots, removal, training
+    from attribution.scores import load_scores
+
+    trak_id = tracking.obtain("trak", config, data, trak.make)
+    scores = load_scores(tracking.artifact_path(trak_id, "scores"))
+    evidence = gather_evidence(config, data, scores)
+    seeds = [training.derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
+    trials = removal.plan_trials(config.arm_names, config.fracs, evidence, seeds)
+    work = tracking.work_folder(config, "retrainings")
+    logits = comparison.retrain(config, data, trials, seeds, work)
+    outcomes = comparison.compare(trials, logits, data.labels("test"))
+    for outcome in outcomes:
+        log_trial(outcome, data, scores, evidence)
+    table = comparison.comparison_table(outcomes)
+    tracking.log_table(table, "comparison")
+    with tracking.artifact_folder() as folder:
+        plots.comparison(table, folder / "comparison.png")
+    mlflow.set_tag("mlflow.note.content", describe(table, trak_id))
+
+
+def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence:
+    """What the arms may look at: alignment under this run's groups and weights, labels, loss."""
+    from attribution import alignment, removal
+
+    groups = alignment.group_ids(scores.targets, config.groups)
+    losses = scores.targets["loss"].to_numpy()
+    weights = alignment.group_weights(losses, groups, config.group_weights)
+    return removal.Evidence(
+        labels=data.labels("train"),
+        alignment=alignment.group_alignment(scores.values, groups, weights),
+        loss=scores.train["loss"].to_numpy(),
+    )
+
+
+def log_trial(outcome: Outcome, data: ImageData, scores: Scores, evidence: Evidence) -> None:
+    """One nested run: what the arm removed, per-seed test metrics, and their summary."""
+    import mlflow
+
+    from attribution import comparison, plots, removal
+
+    trial = outcome.trial
+    with mlflow.start_run(run_name=trial.name, nested=True):
+        mlflow.set_tags({"stage": "ablation_arm", "arm": trial.arm})
+        mlflow.log_params(
+            {"arm": trial.arm, "frac": f"{trial.frac:.6g}", "n_removed": len(trial.removed[0])}
+        )
+        tracking.log_series(
+            [
+                (name, value, seed)
+                for name, values in outcome.per_seed.items()
+                for seed, value in enumerate(values)
+            ]
+        )
+        mlflow.log_metrics(comparison.summary_metrics(outcome))
+        if trial.arm == "none":
+            return
+        table = removal.removed_table(trial, scores.train, evidence)
+        flips = int(scores.train["is_flipped"].sum())
+        counts = removal.removal_metrics(table, flips, len(trial.removed))
+        mlflow.log_metrics({tracking.metric_name(name): v for name, v in counts.items()})
+        with tracking.artifact_folder() as folder:
+            table.to_parquet(folder / "removed.parquet", index=False)
+            plots.removed_gallery(data, table, trial.name, folder / "removed.png")
+
+
+def describe(table, trak_id: str) -> str:
+    """A markdown note for the parent run."""
+    from attribution.comparison import verdict
+
+    rows = table[~table["arm"].isin(["none", "random"])]
+    lines = [f"Scores come from run `{trak_id}`. Select the nested runs and press Compare.", ""]
+    lines += [f"- **{r['arm']}** (frac {r['frac']:.3g}): {verdict(r)}" for _, r in rows.iterrows()]
+    return "\n".join(lines)
+
+
+def show(run_id: str) -> None:
+    """Print the comparison as a table, and where to look at it."""
+    import mlflow
+    import pandas as pd
+
+    from attribution import report
+
+    report.print_comparison(pd.read_csv(tracking.artifact_path(run_id, "comparison.csv")))
+    print(f"ablation run: {run_id}")
+    uri = mlflow.get_tracking_uri()
+    tracking.say(f"next: mlflow ui --backend-store-uri {uri}   # pick the arms, press Compare")
+
+
+if __name__ == "__main__":
+    tracking.run_entry_point("ablation", make, show, sys.argv[1:])

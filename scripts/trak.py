@@ -1,0 +1,88 @@
+"""Score how much each training example helps or hurts each validation example (TRAK)."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from attribution import tracking
+from scripts import finetune
+
+if TYPE_CHECKING:
+    from attribution.config import Config
+    from attribution.data import ImageData
+
+
+def make(config: Config, data: ImageData) -> None:
+    """Find or train the checkpoints, score them, and log the score artifact to the active run."""
+    import shutil
+    import time
+
+    import mlflow
+
+    from attribution import alignment, plots, statistics
+    from attribution.ensemble import Ensemble
+    from attribution.scores import load_scores, write_scores
+    from attribution.trak import compute_scores
+
+    finetune_id = tracking.obtain("finetune", config, data, finetune.make)
+    members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
+    key = tracking.fingerprint("trak", config, data)
+    work = tracking.work_folder(config, key[:16])
+    start = time.monotonic()
+    folders = finetune.checkpoint_folders(finetune_id, config.num_models)
+    scores = compute_scores(config, data, folders, work)
+    seconds = time.monotonic() - start
+
+    targets = data.table("validation").assign(
+        loss=members.validation_loss(data.labels("validation"))
+    )
+    groups = alignment.group_ids(targets, "label")
+    weights = alignment.group_weights(targets["loss"].to_numpy(), groups, "exp_loss")
+    train = data.table("train").assign(
+        alignment=alignment.group_alignment(scores.values, groups, weights),
+        self_influence=scores.self_influence,
+        loss=members.train_loss(data.labels("train")),
+    )
+    metadata = {
+        "estimator": config.group("trak") | {"num_models": config.num_models},
+        "estimator_version": tracking.ESTIMATOR_VERSION,
+        "alignment": {"groups": "label", "group_weights": "exp_loss"},
+        "loss_is_out_of_sample": members.is_out_of_sample,
+        "fingerprint": key,
+        "data_fingerprint": data.fingerprint,
+        "finetune_run_id": finetune_id,
+    }
+    with tracking.artifact_folder("scores") as folder:
+        write_scores(folder, scores.values, train, targets, metadata)
+        plots.score_gallery(data, load_scores(folder), folder / "gallery.png")
+    shutil.rmtree(work, ignore_errors=True)
+    images = config.num_models * (len(train) + len(targets))
+    mlflow.log_metrics(
+        {
+            "seconds": seconds,
+            "milliseconds_per_gradient": 1000 * seconds / images,
+            "share_negative_alignment": float((train["alignment"] < 0).mean()),
+            **statistics.detection_metrics(
+                train["is_flipped"].to_numpy(),
+                {"alignment": train["alignment"].to_numpy(), "loss": -train["loss"].to_numpy()},
+            ),
+        }
+    )
+
+
+def show(run_id: str) -> None:
+    """Print where the scores are, how to read them, and what to type next."""
+    import mlflow
+
+    metrics = mlflow.get_run(run_id).data.metrics
+    for name in ("flips_auroc_alignment", "flips_auroc_loss", "share_negative_alignment"):
+        if name in metrics:
+            print(f"{name}: {metrics[name]:.4f}")
+    print(f"trak run: {run_id}")
+    print(f'scores: attribution.load_scores("runs:/{run_id}/scores")')
+    tracking.say(f"next: python -m scripts.ablation --trak_run_id {run_id} --frac 0.05")
+
+
+if __name__ == "__main__":
+    tracking.run_entry_point("trak", make, show, sys.argv[1:])
