@@ -31,12 +31,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classes": "",
         "image_size": 16,
         "label_noise": 0.1,
-        "augment": "crop",
+        "augment": "none",
         "model": "resnet-mini",
         "num_models": 10,
         "epochs": 15,
-        "learning_rate": 5e-3,
-        "batch_size": 64,
+        "learning_rate": 2e-3,
+        "batch_size": 32,
         "weight_decay": 5e-4,
         "patience": 0,
         "subset_fraction": 0.5,
@@ -186,9 +186,7 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
                 default=argparse.SUPPRESS,
                 help=_help(f).replace("%", "%%"),
             )
-    return {
-        name: convert(name, text) for name, text in vars(parser.parse_args(argv)).items()
-    }
+    return {name: convert(name, text) for name, text in vars(parser.parse_args(argv)).items()}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -284,4 +282,6 @@ def _check_fracs(text: str) -> None:
         except ValueError:
             value = math.nan
         if not 0 < value < 1:
-            raise InputError(f"frac={text}: {part!r} is not a number between 0 and 1, both excluded")
+            raise InputError(
+                f"frac={text}: {part!r} is not a number between 0 and 1, both excluded"
+            )

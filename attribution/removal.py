@@ -93,18 +93,17 @@ def plan_trials(
         if arm not in ARMS:
             raise InputError(f"arms={arm}: unknown; {nearest(arm, list(ARMS), limit=20)}")
     n = len(evidence.labels)
-    counts = {round(frac * n): frac for frac in fracs}
+    counts = {round(frac * n) for frac in fracs}
     if min(counts) < 1:
         raise InputError(f"frac={min(fracs):g}: removes none of the {n} training examples")
     trials = [_trial("none", 0, n, evidence, seeds)]
     for arm in dict.fromkeys(arms):
         if arm in FRAC_FREE and arm != "none":
             trials.append(_trial(arm, 0, n, evidence, seeds))
-            counts.setdefault(len(trials[-1].removed[0]), trials[-1].frac)
         elif arm not in ("none", "random"):
-            trials += [_trial(arm, count, n, evidence, seeds) for count in counts]
-    sizes = sorted(count for count in counts if count)
-    trials[1:1] = [_trial("random", count, n, evidence, seeds) for count in sizes]
+            trials += [_trial(arm, count, n, evidence, seeds) for count in sorted(counts)]
+    sizes = counts | {len(trial.removed[0]) for trial in trials} - {0}
+    trials[1:1] = [_trial("random", count, n, evidence, seeds) for count in sorted(sizes)]
     for trial in trials:
         _check_classes(trial, evidence.labels)
     return trials

@@ -20,7 +20,8 @@ def print_comparison(table: pd.DataFrame) -> None:
         title_justify="left",
     )
     for column in ("arm", "frac", "removed", "accuracy", "vs random", "p (Holm)", ""):
-        shown.add_column(column, justify="left" if column in ("arm", "") else "right")
+        side = "left" if column in ("arm", "") else "right"
+        shown.add_column(column, justify=side, no_wrap=True)
     for _, row in table.iterrows():
         shown.add_row(*_cells(row))
     # A fixed width where there is no terminal, so that a log or a pipe gets whole lines.
@@ -34,14 +35,15 @@ def _cells(row: pd.Series) -> list[str]:
         str(row["arm"]),
         f"{100 * row['frac']:.3g} %",
         str(int(row["n_removed"])),
-        f"{row['accuracy_mean']:.4f} [{row['accuracy_ci_low']:.4f}, {row['accuracy_ci_high']:.4f}]",
-        "{:+.4f} [{:+.4f}, {:+.4f}]".format(
-            row["accuracy_vs_random"],
-            row["accuracy_vs_random_ci_low"],
-            row["accuracy_vs_random_ci_high"],
-        )
+        f"{row['accuracy_mean']:.4f} {_half_width(row, 'accuracy')}",
+        f"{row['accuracy_vs_random']:+.4f} {_half_width(row, 'accuracy_vs_random')}"
         if compared
         else "",
-        f"{row['accuracy_vs_random_p_holm']:.3g}" if compared else "",
+        f"{row['accuracy_vs_random_p_holm']:.2g}" if compared else "",
         verdict(row),
     ]
+
+
+def _half_width(row: pd.Series, name: str) -> str:
+    """Student's t intervals are symmetric, so one number says both ends."""
+    return f"± {(row[f'{name}_ci_high'] - row[f'{name}_ci_low']) / 2:.4f}"

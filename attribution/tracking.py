@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -113,6 +114,8 @@ def _quiet() -> None:
     import warnings
 
     import mlflow  # noqa: F401  (it sets its own levels on import)
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
     warnings.filterwarnings("ignore")
     for name in ("mlflow", "mlflow.store.db.utils", "alembic", "datasets", "TRAK", "STORE"):

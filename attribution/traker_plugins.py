@@ -1,0 +1,127 @@
+"""traker's extension points filled in: the margin, hook gradients, the sketch, and a ridge solve in float64."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from trak.gradient_computers import AbstractGradientComputer
+from trak.modelout_functions import AbstractModelOutput
+from trak.projectors import AbstractProjector
+from trak.score_computers import AbstractScoreComputer
+
+from attribution.errors import InputError
+from attribution.gradients import Captured, Sketch, capture, margins
+
+BLOCK = 4096  # training examples per product
+
+
+class MarginOutput(AbstractModelOutput):
+    """The margin of the label, for models that return logits or an object with `.logits`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @staticmethod
+    def get_output(model: nn.Module, weights: dict, buffers: dict, image: Tensor, label: Tensor):
+        """Margin () of one sample, image (channels, Y, X) and label (); may run under vmap."""
+        output = torch.func.functional_call(model, (weights, buffers), image.unsqueeze(0))
+        return margins(getattr(output, "logits", output), label.unsqueeze(0)).sum()
+
+    def get_out_to_loss_grad(self, model: nn.Module, weights: dict, buffers: dict, batch) -> Tensor:
+        """1 - p of the label, (B, 1): by how much a change of the margin changes the loss."""
+        images, labels = batch
+        with torch.no_grad():
+            output = torch.func.functional_call(model, (weights, buffers), images)
+            p = margins(getattr(output, "logits", output), labels).sigmoid()
+        return (1 - p).unsqueeze(1)
+
+
+class HookGradientComputer(AbstractGradientComputer):
+    """Captures a batch instead of forming its gradients; for use with SketchProjector."""
+
+    def __init__(self, model, task, grad_dim=None, dtype=None, device="cpu", grad_wrt=None) -> None:
+        if grad_wrt is not None:
+            raise InputError("grad_wrt is not supported: the sketch takes all parameters")
+        super().__init__(model, task, grad_dim, dtype, device)
+        self.load_model_params(model)
+
+    def load_model_params(self, model: nn.Module) -> None:
+        self.model, self._kept = model, None
+
+    def compute_per_sample_grad(self, batch) -> Captured:
+        images, labels = batch
+        captured = capture(self.model, images, labels)
+        self._kept = images, labels, (1 - captured.probability).unsqueeze(1)
+        return captured
+
+    def compute_loss_grad(self, batch) -> Tensor:
+        """1 - p, (B, 1), kept from compute_per_sample_grad of the same batch."""
+        images, labels = batch
+        if self._kept is None or self._kept[0] is not images or self._kept[1] is not labels:
+            self.compute_per_sample_grad(batch)
+        return self._kept[2]
+
+
+class SketchProjector(AbstractProjector):
+    """The sketch as traker's projector, an independent one for every model id."""
+
+    def __init__(self, proj_dim: int, seed: int = 0, device: str = "cpu") -> None:
+        super().__init__(0, proj_dim, seed, "sketch", device)
+        self.free_memory()
+
+    def project(self, grads: Captured, model_id: int) -> Tensor:
+        """Features (B, proj_dim) float32, new memory, which traker divides in place."""
+        if self._model_id != model_id:
+            self._model_id = model_id
+            self._sketch = Sketch(self.proj_dim, f"{self.seed}/{model_id}")
+        return self._sketch.project(grads)
+
+    def free_memory(self) -> None:
+        self._model_id, self._sketch = None, None
+
+
+class RidgeScoreComputer(AbstractScoreComputer):
+    """F (F^T F + l I)^-1 by Cholesky in float64, with l = lambda_reg tr(F^T F)/k and no rescaling.
+
+    traker's own divides the inverse by its mean absolute entry, which takes the scores' unit
+    away and gives each checkpoint an arbitrary weight.
+    """
+
+    def __init__(self, dtype, device, logging_level=logging.INFO, lambda_reg: float = 0.0) -> None:
+        super().__init__(dtype, device)
+        if not 0 <= lambda_reg < float("inf"):
+            raise InputError(f"lambda_reg is {lambda_reg}; it must be finite and not negative")
+        self.lambda_reg = lambda_reg
+
+    def get_xtx(self, grads: Tensor) -> Tensor:
+        """Gram matrix (k, k) in float64 of features (n, k), summed up from float32 blocks."""
+        k = grads.shape[1]
+        gram = torch.zeros(k, k, dtype=torch.float64, device=self.device)
+        for block in grads.split(BLOCK):
+            block = block.to(self.device, torch.float32)
+            gram += (block.T @ block).double()
+        if not gram.isfinite().all():
+            raise InputError("the training features are not finite; is the checkpoint diverged?")
+        return gram
+
+    def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
+        """F (F^T F + l I)^-1, (n, k) float32, for features F (n, k) and their Gram matrix."""
+        diagonal = xtx.diagonal()
+        ridge = torch.diag_embed(torch.full_like(diagonal, self.lambda_reg * diagonal.mean()))
+        factor, info = torch.linalg.cholesky_ex(xtx + ridge)
+        # The Gram matrix carries float32 rounding, so a pivot below that is no better than zero.
+        noise = torch.finfo(torch.float32).eps * diagonal.max()
+        if info > 0 or factor.diagonal().square().min() <= noise:
+            raise InputError(
+                f"F^T F + l I is singular with lambda_reg {self.lambda_reg} for {len(grads)} "
+                f"examples and proj_dim {len(xtx)}; raise lambda_reg, e.g. to 0.1"
+            )
+        blocks = [block.to(self.device, torch.float64) for block in grads.split(BLOCK)]
+        return torch.cat([torch.cholesky_solve(b.T, factor).T.float() for b in blocks])
+
+    def get_scores(self, features: Tensor, target_grads: Tensor, accumulator: Tensor) -> None:
+        """Add features (n, k) times target features (m, k) to accumulator (n, m), in place.
+
+        Positive = helpful = the training example's presence raises the target's margin.
+        """
+        accumulator += (features.float() @ target_grads.float().T).cpu()

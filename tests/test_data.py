@@ -1,0 +1,648 @@
+"""Data: sources, canonical order, splits, planted noise, pixel cache, decoding, augmentation."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from attribution import data
+from attribution.config import resolve
+from attribution.data import (
+    SPLITS,
+    ImageData,
+    augment_batch,
+    decode_image,
+    draw_augmentation,
+    load_data,
+    to_batch,
+)
+from attribution.errors import InputError
+
+FOOD = Path(__file__).resolve().parents[2] / "shared" / "data" / "food101-10"
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 9)) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def png(seed: int) -> bytes:
+    stream = io.BytesIO()
+    picture(seed).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_classes(folder: Path, counts: dict[str, int], first: int = 0) -> int:
+    """Class subfolders with that many different images; returns the next unused seed."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for _ in range(count):
+            (folder / name / f"{first}.png").write_bytes(png(first))
+            first += 1
+    return first
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_classes(tmp_path / "images", {"cat": 10, "dog": 15})
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., ImageData]:
+    def run(dataset: str | Path, **given) -> ImageData:
+        given = {"image_size": 8, "cache_dir": str(tmp_path / "cache"), **given}
+        return load_data(resolve({"dataset": str(dataset), **given}))
+
+    return run
+
+
+@pytest.fixture
+def decodes(monkeypatch) -> list[int]:
+    calls: list[int] = []
+    original = data.decode_image
+    monkeypatch.setattr(data, "decode_image", lambda *a: (calls.append(1), original(*a))[1])
+    return calls
+
+
+def sizes(loaded: ImageData) -> list[int]:
+    return [len(loaded.rows(split)) for split in SPLITS]
+
+
+def fails(load, dataset, *words: str, **given) -> None:
+    with pytest.raises(InputError) as caught:
+        load(dataset, **given)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+# Sources
+
+
+def test_digits(load) -> None:
+    loaded = load("digits", image_size=16, label_noise=0.1)
+    assert loaded.class_names == tuple("0123456789")
+    assert loaded.pixels().shape == (1797, 16, 16, 3) and loaded.pixels().dtype == np.uint8
+    assert sizes(loaded) == [1079, 359, 359]
+    assert (loaded.examples["file_name"] == "").all()
+    assert loaded.examples["is_flipped"].sum() == round(0.1 * sizes(loaded)[0])
+    assert loaded.pixels().max() > 250 and np.ptp(loaded.pixels().astype(int), axis=3).max() == 0
+
+
+def test_folder_without_parts(load, root) -> None:
+    (root / "cat" / "notes.txt").write_text("not an image")
+    (root / "cat" / "._0.png").write_bytes(b"resource fork")
+    (root / ".hidden").mkdir()
+    loaded = load(root)
+    assert loaded.class_names == ("cat", "dog") and sizes(loaded) == [15, 5, 5]
+    columns = "example_id file_name split label label_name true_label is_flipped"
+    assert list(loaded.examples) == columns.split()
+    for row in loaded.examples.itertuples():
+        assert row.label_name == Path(row.file_name).parent.name == loaded.class_names[row.label]
+        expected = decode_image(Image.open(root / row.file_name), 8)
+        assert (loaded.pixels()[row.Index] == expected).all()
+    table = loaded.table("test")
+    assert table["position"].tolist() == list(range(5))
+    assert (table["label"].to_numpy() == loaded.labels("test")).all()
+    assert loaded.labels("test").dtype == loaded.rows("test").dtype == np.int64
+
+
+def test_folder_with_official_parts(load, tmp_path) -> None:
+    root = tmp_path / "images"
+    seed = write_classes(root / "train", {"cat": 5, "dog": 10})
+    seed = write_classes(root / "test", {"cat": 2, "dog": 3}, seed)
+    loaded = load(root)
+    assert sizes(loaded) == [12, 3, 5]
+    assert all(name.startswith("test/") for name in loaded.table("test")["file_name"])
+    write_classes(root / "valid", {"cat": 1, "dog": 1}, seed)
+    assert sizes(load(root)) == [15, 2, 5]
+
+
+def test_validation_part_alone_is_the_test_split(load, tmp_path) -> None:
+    seed = write_classes(tmp_path / "i" / "train", {"a": 5, "b": 5})
+    write_classes(tmp_path / "i" / "val", {"a": 2, "b": 2}, seed)
+    loaded = load(tmp_path / "i")
+    assert sizes(loaded) == [8, 2, 4]
+    assert all(name.startswith("val/") for name in loaded.table("test")["file_name"])
+
+
+def test_class_folders_named_like_splits(load, tmp_path) -> None:
+    write_classes(tmp_path / "i", {"train": 5, "test_bench": 5, "validation": 5})
+    loaded = load(tmp_path / "i")
+    assert loaded.class_names == ("test_bench", "train", "validation")
+    assert sizes(loaded) == [9, 3, 3]
+
+
+def test_odd_names_and_upper_case_suffixes(load, tmp_path) -> None:
+    root = tmp_path / "im[1]ages"
+    write_classes(root, {"a [x]": 3, "b*": 3, "ü ñ": 3})
+    for file in root.glob("*/*.png"):
+        file.rename(file.with_name(f"im[{file.stem}] #1?.PNG"))
+    loaded = load(root)
+    assert loaded.class_names == ("a [x]", "b*", "ü ñ") and len(loaded.examples) == 9
+
+
+def hub_dataset(first: int, counts: list[int], labels: bool = True) -> Any:
+    import datasets
+
+    ids = [label for label, count in enumerate(counts) for _ in range(count)]
+    images = [{"bytes": png(first + i), "path": f"{first + i}.png"} for i in range(len(ids))]
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["pizza", "apple"])
+    )
+    columns = {"image": images, "label": ids if labels else [-1] * len(ids)}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def write_parquet(folder: Path, **parts) -> Path:
+    for name, part in parts.items():
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        part.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+def test_hub_format_with_train_and_validation(load, tmp_path) -> None:
+    folder = write_parquet(
+        tmp_path / "hub", train=hub_dataset(0, [10, 5]), validation=hub_dataset(50, [3, 2])
+    )
+    loaded = load(folder)
+    assert loaded.class_names == ("pizza", "apple") and sizes(loaded) == [12, 3, 5]
+    assert set(loaded.table("test")["file_name"]) == {f"{i}.png" for i in range(50, 55)}
+
+
+def test_unlabelled_test_part_is_not_used(load, tmp_path) -> None:
+    folder = write_parquet(
+        tmp_path / "hub",
+        train=hub_dataset(0, [5, 5]),
+        test=hub_dataset(30, [2, 2], labels=False),
+        validation=hub_dataset(50, [3, 2]),
+    )
+    assert set(load(folder).table("test")["file_name"]) == {f"{i}.png" for i in range(50, 55)}
+
+
+def test_saved_to_disk_and_same_content_as_a_folder(load, tmp_path, root) -> None:
+    import datasets
+
+    hub_dataset(0, [6, 6]).save_to_disk(tmp_path / "one")
+    parts = {"train": hub_dataset(0, [6, 6]), "test": hub_dataset(50, [2, 2])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "dict")
+    assert sizes(load(tmp_path / "one")) == [8, 2, 2]
+    assert sizes(load(tmp_path / "dict")) == [10, 2, 4]
+    for index, name in enumerate(("pizza", "apple")):
+        (tmp_path / "same" / name).mkdir(parents=True)
+        for i in range(6 * index, 6 * index + 6):
+            (tmp_path / "same" / name / f"x{i}.png").write_bytes(png(i))
+    same = load(tmp_path / "same")  # only the order of the classes differs
+    ids = [set(d.table("test")["example_id"]) for d in (same, load(tmp_path / "one"))]
+    assert ids[0] == ids[1]
+
+
+def test_columns_found_named_or_refused(load, tmp_path) -> None:
+    import datasets
+
+    part = hub_dataset(0, [6, 6])
+    thumbs = part.with_format("arrow")[:]["image"].to_pylist()
+    part = part.add_column("thumb", thumbs, feature=datasets.Image())
+    part = part.add_column("kind", ["b", "a"] * 6).add_column("price", [0.5] * 12)
+    folder = write_parquet(tmp_path / "hub", train=part)
+    fails(load, folder, "image_column", "2 columns", "image, thumb")
+    fails(load, folder, "image_column=imgae", "did you mean image", image_column="imgae")
+    fails(load, folder, "label_column=price", image_column="image", label_column="price")
+    fails(load, folder, "image_column=price", "images", image_column="price")
+    loaded = load(folder, image_column="image", label_column="kind")
+    assert loaded.class_names == ("a", "b")
+    write_parquet(tmp_path / "plain", train=part.remove_columns(["label", "thumb"]))
+    fails(load, tmp_path / "plain", "label_column", "0 columns", "kind")
+
+
+def test_bad_image_and_unlabelled_part_of_a_hub_format(load, tmp_path) -> None:
+    import datasets
+
+    part = hub_dataset(0, [6, 6])
+    cells = part.with_format("arrow")[:]["image"].to_pylist()
+    cells[3] = {"bytes": b"no image", "path": None}
+    columns = {"image": cells, "label": part["label"][:]}
+    part = datasets.Dataset.from_dict(columns, features=part.features)
+    test = hub_dataset(50, [2, 2]).remove_columns("label")
+    datasets.DatasetDict({"test": test, "train": part}).save_to_disk(tmp_path / "saved")
+    fails(load, tmp_path / "saved", "row 3 (train) cannot be decoded")
+    loaded = load(tmp_path / "saved", on_bad_image="skip")
+    assert loaded.skipped == ("row 3 (train)",) and sum(sizes(loaded)) == 11
+    labelled = {"test": hub_dataset(50, [2, 2]), "train": part}
+    datasets.DatasetDict(labelled).save_to_disk(tmp_path / "second")
+    fails(load, tmp_path / "second", "row 3 (train) cannot be decoded")
+    holes = datasets.Dataset.from_dict(
+        {"image": cells, "label": [-1] + [0, 1] * 5 + [None]}, features=part.features
+    )
+    holes.save_to_disk(tmp_path / "holes")
+    fails(load, tmp_path / "holes", "2 images have no label")
+
+
+def test_relative_folder_and_digits_folder(load, root, monkeypatch) -> None:
+    monkeypatch.chdir(root.parent)
+    assert len(load("images").examples) == 25
+    root.rename(root.with_name("digits"))
+    assert len(load("digits").examples) == 1797 and len(load("./digits").examples) == 25
+
+
+# Bad input
+
+
+def test_missing_folder_and_file(load, tmp_path, root) -> None:
+    fails(load, tmp_path / "nowhere", "dataset=", "missing folder")
+    fails(load, "./nowhere/at/all", "missing folder")
+    fails(load, "not an id", "missing folder")
+    fails(load, root / "cat" / "0.png", "is a file")
+    (tmp_path / "empty").mkdir()
+    fails(load, tmp_path / "empty", "neither class subfolders", "Hub format")
+    fails(load, root / "cat", "neither class subfolders")
+
+
+def test_hub_out_of_reach(tmp_path) -> None:
+    code = (
+        "from attribution.config import resolve; from attribution.data import load_data;"
+        f"load_data(resolve({{'dataset': 'nobody/nothing', 'cache_dir': {str(tmp_path)!r}}}))"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=Path.cwd()
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert "InputError: dataset=nobody/nothing: cannot be loaded" in last and "a folder" in last
+
+
+def test_bad_classes(load, root) -> None:
+    fails(load, root, "classes=cta", "did you mean cat", classes="cta,dog")
+    fails(load, root, "1 class", "at least 2", classes="cat")
+    (root / "eel").mkdir()
+    fails(load, root, "empty class 'eel'")
+    assert load(root, classes="dog,cat").class_names == ("cat", "dog")
+
+
+def test_too_few_images(load, tmp_path) -> None:
+    write_classes(tmp_path / "three", {"a": 9, "b": 2})
+    fails(load, tmp_path / "three", "class 'b'", "2", "at least 3")
+    seed = write_classes(tmp_path / "two" / "train", {"a": 9, "b": 1})
+    write_classes(tmp_path / "two" / "test", {"a": 2, "b": 2}, seed)
+    fails(load, tmp_path / "two", "class 'b'", "1", "at least 2")
+    seed = write_classes(tmp_path / "untested" / "train", {"a": 9, "b": 5})
+    write_classes(tmp_path / "untested" / "test", {"a": 2}, seed)
+    fails(load, tmp_path / "untested", "class 'b'", "no images in the test")
+    write_classes(tmp_path / "copies", {"a": 9, "b": 1})
+    for i in range(4):
+        (tmp_path / "copies" / "b" / f"copy{i}.png").write_bytes(png(9))
+    fails(load, tmp_path / "copies", "class 'b'", "1 different", "at least 3")
+
+
+def test_cache_dir_that_cannot_be_written(load, tmp_path, root) -> None:
+    (tmp_path / "file").write_text("")
+    fails(load, root, "cache_dir=", "writable", cache_dir=str(tmp_path / "file"))
+
+
+# Splits
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 4), min_size=3, max_size=25), min_size=2, max_size=4),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_splits_of_any_table(classes, seed, official_test) -> None:
+    rows = [
+        (f"{label}-{group}", label, "pool")
+        for label, groups in enumerate(classes)
+        for group, copies in enumerate(groups)
+        for _ in range(copies)
+    ]
+    if official_test:
+        rows += [(f"t{label}", label, "test") for label in range(len(classes))]
+    table = pd.DataFrame(rows, columns=["digest", "label", "role"])
+    split = data._carve(table, seed)
+    assert (split == data._carve(table, seed)).all()
+    table["split"] = split
+    assert (table.groupby("digest")["split"].nunique() == 1).all()
+    pool = table[table["role"] == "pool"]
+    for label, groups in enumerate(classes):
+        counts = pool["split"][pool["label"] == label].value_counts()
+        assert set(counts.index) == set(SPLITS if not official_test else SPLITS[:2])
+        target = 0.2 * sum(groups)
+        for carved in set(counts.index) - {"train"}:
+            slack = 0.5 if max(groups) == 1 else max(groups)
+            assert abs(counts[carved] - max(1, target)) <= slack
+    shuffled = table.sample(frac=1, random_state=seed).reset_index(drop=True)
+    assert (data._carve(shuffled, seed) == shuffled["split"]).all()
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 8], [8, 1, 1], [5, 5, 5], [1, 1, 1], [9, 1, 9, 1]])
+def test_many_copies_leave_an_image_for_every_split(sizes) -> None:
+    split = data._divide({str(i): size for i, size in enumerate(sizes)}, ["test", "validation"])
+    assert set(split.values()) == set(SPLITS)
+
+
+def test_splits_depend_on_data_seed(load, root) -> None:
+    first, again, other = load(root), load(root), load(root, data_seed=1)
+    assert first.examples.equals(again.examples) and first.fingerprint == again.fingerprint
+    assert set(first.table("test")["example_id"]) != set(other.table("test")["example_id"])
+    assert other.fingerprint != first.fingerprint
+
+
+def test_copies_never_lie_on_two_sides(load, tmp_path) -> None:
+    root = tmp_path / "i"
+    seed = write_classes(root / "train", {"a": 8, "b": 8})
+    write_classes(root / "test", {"a": 3, "b": 3}, seed)
+    (root / "train" / "a" / "leak.png").write_bytes(png(seed))
+    (root / "train" / "b" / "leak.png").write_bytes(png(seed))  # under another label, too
+    for i in range(3):
+        (root / "train" / "a" / f"again{i}.png").write_bytes(png(0))
+    (root / "train" / "b" / "again.png").write_bytes(png(0))
+    loaded = load(root)
+    assert loaded.dropped_duplicates == 2
+    assert not loaded.examples["file_name"].str.contains("leak").any()
+    content = loaded.examples.assign(content=loaded.examples["example_id"].str[:16])
+    assert (content.groupby("content")["split"].nunique() == 1).all()
+    copies = content[content["content"].duplicated(keep=False)]
+    assert [name[16:] for name in copies["example_id"]] == ["", "-1", "-2", "-3", "-4"]
+    assert loaded.examples["example_id"].is_unique
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.33, 0.9])
+def test_planted_noise(load, root, noise) -> None:
+    clean, noisy = load(root), load(root, label_noise=noise)
+    table = noisy.examples
+    changed = table["label"] != table["true_label"]
+    assert (
+        changed.sum() == round(noise * sizes(clean)[0]) and (changed == table["is_flipped"]).all()
+    )
+    assert set(table["split"][changed]) <= {"train"}
+    assert (table["true_label"] == clean.examples["label"]).all()
+    assert (table["split"] == clean.examples["split"]).all()
+    assert [noisy.class_names[i] for i in table["label"]] == table["label_name"].tolist()
+
+
+def test_noise_reaches_every_other_class(load) -> None:
+    table = load("digits", image_size=8, label_noise=0.5).examples
+    table = table[table["is_flipped"]]
+    offsets = (table["label"] - table["true_label"]) % 10
+    assert set(offsets) == set(range(1, 10)) and offsets.value_counts().max() < 90
+
+
+# Fingerprint
+
+
+def test_fingerprint_follows_what_matters(load, root, tmp_path) -> None:
+    write_classes(root, {"eel": 5}, 100)
+    base = load(root).fingerprint
+    changes = [
+        {"label_noise": 0.2},
+        {"data_seed": 1},
+        {"image_size": 9},
+        {"classes": "cat,dog"},
+    ]
+    prints = [load(root, **change).fingerprint for change in changes]
+    (root / "cat" / "0.png").rename(root / "dog" / "0.png")
+    prints.append(load(root).fingerprint)
+    (root / "dog" / "0.png").rename(root / "cat" / "0.png")
+    (root / "cat" / "0.png").write_bytes(png(999))
+    prints.append(load(root).fingerprint)
+    (root / "cat" / "0.png").unlink()
+    prints.append(load(root).fingerprint)
+    assert len({base, *prints}) == 1 + len(prints)
+    (root / "cat" / "0.png").write_bytes(png(0))
+    assert load(root).fingerprint == base
+
+
+def test_fingerprint_ignores_what_does_not(load, root, tmp_path) -> None:
+    base = load(root, label_noise=0.2)
+    moved = tmp_path / "elsewhere"
+    root.rename(moved)
+    for i, file in enumerate(sorted(moved.glob("*/*.png"))):
+        os.utime(file, (i, i))
+        file.rename(file.with_name(f"z{97 * i % 31}.png"))
+    other = load(moved, label_noise=0.2, cache_dir=str(tmp_path / "other"))
+    assert other.fingerprint == base.fingerprint
+    assert other.examples.drop(columns="file_name").equals(base.examples.drop(columns="file_name"))
+    assert (other.pixels() == base.pixels()).all()
+
+
+# Pixel cache
+
+
+def test_cache_hit_decodes_nothing(load, root, decodes) -> None:
+    load(root)
+    assert len(decodes) == 25
+    load(root)
+    load(root, data_seed=3, label_noise=0.2)
+    assert len(decodes) == 25
+    load(root, image_size=9)
+    load(root)
+    assert len(decodes) == 50
+
+
+def test_broken_cache_is_rebuilt(load, root, decodes) -> None:
+    first = load(root)
+    file, good = first.pixels_file, np.array(first.pixels())
+    np.save(file, good[:-1])
+    assert (load(root).pixels() == good).all() and len(decodes) == 50
+    file.write_bytes(file.read_bytes()[:300])
+    load(root)
+    file.with_name("skipped.json").unlink()
+    load(root)
+    assert len(decodes) == 100
+    assert [p.name for p in file.parent.parent.iterdir()] == [file.parent.name]  # no leftovers
+
+
+def test_cache_finished_by_another_process_is_used(load, root, monkeypatch, tmp_path) -> None:
+    ready = load(root, cache_dir=str(tmp_path / "ready")).pixels_file.parent
+    original = data._decode_all
+
+    def slow(*args):
+        result = original(*args)
+        ready.rename(tmp_path / "cache" / "pixels" / ready.name)
+        return result
+
+    monkeypatch.setattr(data, "_decode_all", slow)
+    assert load(root).pixels().shape == (25, 8, 8, 3)
+
+
+def test_pickle_is_small_and_the_map_is_shared(load) -> None:
+    loaded = load("digits", image_size=16)
+    pickled = pickle.dumps(loaded)
+    assert len(pickled) < 400_000
+    copy = pickle.loads(pickled)
+    assert copy.pixels() is loaded.pixels() and copy.fingerprint == loaded.fingerprint
+    assert not loaded.pixels().flags.writeable
+
+
+# Decoding
+
+
+def test_grey_palette_and_cmyk() -> None:
+    grey = Image.new("L", (8, 8), 77)
+    assert (decode_image(grey, 8) == 77).all()
+    palette = picture(0, (8, 8)).quantize(4)
+    assert (decode_image(palette, 8) == np.asarray(palette.convert("RGB"))).all()
+    assert (decode_image(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), 8)[0, 0] == [255, 0, 0]).all()
+    assert (decode_image(Image.new("1", (8, 8), 1), 8) == 255).all()
+
+
+def test_transparency_is_laid_on_white() -> None:
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.putpixel((0, 0), (10, 20, 30, 255))
+    pixels = decode_image(image, 8)
+    assert pixels[0, 0].tolist() == [10, 20, 30] and (pixels[1:] == 255).all()
+    assert (decode_image(Image.new("LA", (8, 8), (0, 0)), 8) == 255).all()
+    stream = io.BytesIO()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(stream, "PNG", transparency=0)
+    assert (decode_image(Image.open(stream), 8) == 255).all()
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF")])
+def test_16_bit_grey_is_scaled(mode, suffix) -> None:
+    values = np.linspace(0, 65535, 64).reshape(8, 8)
+    image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.int32))
+    stream = io.BytesIO()
+    image.save(stream, suffix)
+    pixels = decode_image(Image.open(stream), 8)
+    assert np.abs(pixels[..., 0] - values / 257).max() <= 1
+
+
+def test_exif_rotation(tmp_path) -> None:
+    image = Image.new("RGB", (16, 16), "white")
+    image.paste("black", (0, 0, 8, 16))  # left half black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a turn to the right: the left half is on top
+    image.save(tmp_path / "turned.png", exif=exif)
+    pixels = decode_image(Image.open(tmp_path / "turned.png"), 16)
+    assert (pixels[:8] == 0).all() and (pixels[8:] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(64, 16), (16, 64), (1, 3000), (5, 5), (300, 200)])
+def test_short_side_is_fitted_and_the_centre_kept(size) -> None:
+    image = Image.new("RGB", size, "red")
+    width, height = size
+    side = min(size)
+    left, top = (width - side) // 2, (height - side) // 2
+    image.paste("blue", (left, top, left + side, top + side))
+    pixels = decode_image(image, 16)
+    assert pixels.shape == (16, 16, 3)
+    assert side < 5 or (pixels[4:12, 4:12] == [0, 0, 255]).all()
+
+
+def test_right_size_is_untouched() -> None:
+    image = picture(3, (8, 8))
+    assert (decode_image(image, 8) == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "bomb"])
+def test_bad_image_stops_or_is_skipped(load, root, damage, monkeypatch, decodes) -> None:
+    clean = load(root).examples
+    bad = root / "cat" / "bad.png"
+    contents = {"truncated": png(500)[:-60], "text": b"hello", "empty": b""}
+    bad.write_bytes(contents.get(damage, b""))
+    if damage == "bomb":
+        picture(7, (40, 40)).save(bad)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    fails(load, root, "dataset=", "cat/bad.png cannot be decoded", "on_bad_image=skip")
+    loaded = load(root, on_bad_image="skip")
+    assert loaded.skipped == ("cat/bad.png",) and len(loaded.pixels()) == 25
+    assert loaded.examples.equals(clean)
+    count = len(decodes)
+    again = load(root, on_bad_image="skip")
+    assert len(decodes) == count and again.skipped == loaded.skipped
+    fails(load, root, "cat/bad.png cannot be decoded")  # also with the cache of the run that skips
+    assert (again.pixels() == load(root, on_bad_image="skip").pixels()).all()
+
+
+def test_class_of_bad_images_is_empty(load, root) -> None:
+    (root / "eel").mkdir()
+    for i in range(3):
+        (root / "eel" / f"{i}.jpg").write_bytes(b"no image" * i)
+    fails(load, root, "and 2 others cannot be decoded")
+    fails(load, root, "empty class 'eel'", on_bad_image="skip")
+
+
+def test_all_bad(load, tmp_path) -> None:
+    write_classes(tmp_path / "i", {"a": 4, "b": 4})
+    for i, file in enumerate((tmp_path / "i").glob("*/*.png")):
+        file.write_bytes(f"no image {i}".encode())
+    fails(load, tmp_path / "i", "empty class 'a'", on_bad_image="skip")
+
+
+# Batches and augmentation
+
+
+def test_to_batch() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    pixels.flags.writeable = False
+    batch = to_batch(pixels, mean, std)
+    expected = ((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)
+    assert batch.shape == (4, 3, 5, 6) and batch.dtype == torch.float32
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert np.allclose(batch.numpy(), expected, atol=1e-6)
+    assert torch.equal(batch, to_batch(torch.tensor(pixels), mean, std))
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop", "flip,crop"])
+@pytest.mark.parametrize(("size", "pad"), [(8, 1), (16, 2), (1, 1)])
+def test_augment_batch_equals_one_image_at_a_time(augment, size, pad) -> None:
+    batch = torch.rand(32, 3, size, size + 1).contiguous(memory_format=torch.channels_last)
+    drawn = draw_augmentation(32, augment, pad, torch.Generator().manual_seed(1))
+    result = augment_batch(batch, drawn)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    mode = "reflect" if pad < size else "edge"
+    for i, image in enumerate(batch.numpy()):
+        if drawn.flips[i]:
+            image = image[:, :, ::-1]
+        p, y, x = drawn.pad, int(drawn.dy[i]), int(drawn.dx[i])
+        padded = np.pad(image, [(0, 0), (p, p), (p, p)], mode=mode)
+        assert (result[i].numpy() == padded[:, y : y + size, x : x + size + 1]).all()
+    assert drawn.flips.any() == ("flip" in augment)
+    assert (drawn.dy.max() > drawn.dy.min()) == ("crop" in augment)
+    assert drawn.dy.min() >= 0 and drawn.dx.max() <= 2 * pad
+
+
+def test_augmentation_stays_paired_when_examples_are_removed() -> None:
+    batch = torch.rand(20, 3, 8, 8)
+    drawn = draw_augmentation(20, "flip,crop", 1, torch.Generator().manual_seed(3))
+    kept = np.array([1, 4, 5, 17, 3])
+    assert torch.equal(augment_batch(batch[kept], drawn[kept]), augment_batch(batch, drawn)[kept])
+    again = draw_augmentation(20, "flip,crop", 1, torch.Generator().manual_seed(3))
+    assert torch.equal(again.dx, drawn.dx) and torch.equal(again.flips, drawn.flips)
+
+
+# Real photographs
+
+
+@pytest.mark.skipif(not FOOD.is_dir(), reason=f"no photographs at {FOOD}")
+def test_real_photographs(load, decodes) -> None:
+    loaded = load(FOOD, image_size=64, label_noise=0.1)
+    assert len(loaded.class_names) == 10 and loaded.pixels().shape == (9986, 64, 64, 3)
+    train, validation, test = sizes(loaded)
+    assert test == 2500 and abs(validation - 0.2 * (train + validation)) <= 5
+    assert loaded.examples["is_flipped"].sum() == round(0.1 * train)
+    assert len(decodes) == 9986 and not loaded.skipped
+    row = loaded.examples.iloc[123]
+    expected = np.asarray(Image.open(FOOD / row["file_name"]).convert("RGB"))
+    assert (loaded.pixels()[123] == expected).all()
+    load(FOOD, image_size=64)
+    assert len(decodes) == 9986

@@ -1,0 +1,459 @@
+"""Per-sample gradients against autograd, sample by sample; the sketch against an explicit matrix."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from attribution.errors import InputError
+from attribution.gradients import Sketch, capture, margins
+
+torch.set_num_threads(1)  # the tensors are tiny; threads would only wait for each other
+
+ROUTES = {"fold": lambda *_: False, "tensorsketch": lambda *_: True}
+
+
+class Image(nn.Module):
+    """Flattens what `body` makes of an image and classifies it, in float64 and eval mode."""
+
+    def __init__(self, body, classes=4, shape=(3, 7, 6)):
+        super().__init__()
+        self.body = body
+        width = body(torch.zeros(2, *shape)).flatten(1).shape[1]
+        self.head = nn.Linear(width, classes)
+        randomise(self)
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1))
+
+
+class Twice(nn.Module):
+    """Uses one convolution and one linear layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.row = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.row(torch.tanh(self.row(torch.tanh(self.conv(torch.tanh(self.conv(x)))))))
+
+
+class Tied(nn.Module):
+    """Two modules that share one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
+
+
+class InPlaceLater(nn.Module):
+    """Overwrites the convolution's input after the convolution has read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.conv(x)
+        x.add_(1)
+        return x + y
+
+
+class BehindTheHooks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.conv.weight, self.conv.bias)
+
+
+class WithToken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, x):
+        return x + self.cls_token
+
+
+class Subclass(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+def randomise(model):
+    """Running statistics and scales that are not one and zero; float64, eval mode."""
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if "running_mean" in name:
+            tensor.data.normal_(0, 0.2)
+        elif "running_var" in name:
+            tensor.data.uniform_(0.4, 1.6)
+        elif tensor.dim() == 1:
+            tensor.data += 0.3 * torch.randn_like(tensor)
+    return model.double().eval()
+
+
+def batch(size=5, shape=(3, 7, 6), classes=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, *shape, generator=g, dtype=torch.float64)
+    # A part that all samples share, so that their gradients are correlated.
+    images += torch.randn(shape, generator=g, dtype=torch.float64)
+    return images, torch.randint(classes, (size,), generator=g)
+
+
+def by_autograd(model, images, labels):
+    """The oracle: one backward pass per sample, each in a batch of its own."""
+    # Contiguous, because torch 2.15 contradicts itself on a grouped 1x1 convolution in
+    # float64 of one channels-last image inside a model.
+    layout = torch.contiguous_format
+    model, images = model.to(memory_format=layout), images.contiguous(memory_format=layout)
+    rows = []
+    for image, label in zip(images, labels, strict=True):
+        output = model(image[None])
+        logits = getattr(output, "logits", output)[0]
+        others = torch.cat([logits[:label], logits[label + 1 :]])
+        f = logits[label] - others.exp().sum().log()
+        rows.append(torch.autograd.grad(f, list(model.parameters()), allow_unused=True))
+    names = [name for name, _ in model.named_parameters()]
+    stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+    return dict(zip(names, stacked, strict=True))
+
+
+def assert_exact(model, images, labels):
+    found = capture(model, images, labels).per_sample()
+    truth = by_autograd(model, images, labels)
+    assert list(found) == list(truth)
+    for name, value in truth.items():
+        assert found[name].shape == value.shape
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def flat(gradients):
+    return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+
+
+def small_resnet(**config):
+    config = {"embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 2]} | config
+    torch.manual_seed(1)
+    config = ResNetConfig(layer_type="basic", num_labels=4, **config)
+    return randomise(ResNetForImageClassification(config))
+
+
+BODIES = {
+    "plain": lambda: nn.Conv2d(3, 4, 3),
+    "padded": lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2), bias=False),
+    "dilated": lambda: nn.Conv2d(3, 4, 3, dilation=2, padding=1),
+    "grouped": lambda: nn.Conv2d(3, 6, 3, groups=3),
+    "depthwise": lambda: nn.Conv2d(3, 3, 3, groups=3, padding=1),
+    "same": lambda: nn.Conv2d(3, 4, (4, 3), padding="same"),
+    "valid": lambda: nn.Conv2d(3, 4, 2, padding="valid"),
+    "pointwise": lambda: nn.Conv2d(3, 4, 1),
+    "relu in place": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)),
+    "linear, 4 dimensions": lambda: nn.Linear(6, 5),
+    "linear, 3 dimensions": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(42, 5)),
+    "linear, 2 dimensions": lambda: nn.Sequential(nn.Flatten(), nn.Linear(126, 5, bias=False)),
+    "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+    "batch norm first": lambda: nn.BatchNorm2d(3),
+    "batch norm 1d": lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(126)),
+    "batch norm 1d, 3 dimensions": lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(3)),
+    "layer norm": lambda: nn.LayerNorm((7, 6)),
+    "layer norm last": lambda: nn.LayerNorm(6, bias=False),
+    "group norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)),
+    "shared module": Twice,
+    "tied weight": Tied,
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_per_sample_gradients_equal_autograd(body):
+    torch.manual_seed(0)
+    assert_exact(Image(body()), *batch())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    inputs=st.integers(1, 3),
+    outputs=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.one_of(st.just("same"), st.tuples(st.integers(0, 3), st.integers(0, 3))),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    bias=st.booleans(),
+    last=st.booleans(),
+)
+def test_any_convolution(groups, inputs, outputs, kernel, stride, padding, dilation, bias, last):
+    stride = 1 if padding == "same" else stride
+    shape = (groups * inputs, 9, 8)
+    conv = nn.Conv2d(
+        shape[0], groups * outputs, kernel, stride, padding, dilation, groups, bias=bias
+    )
+    model = Image(conv, shape=shape)
+    images, labels = batch(3, shape)
+    if last:
+        model, images = (z.to(memory_format=torch.channels_last) for z in (model, images))
+    captured = capture(model, images, labels)
+    assert_exact(model, images, labels)
+    for route in ROUTES.values():
+        assert_sketch_is(captured, 37, route)
+
+
+def test_convolution_library_route_is_exact(monkeypatch):
+    monkeypatch.setattr("attribution.gradients.LONG_MAP", 1)
+    for body in ("padded", "dilated", "grouped", "same", "valid"):
+        model = Image(BODIES[body]())
+        assert_exact(model, *batch())
+        assert_sketch_is(capture(model, *batch()), 50, ROUTES["fold"])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_whole_resnet(layout):
+    images, labels = batch(4, (3, 20, 20))
+    assert_exact(small_resnet().to(memory_format=layout), images, labels)
+
+
+def test_resnet18_config_on_tiny_images():
+    model = small_resnet(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2])
+    assert_exact(model, *batch(2, (3, 32, 32)))
+
+
+def test_margin_is_log_odds():
+    logits = torch.randn(6, 2, dtype=torch.float64) * 5
+    labels = torch.tensor([0, 1, 0, 1, 1, 0])
+    torch.testing.assert_close(
+        margins(logits, labels), logits[range(6), labels] - logits[range(6), 1 - labels]
+    )
+    logits = torch.randn(6, 5, dtype=torch.float64)
+    p = logits.softmax(1)[range(6), labels]
+    torch.testing.assert_close(margins(logits, labels), p.log() - (1 - p).log())
+
+
+def test_capture_reports_and_leaves_no_trace():
+    model = small_resnet()
+    model.classifier[1].bias.requires_grad_(False)
+    images, labels = batch(4, (3, 20, 20))
+    captured = capture(model, images.requires_grad_(), labels)
+    p = model(images).logits.softmax(1)[range(4), labels]
+    torch.testing.assert_close(captured.probability, p.detach())
+    assert not captured.logits.requires_grad and not captured.margins.requires_grad
+    assert images.grad is None and all(q.grad is None for q in model.parameters())
+    assert [q.requires_grad for q in model.parameters()].count(False) == 1
+    assert not any(m._forward_hooks for m in model.modules())
+    assert "classifier.1.bias" in captured.per_sample()  # frozen parameters count too
+
+
+def test_capture_works_under_no_grad():
+    with torch.no_grad():
+        assert len(capture(small_resnet(), *batch(2, (3, 20, 20))).calls) > 5
+
+
+REFUSED = {
+    "cls_token": WithToken,
+    "in_proj_weight": lambda: nn.ModuleList([nn.MultiheadAttention(4, 2)]),
+    "conv.weight": lambda: nn.Sequential(OrderedConv()),
+    "0.weight": lambda: nn.Sequential(Subclass(3, 3, 1)),
+    "weight_g": lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 3, 1))),
+    "original0": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))),
+    "running statistics": lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)),
+}
+
+
+def OrderedConv():
+    module = nn.Module()
+    module.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_by_name_what_no_rule_covers(name):
+    with pytest.raises(InputError, match=name):
+        capture(REFUSED[name]().eval(), *batch())
+
+
+def test_refuses_weights_used_behind_the_hooks_back():
+    with pytest.raises(InputError, match="body.conv did not run"):
+        capture(Image(BehindTheHooks()), *batch())
+
+
+def test_refuses_train_mode_also_of_one_module():
+    model = small_resnet()
+    model.resnet.embedder.embedder.normalization.train()
+    with pytest.raises(InputError, match="embedder.normalization is in train mode"):
+        capture(model, *batch(2, (3, 20, 20)))
+
+
+def test_refuses_overwritten_activations_and_cleans_up():
+    model = Image(InPlaceLater())
+    with pytest.raises(InputError, match="body.conv was overwritten"):
+        capture(model, *batch())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_refuses_samples_that_leave_the_first_dimension():
+    body = nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 5), nn.Unflatten(0, (-1, 3)))
+    with pytest.raises(InputError, match="body.1: its input has shape"):
+        capture(Image(body), *batch())
+
+
+def test_refuses_bad_labels_and_margins():
+    model = Image(nn.Conv2d(3, 4, 3))
+    images, labels = batch()
+    with pytest.raises(InputError, match="0..3"):
+        capture(model, images, labels + 9)
+    with pytest.raises(InputError, match="two classes"):
+        capture(model, images, labels[:-1])
+    with pytest.raises(InputError, match="sample 2 is not finite"):
+        images[2, 0, 0, 0] = math.nan
+        capture(model, images, labels)
+
+
+def explicit(sketch, captured):
+    """S (k, n_params), entry by entry from the tables; column order is that of the parameters."""
+    columns, device = [], captured.margins.device
+    matrices = dict(captured.matrices())
+    place = 0
+    cells = {}
+    for name, value in captured.vectors().items():
+        signs = sketch._signs(f"{name} {value.shape[1]}", value.shape[1])
+        cells[name] = [((place + i) % sketch.proj_dim, s.item()) for i, s in enumerate(signs)]
+        place += len(signs)
+    for name, shape in captured.shapes.items():
+        if name in matrices:
+            table = sketch._hash(name, shape, captured.margins)
+            assert math.gcd(table.stride, sketch.proj_dim) == 1
+            o, c, y, x = shape if len(shape) == 4 else (*shape, 1, 1)
+            index = torch.arange(o * c * y * x).view(o, c, y, x).permute(0, 2, 3, 1)
+            entries = [None] * index.numel()  # the sketch counts patches as (y, x, c)
+            for i, row in enumerate(index.flatten(1).tolist()):
+                for p, target in enumerate(row):
+                    cell = (table.offset + i * table.stride + p) % sketch.proj_dim
+                    entries[target] = cell, (table.rows[i] * table.columns[p]).item()
+            columns += entries
+        else:
+            columns += cells[name]
+    s = torch.zeros(sketch.proj_dim, len(columns), dtype=torch.float64, device=device)
+    for i, (cell, sign) in enumerate(columns):
+        s[cell, i] = sign
+    return s
+
+
+def routed(k, seed=0, route=None):
+    sketch = Sketch(k, seed, dtype=torch.float64)
+    if route is not None:
+        sketch.tensorsketches = route
+    return sketch
+
+
+def assert_sketch_is(captured, k, route, seed=0):
+    sketch = routed(k, seed, route)
+    truth = flat(captured.per_sample()) @ explicit(sketch, captured).T
+    torch.testing.assert_close(sketch.project(captured), truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
+@pytest.mark.parametrize("k", [1, 2, 31, 256, 5000])
+def test_sketch_equals_its_matrix_times_the_gradient(k, route):
+    assert_sketch_is(capture(small_resnet(), *batch(3, (3, 20, 20))), k, route, seed=k)
+    assert_sketch_is(capture(Image(Twice()), *batch()), k, route)
+
+
+def test_both_routes_occur_and_the_default_mixes_them():
+    captured = capture(small_resnet(), *batch(3, (3, 20, 20)))
+    sketch = Sketch(64)
+    chosen = {sketch.tensorsketches(*call.shape()) for _, call in captured.matrices()}
+    wide = Sketch(1024).tensorsketches(4, 512, 4608), Sketch(1024).tensorsketches(3136, 64, 576)
+    assert chosen == {False} and wide == (True, False)
+    assert_sketch_is(captured, 64, None)
+
+
+def test_unbiased_with_the_variance_of_a_dense_projection():
+    captured = capture(small_resnet(), *batch(4, (3, 20, 20)))
+    gradient = flat(captured.per_sample())
+    inner, k, n = gradient @ gradient.T, 96, 200
+    products = []
+    for seed in range(n):
+        projected = routed(k, seed, ROUTES["tensorsketch" if seed % 2 else "fold"]).project(
+            captured
+        )
+        products.append(projected @ projected.T)
+    products = torch.stack(products)
+    norms = inner.diagonal()
+    dense = (torch.outer(norms, norms) + inner**2) / k
+    assert (inner[0, 1:].abs() > 0.1 * norms[0]).any()  # correlated enough to mean something
+    assert ((products.mean(0) - inner).abs() < 4 * (dense / n).sqrt()).all()
+    ratio = products.var(0) / dense
+    assert ratio.max() < 1.8 and ratio.mean() < 1.3
+
+
+def test_variance_of_rank_one_gradients_stays_near_dense():
+    torch.manual_seed(0)
+    model = Image(nn.Flatten(), shape=(300,), classes=40)
+    captured = capture(model, *batch(3, (300,), 40))
+    inner = flat(captured.per_sample())
+    inner = (inner @ inner.T).diagonal()
+    norms = torch.stack([Sketch(64, s).project(captured).square().sum(1) for s in range(400)])
+    assert (norms.var(0) / (2 * inner**2 / 64)).mean() < 2.5
+
+
+def test_rows_do_not_depend_on_the_batch(monkeypatch):
+    model, (images, labels) = small_resnet(), batch(7, (3, 20, 20))
+    sketch = routed(50)
+    whole = sketch.project(capture(model, images, labels))
+    order = torch.tensor([6, 0, 3])
+    part = sketch.project(capture(model, images[order], labels[order]))
+    torch.testing.assert_close(part, whole[order], rtol=1e-9, atol=1e-9)
+    monkeypatch.setattr("attribution.gradients.CPU_SCRATCH", 1)
+    for route in ROUTES.values():  # one sample per step
+        again = routed(50, 0, route).project(capture(model, images, labels))
+        torch.testing.assert_close(again, whole, rtol=1e-9, atol=1e-9)
+
+
+def test_same_seed_same_map_other_seed_other_map():
+    captured = capture(small_resnet(), *batch(3, (3, 20, 20)))
+    first, again, other = (Sketch(128, s).project(captured) for s in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+    assert first.dtype == torch.float32 and first.isfinite().all() and first.abs().sum(1).min() > 0
+    # A value that may change only with the estimator's version: stored features depend on it.
+    assert Sketch(8, 0)._bytes("label", 4).hex() == "de709cce"
+
+
+def test_channels_last_and_threads_change_rounding_only():
+    model, (images, labels) = small_resnet().float(), batch(4, (3, 20, 20))
+    images = images.float()
+    sketch = Sketch(64)
+    plain = sketch.project(capture(model, images, labels))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        model = model.to(memory_format=torch.channels_last)
+        last = sketch.project(capture(model, images.to(memory_format=torch.channels_last), labels))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(plain, last, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
+
+def test_autocast_is_accumulated_in_float32():
+    model, (images, labels) = small_resnet().float(), batch(4, (3, 20, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = Sketch(64).project(capture(model, images.float(), labels))
+    full = Sketch(64).project(capture(model, images.float(), labels))
+    cosine = torch.cosine_similarity(half, full)
+    assert half.dtype == torch.float32 and cosine.min() > 0.9
+
+
+def test_refuses_an_empty_projection():
+    with pytest.raises(InputError, match="proj_dim is 0"):
+        Sketch(0)

@@ -1,0 +1,189 @@
+"""The plug-ins inside traker's own engine, against a dense reference and against traker's path."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+from trak import TRAKer
+from trak.gradient_computers import FunctionalGradientComputer
+from trak.modelout_functions import ImageClassificationModelOutput
+from trak.projectors import BasicProjector
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from attribution.errors import InputError
+from attribution.gradients import Sketch, capture
+from attribution.traker_plugins import (
+    HookGradientComputer,
+    MarginOutput,
+    RidgeScoreComputer,
+    SketchProjector,
+)
+
+torch.set_num_threads(1)
+TRAIN, TARGETS, DIM, RIDGE = 40, 12, 64, 0.1
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    return ResNetForImageClassification(config).eval()
+
+
+@pytest.fixture(scope="module")
+def data():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (TRAIN + TARGETS,), generator=g)
+    images = torch.randn(len(labels), 3, 16, 16, generator=g)
+    images += 2 * torch.randn(3, 3, 1, 1, generator=g)[labels]
+    return (images[:TRAIN], labels[:TRAIN]), (images[TRAIN:], labels[TRAIN:])
+
+
+def traker_scores(folder, data, models, projector, computer=HookGradientComputer, size=16):
+    model = network(0)
+    traker = TRAKer(
+        model=model,
+        task=MarginOutput(),
+        train_set_size=TRAIN,
+        save_dir=str(folder),
+        device="cpu",
+        gradient_computer=computer,
+        projector=projector,
+        score_computer=RidgeScoreComputer,
+        use_half_precision=False,
+        lambda_reg=RIDGE,
+        logging_level=logging.ERROR,
+    )
+    train, targets = data
+    for i, checkpoint in enumerate(models):
+        traker.load_checkpoint(checkpoint.state_dict(), model_id=i)
+        for x, y in zip(train[0].split(size), train[1].split(size), strict=True):
+            traker.featurize((x, y), num_samples=len(x))
+    traker.finalize_features()
+    for i, checkpoint in enumerate(models):
+        traker.start_scoring_checkpoint("run", checkpoint.state_dict(), i, num_targets=TARGETS)
+        traker.score(targets, num_samples=TARGETS)
+    return np.array(traker.finalize_scores("run"))
+
+
+def reference(data, models, ridge=RIDGE):
+    """The formula of the design, densely, in float64."""
+    inner, weight = 0, 0
+    for i, model in enumerate(models):
+        sketch = Sketch(DIM, f"3/{i}")
+        train, target = (capture(model, *split) for split in data)
+        f, g = sketch.project(train).double(), sketch.project(target).double()
+        gram = f.T @ f
+        gram += ridge * gram.trace() / DIM * torch.eye(DIM)
+        inner = inner + f @ torch.linalg.inv(gram) @ g.T / len(models)
+        weight = weight + (1 - train.probability.double()) / len(models)
+    return (inner * weight[:, None]).numpy()
+
+
+def test_scores_equal_the_dense_formula(tmp_path, data):
+    models = [network(1), network(2)]
+    found = traker_scores(tmp_path, data, models, SketchProjector(DIM, 3))
+    truth = reference(data, models)
+    np.testing.assert_allclose(found, truth, rtol=0, atol=1e-4 * np.abs(truth).max())
+    assert np.abs(truth).max() > 0
+
+
+def test_scores_rank_as_on_trakers_own_path(tmp_path, data):
+    model, dim = network(1), 4096
+    ours = traker_scores(tmp_path / "ours", data, [model], SketchProjector(dim))
+    size = sum(p.numel() for p in model.parameters())
+    dense = BasicProjector(size, dim, seed=0, proj_type="normal", device="cpu", block_size=1024)
+    theirs = traker_scores(tmp_path / "theirs", data, [model], dense, FunctionalGradientComputer)
+    ranks = [spearmanr(ours[:, j], theirs[:, j])[0] for j in range(TARGETS)]
+    assert np.mean(ranks) > 0.9
+
+
+def test_margin_output_equals_trakers_own(data):
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = network(1)
+
+        def forward(self, x):
+            return self.model(x).logits
+
+    (images, labels), _ = data
+    plain, rich = Logits().eval(), network(1)
+
+    def outputs(task, model):
+        weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        f = torch.stack(
+            [task.get_output(model, weights, buffers, *z) for z in zip(images, labels, strict=True)]
+        )
+        return f.detach(), task.get_out_to_loss_grad(model, weights, buffers, (images, labels))
+
+    theirs = outputs(ImageClassificationModelOutput(), plain)
+    for found in (outputs(MarginOutput(), plain), outputs(MarginOutput(), rich)):
+        torch.testing.assert_close(found[0], theirs[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1], theirs[1], rtol=1e-4, atol=1e-5)
+        assert found[1].shape == (TRAIN, 1)
+
+
+def test_loss_gradient_needs_no_second_pass_and_follows_the_checkpoint(data):
+    (images, labels), _ = data
+    passes = []
+    model = network(1)
+    model.register_forward_hook(lambda *_: passes.append(1))
+    computer = HookGradientComputer(model, MarginOutput())
+    first = computer.compute_per_sample_grad((images, labels)).probability
+    weight = computer.compute_loss_grad((images, labels))
+    assert len(passes) == 1
+    torch.testing.assert_close(weight, 1 - first[:, None])
+    model.load_state_dict(network(2).state_dict())
+    computer.load_model_params(model)
+    assert not torch.allclose(computer.compute_loss_grad((images, labels)), weight)
+
+
+def test_projector_is_independent_by_model_and_described_in_json(data):
+    captured = capture(network(1), *data[1])
+    projector = SketchProjector(32, seed=1)
+    assert json.dumps(projector.proj_type) == '"sketch"'
+    first, other = projector.project(captured, 0), projector.project(captured, 1)
+    assert not torch.allclose(first, other)
+    first_again = projector.project(captured, 0)
+    assert torch.equal(first, first_again)
+    first /= 2  # as traker does: it must not reach the projector
+    projector.free_memory()
+    assert torch.equal(projector.project(captured, 0), first_again)
+
+
+def solve(features, ridge):
+    computer = RidgeScoreComputer(dtype=torch.float32, device="cpu", lambda_reg=ridge)
+    return computer.get_x_xtx_inv(features, computer.get_xtx(features))
+
+
+def test_ridge_is_relative_blockwise_and_not_rescaled(monkeypatch):
+    monkeypatch.setattr("attribution.traker_plugins.BLOCK", 7)
+    x = torch.randn(30, 8)
+    gram = x.double().T @ x.double()
+    truth = x.double() @ torch.linalg.inv(gram + 0.5 * gram.trace() / 8 * torch.eye(8))
+    torch.testing.assert_close(solve(x, 0.5), truth.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(solve(x * 1e3, 0.5), solve(x, 0.5) / 1e3, rtol=1e-4, atol=1e-8)
+    assert solve(x, 0.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("features", [torch.randn(5, 8), torch.zeros(20, 8), torch.ones(20, 8)])
+def test_singular_gram_is_refused_with_a_remedy(features):
+    with pytest.raises(InputError, match="singular with lambda_reg 0.0"):
+        solve(features, 0.0)
+    if features.any():
+        assert solve(features, 0.1).isfinite().all()
+
+
+def test_bad_values_are_refused():
+    with pytest.raises(InputError, match="not finite"):
+        solve(torch.full((9, 4), float("nan")), 0.1)
+    with pytest.raises(InputError, match="lambda_reg is -1"):
+        RidgeScoreComputer(torch.float32, "cpu", lambda_reg=-1)
+    with pytest.raises(InputError, match="grad_wrt"):
+        HookGradientComputer(network(1), MarginOutput(), grad_wrt=["classifier.1.bias"])
