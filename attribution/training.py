@@ -14,8 +14,9 @@ from torch import nn
 
 from attribution import models
 from attribution.config import Config
-from attribution.data import ImageData, augment_batch, draw_augmentation, to_batch
+from attribution.data import ImageData
 from attribution.errors import InputError
+from attribution.pixels import augment_batch, draw_augmentation, to_batch
 
 
 @dataclass

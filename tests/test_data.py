@@ -19,18 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from attribution import data
+from attribution import data, pixels
 from attribution.config import resolve
-from attribution.data import (
-    SPLITS,
-    ImageData,
-    augment_batch,
-    decode_image,
-    draw_augmentation,
-    load_data,
-    to_batch,
-)
+from attribution.data import SPLITS, ImageData, load_data
 from attribution.errors import InputError
+from attribution.pixels import augment_batch, decode_image, draw_augmentation, to_batch
 
 FOOD = Path(__file__).resolve().parents[2] / "shared" / "data" / "food101-10"
 
@@ -74,8 +67,8 @@ def load(tmp_path: Path) -> Callable[..., ImageData]:
 @pytest.fixture
 def decodes(monkeypatch) -> list[int]:
     calls: list[int] = []
-    original = data.decode_image
-    monkeypatch.setattr(data, "decode_image", lambda *a: (calls.append(1), original(*a))[1])
+    original = pixels.decode_image
+    monkeypatch.setattr(pixels, "decode_image", lambda *a: (calls.append(1), original(*a))[1])
     return calls
 
 
@@ -470,14 +463,14 @@ def test_broken_cache_is_rebuilt(load, root, decodes) -> None:
 
 def test_cache_finished_by_another_process_is_used(load, root, monkeypatch, tmp_path) -> None:
     ready = load(root, cache_dir=str(tmp_path / "ready")).pixels_file.parent
-    original = data._decode_all
+    original = pixels._decode_all
 
     def slow(*args):
         result = original(*args)
         ready.rename(tmp_path / "cache" / "pixels" / ready.name)
         return result
 
-    monkeypatch.setattr(data, "_decode_all", slow)
+    monkeypatch.setattr(pixels, "_decode_all", slow)
     assert load(root).pixels().shape == (25, 8, 8, 3)
 
 

@@ -1,0 +1,213 @@
+"""Pixels: images decoded once into a memory-mapped cache, and batches of them, augmented or not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from attribution.config import Config
+from attribution.errors import InputError
+from attribution.sources import Source, chunks, content
+
+RECIPE = "1"  # raise when the same file would be decoded to other pixels
+
+
+@lru_cache(maxsize=8)
+def open_pixels(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r")
+
+
+def short_hash(items: Iterable[str]) -> str:
+    return blake2b("\n".join(items).encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def writing(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cache_dir={config.cache_dir}: cannot be written ({error.strerror or error}); "
+            "name a writable folder"
+        ) from error
+
+
+def cached_pixels(
+    source: Source, table: pd.DataFrame, config: Config, cache: Path
+) -> tuple[Path, set[str]]:
+    """The file of the table's decodable images, in its order, and the digests of the others."""
+    key = short_hash([RECIPE, str(config.image_size), *table["digest"]])
+    folder = cache / "pixels" / key
+    bad = _read_cache(folder, table, config.image_size)
+    if bad is None:
+        with writing(config):
+            bad = _build_cache(folder, source, table, config.image_size)
+    if bad and config.on_bad_image == "stop":
+        first, *others = table["name"][table["digest"].isin(bad)]
+        raise InputError(
+            f"dataset={config.dataset}: {first}{f' and {len(others)} others' * bool(others)} "
+            "cannot be decoded; repair or remove what is damaged, or set on_bad_image=skip"
+        )
+    return folder / "pixels.npy", bad
+
+
+def _read_cache(folder: Path, table: pd.DataFrame, size: int) -> set[str] | None:
+    """Digests that were skipped when the cache was built; None if it has to be built."""
+    try:
+        bad = set(json.loads((folder / "skipped.json").read_text()))
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    n = int((~table["digest"].isin(bad)).sum())
+    return bad if pixels.shape == (n, size, size, 3) and pixels.dtype == np.uint8 else None
+
+
+def _build_cache(folder: Path, source: Source, table: pd.DataFrame, size: int) -> set[str]:
+    shutil.rmtree(folder, ignore_errors=True)  # what may lie there is broken
+    open_pixels.cache_clear()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        good = _decode_all(new / "pixels.npy", source, table["row"].to_numpy(), size)
+        bad = set(table["digest"][~good])
+        (new / "skipped.json").write_text(json.dumps(sorted(bad)))
+        try:
+            os.replace(new, folder)
+        except OSError:  # fine if another process was faster
+            if _read_cache(folder, table, size) is None:
+                raise
+    return bad
+
+
+def _decode_all(file: Path, source: Source, rows: np.ndarray, size: int) -> np.ndarray:
+    """Decode these rows of the source into `file`, by the chunk; True where it worked, (n,)."""
+    pixels = _new_pixels(file, len(rows), size)
+    good = np.zeros(len(rows), bool)
+
+    def decode(cell: dict[str, Any]) -> np.ndarray | None:
+        try:
+            return decode_image(source.open(io.BytesIO(content(cell))), size)
+        except Exception:  # Pillow's plugins raise whatever they like on damaged files
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        for chunk in chunks(len(rows)):
+            for row, image in enumerate(pool.map(decode, source.cells(rows[chunk])), chunk.start):
+                if image is not None:
+                    pixels[row], good[row] = image, True
+    if not good.all():
+        kept = np.flatnonzero(good)
+        compact = _new_pixels(file.with_suffix(".compact"), len(kept), size)
+        for chunk in chunks(len(kept)):
+            compact[chunk] = pixels[kept[chunk]]
+        os.replace(file.with_suffix(".compact"), file)
+    return good
+
+
+def _new_pixels(file: Path, n: int, size: int) -> np.ndarray:
+    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (n, size, size, 3))
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash while writing
+        with open(file, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, os.path.getsize(file))
+    return pixels
+
+
+def decode_image(image: Image.Image, size: int) -> np.ndarray:
+    """An image upright, on white, short side fitted, centre kept: uint8 (size, size, 3)."""
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Wide grey values scaled, where Pillow's own conversion would clip them."""
+    values = np.asarray(image).astype(np.float64)
+    highest = values.max()
+    tops = [1] * (image.mode == "F") + [255] * (image.mode in ("I", "F")) + [65535, 2**31 - 1]
+    top = next(top for top in tops if highest <= top)
+    return Image.fromarray(np.rint(values.clip(0) * (255 / top)).astype(np.uint8))
+
+
+def to_batch(
+    pixels: np.ndarray | Tensor,
+    mean: Iterable[float],
+    std: Iterable[float],
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """uint8 (B, H, W, 3) as a normalised float32 (B, 3, H, W), channels_last."""
+    if not isinstance(pixels, Tensor):
+        pixels = torch.from_numpy(np.require(pixels, requirements=("C", "W")))
+    batch = F.to_dtype(pixels.to(device).permute(0, 3, 1, 2), torch.float32, scale=True)
+    batch = F.normalize(batch, list(mean), list(std))
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to each example: mirrored or not, and where its crop starts in the padding."""
+
+    flips: Tensor  # (n,) bool
+    dy: Tensor  # (n,) int64 in [0, 2 * pad]
+    dx: Tensor
+    pad: int
+
+    def __getitem__(self, index: Any) -> Augmentation:
+        index = torch.as_tensor(index)
+        return Augmentation(self.flips[index], self.dy[index], self.dx[index], self.pad)
+
+
+def draw_augmentation(n: int, augment: str, pad: int, generator: torch.Generator) -> Augmentation:
+    """Draw one epoch's augmentation for all n training examples at once.
+
+    Drawn for all, then indexed by position, example i gets the same whichever others are present.
+    """
+    flips = torch.rand(n, generator=generator) < 0.5
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, n), generator=generator)
+    if "flip" not in augment:
+        flips = torch.zeros_like(flips)
+    if "crop" not in augment:
+        dy, dx, pad = torch.zeros_like(dy), torch.zeros_like(dx), 0
+    return Augmentation(flips, dy, dx, pad)
+
+
+def augment_batch(batch: Tensor, augmentation: Augmentation) -> Tensor:
+    """Mirror and shift each image of (B, 3, H, W) as its entry says; stays channels_last."""
+    flips, dy, dx = (
+        value.to(batch.device) for value in (augmentation.flips, augmentation.dy, augmentation.dx)
+    )
+    batch = torch.where(flips[:, None, None, None], F.horizontal_flip(batch), batch)
+    pad, (height, width) = augmentation.pad, batch.shape[2:]
+    if pad:
+        mode = "reflect" if pad < min(height, width) else "edge"
+        padded = F.pad(batch, [pad], padding_mode=mode).permute(0, 2, 3, 1)
+        ys = dy[:, None] + torch.arange(height, device=batch.device)
+        xs = dx[:, None] + torch.arange(width, device=batch.device)
+        sample = torch.arange(len(batch), device=batch.device)[:, None, None]
+        batch = padded[sample, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)
+    return batch.contiguous(memory_format=torch.channels_last)
