@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -27,21 +28,22 @@ from attribution.training import (
 
 
 def subset_masks(n: int, num_models: int, fraction: float, seed: int) -> np.ndarray:
-    """Which training examples each checkpoint sees, (num_models, n) bool, each row round(f n) many.
+    """Which training examples each checkpoint sees, (num_models, n) bool, each row floor(f n) many.
 
     Consecutive checkpoints leave out disjoint parts of one random permutation, as in repeated
     cross-validation: with fraction 0.5 and an even number of checkpoints every example is out of
-    sample for exactly half of them.
+    sample for half of them.
     """
     masks = np.ones((num_models, n), dtype=bool)
-    size = n - max(1, round(fraction * n))
+    size = n - max(1, math.floor(fraction * n + 1e-9))
     if size == 0:
         return masks
-    folds = max(1, n // size)
+    folds = -(-n // size)  # the last fold wraps around where size does not divide n
     for m in range(num_models):
         rng = np.random.default_rng(derive_seed(seed, "subset", m // folds))
         start = (m % folds) * size
-        masks[m, rng.permutation(n)[start : start + size]] = False
+        left_out = rng.permutation(n).take(range(start, start + size), mode="wrap")
+        masks[m, left_out] = False
     return masks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -88,6 +89,7 @@ def _renew_head(model: nn.Module, num_labels: int) -> None:
     heads[-1].reset_parameters()
 
 
+@cache
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation a channel that the model was pretrained with."""
     if name in MINI_CONFIGS:

@@ -43,7 +43,7 @@ def random(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarr
 
 def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """Highest alignment: removing these should hurt."""
-    return _lowest(-evidence.alignment, count)
+    return np.argsort(evidence.alignment, kind="stable")[::-1][:count]
 
 
 def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -78,6 +78,17 @@ class Trial:
         return self.arm if self.arm == "none" else f"{self.arm} {self.frac:.3g}"
 
 
+def check_arms(arms: list[str]) -> None:
+    """Refuse unknown names.
+
+    Raises:
+        InputError: with the nearest valid names.
+    """
+    for arm in arms:
+        if arm not in ARMS:
+            raise InputError(f"arms={arm}: unknown; {nearest(arm, list(ARMS), limit=20)}")
+
+
 def plan_trials(
     arms: list[str], fracs: list[float], evidence: Evidence, seeds: list[int]
 ) -> list[Trial]:
@@ -89,9 +100,7 @@ def plan_trials(
     Raises:
         InputError: an unknown arm, or a removal that empties a class or removes nothing.
     """
-    for arm in arms:
-        if arm not in ARMS:
-            raise InputError(f"arms={arm}: unknown; {nearest(arm, list(ARMS), limit=20)}")
+    check_arms(arms)
     n = len(evidence.labels)
     counts = {round(frac * n) for frac in fracs}
     if min(counts) < 1:
@@ -120,8 +129,9 @@ def _check_classes(trial: Trial, labels: np.ndarray) -> None:
     before = np.bincount(labels)
     for removed in trial.removed:
         left = before - np.bincount(labels[removed], minlength=len(before))
-        if (left == 0).any():
-            label = int(np.flatnonzero(left == 0)[0])
+        emptied = np.flatnonzero((left == 0) & (before > 0))
+        if len(emptied):
+            label = int(emptied[0])
             raise InputError(
                 f"frac={trial.frac:.3g}: arm {trial.arm} would remove all {before[label]} training "
                 f"examples of class {label}; use a smaller frac or leave out the arm"

@@ -83,12 +83,14 @@ def write_scores(
     Raises:
         InputError: a score is not finite.
     """
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
+        values = np.ascontiguousarray(values, dtype=np.float32)
     if not np.isfinite(values).all():
         raise InputError(
             "scores: not all are finite; raise lambda_reg, and look for a diverged checkpoint"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "scores.npy", np.ascontiguousarray(values, dtype=np.float32))
+    np.save(folder / "scores.npy", values)
     train.to_parquet(folder / "train.parquet", index=False)
     targets.to_parquet(folder / "targets.parquet", index=False)
     document = {
@@ -112,16 +114,19 @@ def load_scores(source: str | Path) -> Scores:
     metadata = _read_metadata(folder, source)
     matrix = folder / "scores.npy"
     try:
-        values = np.load(matrix, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        if _sha256(matrix) != metadata["sha256"]:
+            raise InputError(f"scores={source}: scores.npy does not have the hash in metadata.json")
+        # Unlike np.load, never an archive or a pickle.
+        values = np.lib.format.open_memmap(matrix, mode="r")
+    except InputError:
+        raise
+    except Exception as error:  # numpy raises many kinds on a broken header
         raise InputError(f"scores={source}: scores.npy cannot be read ({error})") from None
     if values.dtype != np.float32 or list(values.shape) != metadata["shape"]:
         raise InputError(
             f"scores={source}: scores.npy is {values.dtype} {values.shape}, "
             f"not float32 {tuple(metadata['shape'])} as metadata.json says"
         )
-    if _sha256(matrix) != metadata["sha256"]:
-        raise InputError(f"scores={source}: scores.npy does not have the hash in metadata.json")
     tables = [
         _read_table(folder / name, length, source)
         for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True)
@@ -148,7 +153,7 @@ def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:
         raise InputError(
             f"scores={source}: no metadata.json there; is it a scores folder?"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"scores={source}: metadata.json is not valid JSON") from None
     if not isinstance(metadata, dict) or metadata.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"scores={source}: metadata.json is not of schema {SCHEMA_VERSION}")

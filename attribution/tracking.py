@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 from attribution.config import FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
 from attribution.errors import InputError
@@ -315,18 +319,37 @@ def _tags(run_id: str) -> dict[str, str]:
 
 
 def artifact_path(run_id: str, path: str) -> Path:
-    """A run's artifact as a local path; downloaded where the store is remote.
+    """A run's artifact as a local path, which is not to be written to.
+
+    Where the store is remote it is downloaded to a folder that goes when this process ends.
 
     Raises:
         InputError: it is gone.
     """
     import mlflow
 
+    uri = mlflow.get_run(run_id).info.artifact_uri
+    if urlparse(uri).scheme in ("", "file"):
+        local = Path(unquote(urlparse(uri).path)) / path
+        if local.exists():
+            return local
+        raise InputError(f"run {run_id}: its artifact {path} is gone from {uri}")
     try:
-        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path))
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=path, dst_path=_download_folder(run_id)
+            )
+        )
     except (mlflow.exceptions.MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"run {run_id}: its artifact {path} cannot be had ({reason})") from error
+
+
+@cache
+def _download_folder(run_id: str) -> str:
+    folder = tempfile.mkdtemp(prefix="trak-ablation-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextmanager

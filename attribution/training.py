@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -38,16 +39,13 @@ def resolve_device(name: str) -> torch.device:
     """The device that a name stands for; auto is the GPU where there is one.
 
     Raises:
-        InputError: a CUDA device is asked for where there is none, or the name is unknown.
+        InputError: an unknown name, or a CUDA device where there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device={name}: must be auto, cpu, or cuda") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"device={name}: must be auto, cpu, or cuda")
+    device = torch.device(name)
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise InputError(f"device={name}: this machine has no such CUDA device; use device=cpu")
     return device
@@ -86,13 +84,14 @@ def train(
     Raises:
         InputError: the loss is not finite, or nothing is kept.
     """
-    if not keep.any():
-        raise InputError("keep: no training example is left; remove fewer")
+    if keep.sum() < 2:
+        raise InputError("keep: no training example is left, or a single one; remove fewer")
     device = resolve_device(config.device)
     model = models.build(config.model, data.class_names, derive_seed(seed, "weights"))
     model.to(device, memory_format=torch.channels_last)
     kept = np.flatnonzero(keep)
-    steps = math.ceil(len(kept) / config.batch_size)
+    # BatchNorm needs two examples in every batch.
+    steps = min(math.ceil(len(kept) / config.batch_size), len(kept) // 2)
     optimizer, scheduler = _optimizer(config, model, steps * config.epochs, device)
     batches = _Batches(config, data, seed, device)
     trained, best_loss, best_state = Trained(model), math.inf, None
@@ -143,9 +142,10 @@ def _optimizer(
     if config.schedule == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
     else:
-        # One cycle needs a step more than it is asked for when there is but one.
+        # One cycle divides by zero where its rise or its fall is one step long: with 1 or 5 steps.
+        total_steps += total_steps in (1, 5)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.learning_rate, total_steps=max(2, total_steps), pct_start=0.2
+            optimizer, config.learning_rate, total_steps=total_steps, pct_start=0.2
         )
     return optimizer, schedule
 

@@ -23,6 +23,7 @@ def make(config: Config, data: ImageData) -> None:
     from attribution import comparison, plots, removal, training
     from attribution.scores import load_scores
 
+    removal.check_arms(config.arm_names)
     trak_id = tracking.obtain("trak", config, data, trak.make)
     scores = load_scores(tracking.artifact_path(trak_id, "scores"))
     evidence = gather_evidence(config, data, scores)

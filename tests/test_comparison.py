@@ -1,0 +1,276 @@
+"""Retraining without doing anything twice, and the paired comparison of what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from toy import toy_config, toy_data
+
+from attribution import comparison
+from attribution.comparison import (
+    compare,
+    comparison_table,
+    retrain,
+    summary_metrics,
+    verdict,
+)
+from attribution.data import ImageData
+from attribution.removal import Trial
+from attribution.training import derive_seed, predict, train
+
+N_TEST, N_SEEDS = 200, 6
+LABELS = np.arange(N_TEST) % 4
+
+
+def trial(arm: str, size: int, n: int = 100) -> Trial:
+    return Trial(arm, size / n, tuple(np.arange(size) + s for s in range(N_SEEDS)))
+
+
+def logits_with(correct: list[int]) -> np.ndarray:
+    """(n_seeds, n_test, 4) logits that get exactly so many test examples right under each seed."""
+    logits = np.zeros((len(correct), N_TEST, 4), np.float32)
+    for row, count in zip(logits, correct):
+        shown = np.where(np.arange(N_TEST) < count, LABELS, (LABELS + 1) % 4)
+        row[np.arange(N_TEST), shown] = 3
+    return logits
+
+
+CORRECT = {
+    ("none", 0): [160, 150, 170, 158, 163, 149],
+    ("random", 5): [158, 149, 168, 157, 160, 148],
+    ("random", 9): [150, 143, 160, 149, 155, 140],
+    ("harmful", 5): [170, 162, 181, 168, 173, 160],  # 12 more than random 5, about
+    ("helpful", 5): [140, 133, 150, 139, 144, 129],
+    ("loss", 5): [159, 148, 169, 156, 161, 147],  # one up, one down
+    ("negative", 9): [165, 159, 173, 164, 171, 155],  # about 15 more than random 9
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict:
+    trials = [trial(*key) for key in CORRECT]
+    found = compare(trials, [logits_with(c) for c in CORRECT.values()], LABELS)
+    return dict(zip(CORRECT, found))
+
+
+def accuracy(key: tuple[str, int]) -> np.ndarray:
+    return np.array(CORRECT[key]) / N_TEST
+
+
+@pytest.mark.parametrize("key", CORRECT)
+def test_per_seed_accuracy_and_its_mean_are_the_planted_ones(outcomes, key) -> None:
+    np.testing.assert_allclose(outcomes[key].per_seed["accuracy"], accuracy(key))
+    assert outcomes[key].mean["accuracy"].mean == pytest.approx(accuracy(key).mean())
+
+
+@pytest.mark.parametrize(
+    ("arm", "control", "name"),
+    [
+        (("harmful", 5), ("random", 5), "random"),
+        (("negative", 9), ("random", 9), "random"),
+        (("harmful", 5), ("none", 0), "none"),
+        (("random", 9), ("none", 0), "none"),
+    ],
+)
+def test_an_arm_is_compared_seed_by_seed_with_its_control(outcomes, arm, control, name) -> None:
+    found = outcomes[arm].versus[name]["accuracy"]
+    reference = stats.ttest_rel(accuracy(arm), accuracy(control))
+    interval = reference.confidence_interval(0.95)
+    np.testing.assert_allclose(
+        [found.mean, found.ci_low, found.ci_high, found.p],
+        [(accuracy(arm) - accuracy(control)).mean(), interval.low, interval.high, reference.pvalue],
+        rtol=1e-7,
+    )
+
+
+def test_none_is_compared_with_nothing_and_random_with_none_alone(outcomes) -> None:
+    assert outcomes["none", 0].versus == {}
+    assert set(outcomes["random", 5].versus) == {"none"}
+    assert set(outcomes["loss", 5].versus) == {"none", "random"}
+
+
+def test_worst_class_accuracy_is_that_of_the_worst_class(outcomes) -> None:
+    count = CORRECT["harmful", 5][0]
+    right = np.arange(N_TEST) < count
+    worst = min(right[c == LABELS].mean() for c in range(4))
+    found = outcomes["harmful", 5].per_seed["worst_class_accuracy"][0]
+    assert found == pytest.approx(worst)
+
+
+@pytest.mark.parametrize("name", ["random", "none"])
+def test_p_values_are_adjusted_over_all_trials_with_that_control(outcomes, name: str) -> None:
+    family = [o for o in outcomes.values() if name in o.versus]
+    p_values = [o.versus[name]["accuracy"].p for o in family]
+    running = 0.0
+    for step, i in enumerate(np.argsort(p_values)):
+        running = max(running, min(1, (len(family) - step) * p_values[i]))
+        assert family[i].holm[name] == pytest.approx(running)
+
+
+def test_summary_metrics_have_the_documented_names(outcomes) -> None:
+    metrics = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
+    expected = {f"{m}_{end}" for m in metrics for end in ("mean", "ci_low", "ci_high")}
+    for control in ("random", "none"):
+        for m in metrics:
+            expected |= {f"{m}_vs_{control}{end}" for end in ("", "_ci_low", "_ci_high")}
+        expected |= {f"accuracy_vs_{control}_p", f"accuracy_vs_{control}_p_holm"}
+    assert set(summary_metrics(outcomes["harmful", 5])) == expected
+
+
+def test_summary_metrics_are_plain_finite_numbers(outcomes) -> None:
+    for outcome in outcomes.values():
+        values = summary_metrics(outcome).values()
+        assert all(type(v) is float for v in map(float, values)) and np.isfinite([*values]).all()
+
+
+def test_the_table_has_a_row_a_trial_and_leaves_open_what_is_not_compared(outcomes) -> None:
+    table = comparison_table(list(outcomes.values()))
+    assert list(zip(table["arm"], table["n_removed"])) == list(CORRECT)
+    assert (table["n_seeds"] == N_SEEDS).all()
+    np.testing.assert_allclose(table["frac"], table["n_removed"] / 100)
+    assert {"accuracy_mean", "accuracy_vs_random_p_holm", "accuracy_vs_none"} <= set(table)
+    is_control = table["arm"].isin(["none", "random"])
+    assert (table["accuracy_vs_random"].isna() == is_control).all()
+
+
+def test_verdicts_are_those_that_were_planted(outcomes) -> None:
+    table = comparison_table(list(outcomes.values()))
+    found = {row["arm"]: verdict(row) for _, row in table.iterrows()}
+    assert found == {
+        "none": "baseline",
+        "random": "baseline",
+        "harmful": "better than random",
+        "helpful": "worse than random",
+        "loss": "indistinguishable from random",
+        "negative": "better than random",
+    }
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"), [(0.0, 0.1, "indistinguishable"), (-0.1, 0.0, "indistinguishable")]
+)
+def test_an_interval_that_touches_zero_is_not_told_from_random(low, high, word) -> None:
+    row = {"arm": "x", "accuracy_vs_random_ci_low": low, "accuracy_vs_random_ci_high": high}
+    assert word in verdict(pd.Series(row))
+
+
+def test_an_arm_that_removes_nothing_is_compared_with_no_removal() -> None:
+    same = logits_with(CORRECT["none", 0])
+    found = compare([trial("none", 0), trial("negative", 0)], [same, same], LABELS)
+    difference = found[1].versus["random"]["accuracy"]
+    assert (difference.mean, difference.p) == (0, 1)
+
+
+# Retraining
+
+
+SEEDS = [derive_seed(0, "retrain", s) for s in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> ImageData:
+    return toy_data(tmp_path / "data", n_train=24, n_other=6)
+
+
+@pytest.fixture
+def count(monkeypatch) -> list:
+    """What was really trained, as (seed, kept positions)."""
+    done: list = []
+    original = comparison._retrain
+
+    def counting(config, data, seed, keep):
+        done.append((seed, np.flatnonzero(keep).tolist()))
+        return original(config, data, seed, keep)
+
+    monkeypatch.setattr(comparison, "_retrain", counting)
+    return done
+
+
+def arm(name: str, *removed: list[int]) -> Trial:
+    return Trial(name, len(removed[0]) / 24, tuple(np.array(r, dtype=np.int64) for r in removed))
+
+
+NONE, HARMFUL = arm("none", [], []), arm("harmful", [1, 4], [1, 4])
+CONFIG = {"epochs": 1}
+
+
+def test_retraining_gives_what_training_on_the_rest_gives_directly(data, tmp_path) -> None:
+    config = toy_config(**CONFIG)
+    found = retrain(config, data, [NONE, HARMFUL], SEEDS, tmp_path / "work")
+    for removed, logits in zip(([], [1, 4]), found):
+        for s, seed in enumerate(SEEDS):
+            keep = np.array([i not in removed for i in range(24)])
+            trained = train(config, data, seed, keep, validate=False)
+            np.testing.assert_array_equal(logits[s], predict(config, trained.model, data, "test"))
+
+
+def test_a_second_call_trains_nothing_and_gives_the_same(data, tmp_path, count) -> None:
+    arguments = (toy_config(**CONFIG), data, [NONE, HARMFUL], SEEDS, tmp_path / "work")
+    first = retrain(*arguments)
+    assert len(count) == 4
+    second = retrain(*arguments)
+    assert len(count) == 4
+    for a, b in zip(first, second):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_two_trials_that_remove_the_same_are_trained_once(data, tmp_path, count) -> None:
+    trials = [NONE, HARMFUL, arm("loss", [4, 1], [1, 4])]
+    _, harmful, loss = retrain(toy_config(**CONFIG), data, trials, SEEDS, tmp_path / "work")
+    assert len(count) == 4
+    np.testing.assert_array_equal(harmful, loss)
+
+
+def test_only_what_an_added_arm_needs_is_trained(data, tmp_path, count) -> None:
+    config, work = toy_config(**CONFIG), tmp_path / "work"
+    retrain(config, data, [NONE], SEEDS, work)
+    retrain(config, data, [NONE, arm("random", [0], [2])], SEEDS, work)
+    assert count[2:] == [
+        (SEEDS[0], [i for i in range(24) if i != 0]),
+        (SEEDS[1], [i for i in range(24) if i != 2]),
+    ]
+
+
+def test_a_changed_training_setting_trains_again(data, tmp_path, count) -> None:
+    for rate in (0.01, 0.02):
+        config = toy_config(epochs=1, learning_rate=rate)
+        retrain(config, data, [NONE], SEEDS, tmp_path / "work")
+    assert len(count) == 4
+
+
+def test_where_it_is_computed_does_not_train_again(data, tmp_path, count) -> None:
+    for jobs in (1, 2):
+        retrain(toy_config(epochs=1, jobs=jobs), data, [NONE], SEEDS, tmp_path / "work")
+    assert len(count) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty archive", "other compression"])
+def test_a_damaged_result_in_the_store_is_computed_again(data, tmp_path, count, damage) -> None:
+    arguments = (toy_config(**CONFIG), data, [NONE], SEEDS, tmp_path / "work")
+    first = retrain(*arguments)
+    file = sorted((tmp_path / "work").glob("*.npz"))[0]
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(content[:100])
+    elif damage == "empty archive":
+        np.savez(file)
+    else:
+        content[content.index(b"PK\x01\x02") + 10] = 99
+        file.write_bytes(content)
+    second = retrain(*arguments)
+    assert len(count) == 3
+    np.testing.assert_array_equal(first[0], second[0])

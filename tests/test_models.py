@@ -1,0 +1,256 @@
+"""Models: seeded heads, safetensors folders that transformers itself loads, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from attribution import models
+from attribution.errors import InputError
+from attribution.pixels import to_batch
+
+CLASSES = ("dark", "bright")
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+def logits(model: nn.Module, size: int = 32) -> torch.Tensor:
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model.eval()(images).logits
+
+
+def head(model: nn.Module) -> nn.Linear:
+    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+
+
+def backbone(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("classifier")}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved two-class model whose running statistics are not those of a fresh one."""
+    model = models.build("resnet-mini", CLASSES, seed=7).train()
+    model(torch.randn(8, 3, 32, 32))
+    models.save(model, tmp_path / "model", 32, MEAN, STD)
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refusal(action, *arguments) -> str:
+    with pytest.raises(InputError) as caught:
+        action(*arguments)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_one_seed_draws_the_same_weights_and_another_seed_others() -> None:
+    first, same, other = (models.build("resnet-mini", CLASSES, seed) for seed in (1, 1, 2))
+    assert equal(first.state_dict(), same.state_dict())
+    assert not torch.equal(head(first).weight, head(other).weight)
+
+
+def test_a_model_has_a_logit_a_class_and_knows_their_names() -> None:
+    model = models.build("resnet-mini", ("a", "b", "c"), 0)
+    assert logits(model).shape == (3, 3)
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert model.config.label2id == {"a": 0, "b": 1, "c": 2}
+
+
+def test_the_head_is_redrawn_even_where_the_number_of_classes_fits(folder: Path) -> None:
+    saved, built = models.load(folder), models.build(str(folder), ("cat", "dog"), seed=3)
+    assert head(built).weight.shape == head(saved).weight.shape
+    assert not torch.isclose(head(built).weight, head(saved).weight).any()
+    assert equal(backbone(built), backbone(saved))
+
+
+@pytest.mark.parametrize("classes", [("a", "b"), ("a", "b", "c", "d")])
+def test_the_redrawn_head_is_decided_by_the_seed(folder: Path, classes: tuple) -> None:
+    first, same, other = (models.build(str(folder), classes, seed) for seed in (1, 1, 2))
+    assert head(first).out_features == len(classes)
+    assert torch.equal(head(first).weight, head(same).weight)
+    assert torch.equal(head(first).bias, head(same).bias)
+    assert not torch.isclose(head(first).weight, head(other).weight).any()
+
+
+def test_a_saved_model_is_loaded_with_the_same_logits_in_eval_mode(tmp_path: Path) -> None:
+    model = models.build("resnet-mini", CLASSES, 0).train()
+    model(torch.randn(8, 3, 32, 32))
+    models.save(model, tmp_path / "model", 32, MEAN, STD)
+    loaded = models.load(tmp_path / "model")
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_plain_transformers_loads_the_folder_with_the_same_logits_and_names(folder: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    plain = AutoModelForImageClassification.from_pretrained(folder)
+    assert torch.equal(logits(plain), logits(models.load(folder)))
+    assert plain.config.id2label == dict(enumerate(CLASSES))
+
+
+def test_the_saved_processor_prepares_an_image_as_training_does(folder: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert (tuple(processor.image_mean), tuple(processor.image_std)) == (MEAN, STD)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    prepared = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(prepared, to_batch(image[None], MEAN, STD), rtol=1e-5, atol=1e-5)
+
+
+def test_the_saved_processor_resizes_to_the_image_size(folder: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    image = np.zeros((50, 80, 3), np.uint8)
+    assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_the_normalisation_of_a_saved_folder_is_found_again(folder: Path) -> None:
+    assert models.normalisation(str(folder)) == (MEAN, STD)
+
+
+def test_only_safetensors_and_json_are_written(folder: Path) -> None:
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_folder_with_pickled_weights_alone_is_refused(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert f"model={folder}" in refusal(models.build, str(folder), CLASSES, 0)
+    refusal(models.load, folder)
+
+
+@pytest.mark.parametrize("model_type", ["resnet", "something-new"])
+def test_code_that_a_folder_brings_along_is_not_executed(folder: Path, model_type: str) -> None:
+    mark = folder / "executed"
+    code = f"open({str(mark)!r}, 'w').close()\nclass Model: pass\nclass Config: pass\n"
+    (folder / "evil.py").write_text(code)
+    maps = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
+    edit_config(folder, auto_map=maps, model_type=model_type)
+    if model_type == "resnet":  # transformers has a class of its own for this type
+        assert type(models.build(str(folder), CLASSES, 0)).__module__.startswith("transformers.")
+    else:
+        refusal(models.build, str(folder), CLASSES, 0)
+    assert not mark.exists()
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_missing_tensor_is_refused(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop("classifier.1.weight"))
+    assert "classifier.1.weight" in refusal(models.load, folder)
+
+
+def test_a_surplus_tensor_is_refused(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update(surplus=torch.zeros(2)))
+    assert "surplus" in refusal(models.load, folder)
+
+
+def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"classifier.1.bias": torch.zeros(9)}))
+    assert str(folder) in refusal(models.load, folder)
+
+
+def test_a_damaged_weights_file_is_refused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert str(folder) in refusal(models.load, folder)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert "nowhere" in refusal(models.load, tmp_path / "nowhere")
+
+
+def test_an_unknown_model_name_is_refused_in_one_line_with_what_would_be_right(
+    tmp_path: Path,
+) -> None:
+    message = refusal(models.build, str(tmp_path / "no-such-model"), CLASSES, 0)
+    assert message.startswith(f"model={tmp_path}") and "resnet-mini" in message
+
+
+def test_a_model_without_a_linear_head_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1))
+    model.config = type("Config", (), {"model_type": "convolutions"})()
+    assert "model=convolutions" in refusal(models._renew_head, model, 2)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_images_that_the_strides_shrink_to_nothing_are_refused(size: int) -> None:
+    model = models.build("resnet-mini", CLASSES, 0)
+    assert f"image_size={size}" in refusal(models.check_image_size, model, size)
+
+
+@pytest.mark.parametrize("size", [16, 28, 64])
+def test_images_that_are_large_enough_are_accepted(size: int) -> None:
+    models.check_image_size(models.build("resnet-mini", CLASSES, 0), size)
+
+
+def test_a_model_with_a_fixed_input_size_refuses_another() -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = ViTForImageClassification(
+        ViTConfig(image_size=32, patch_size=8, intermediate_size=8, **small)
+    )
+    models.check_image_size(model, 32)
+    assert "image_size=48" in refusal(models.check_image_size, model, 48)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_checking_the_image_size_leaves_the_model_as_it_was(training: bool) -> None:
+    model = models.build("resnet-mini", CLASSES, 0).train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    models.check_image_size(model, 16)
+    refusal(models.check_image_size, model, 8)
+    assert equal(before, model.state_dict())
+    assert all(module.training == training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_fingerprint_of_a_folder_follows_its_content_and_not_its_place(
+    folder: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    assert models.fingerprint(str(moved)) == models.fingerprint(str(folder))
+    edit_tensors(moved, lambda tensors: tensors["classifier.1.bias"].add_(1))
+    assert models.fingerprint(str(moved)) != models.fingerprint(str(folder))
+
+
+def test_the_fingerprint_of_a_folder_follows_its_preprocessing(folder: Path) -> None:
+    before = models.fingerprint(str(folder))
+    models.save(models.load(folder), folder, 32, (0.1, 0.1, 0.1), STD)
+    assert models.fingerprint(str(folder)) != before
+
+
+def test_the_fingerprint_of_a_hub_id_is_the_id() -> None:
+    assert models.fingerprint("microsoft/resnet-18") == "microsoft/resnet-18"
+
+
+def test_the_fingerprint_of_a_mini_model_follows_its_architecture(monkeypatch) -> None:
+    before = models.fingerprint("resnet-mini")
+    changed = models.MINI_CONFIGS["resnet-mini"] | {"embedding_size": 32}
+    monkeypatch.setitem(models.MINI_CONFIGS, "resnet-mini", changed)
+    assert models.fingerprint("resnet-mini") != before

@@ -1,0 +1,169 @@
+"""The map over tasks, in this process and in workers, and the store of finished results."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attribution.errors import InputError
+from attribution.parallel import ResultStore, parallel_map, resolve_jobs
+
+
+def difference(a: int, b: int) -> int:
+    return a - b
+
+
+def refuse(value: int) -> int:
+    if value == 2:
+        raise InputError(f"value={value}: not wanted")
+    return value
+
+
+def where_am_i(_: int) -> tuple[int, int]:
+    import torch
+
+    return os.getpid(), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_result_comes_once_with_the_index_of_its_task(jobs: int) -> None:
+    tasks = [(10 * i, i) for i in range(7)]
+    found = list(parallel_map(difference, tasks, jobs))
+    assert sorted(found) == [(i, 9 * i) for i in range(7)]
+
+
+def test_with_one_job_tasks_run_here_in_order_and_only_when_asked_for() -> None:
+    seen: list[int] = []
+    results = parallel_map(seen.append, [(i,) for i in range(3)], 1)
+    assert next(results)[0] == 0 and seen == [0]
+    assert [index for index, _ in results] == [1, 2] and seen == [0, 1, 2]
+
+
+def test_workers_are_other_processes_with_an_equal_share_of_the_threads() -> None:
+    results = [found for _, found in parallel_map(where_am_i, [(i,) for i in range(4)], 2)]
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert os.getpid() not in {pid for pid, _ in results}
+    assert {threads for _, threads in results} == {share}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_bad_input_in_a_task_is_raised_here_as_bad_input_and_the_next_map_works(jobs: int) -> None:
+    with pytest.raises(InputError) as caught:
+        list(parallel_map(refuse, [(i,) for i in range(4)], jobs))
+    assert str(caught.value) == "value=2: not wanted"
+    assert sorted(parallel_map(refuse, [(0,), (1,)], jobs)) == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_tasks_give_no_results(jobs: int) -> None:
+    assert list(parallel_map(difference, [], jobs)) == []
+
+
+@given(st.integers(0, 64), st.integers(0, 100))
+def test_there_are_never_more_workers_than_tasks_or_than_asked_for(jobs: int, tasks: int) -> None:
+    resolved = resolve_jobs(jobs, "cpu", tasks)
+    assert 1 <= resolved <= max(1, tasks)
+    assert not jobs or resolved <= jobs
+
+
+def test_zero_jobs_are_one_a_core_on_a_processor_and_one_on_a_gpu() -> None:
+    assert resolve_jobs(0, "cpu", 1000) == len(os.sched_getaffinity(0))
+    assert resolve_jobs(0, "cuda", 1000) == 1
+    assert resolve_jobs(3, "cuda", 1000) == 3
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ResultStore:
+    return ResultStore(tmp_path / "deep" / "store")
+
+
+def archive(**arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def test_what_is_put_is_what_another_store_on_the_folder_gets(store: ResultStore) -> None:
+    arrays = {"a": np.arange(5), "b": np.float32([[1.5, np.nan]])}
+    store.put("key", arrays)
+    found = ResultStore(store.folder).get("key")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_an_unknown_key_gives_none(store: ResultStore) -> None:
+    assert store.get("key") is None
+
+
+def test_a_second_put_replaces_the_first(store: ResultStore) -> None:
+    store.put("key", {"a": np.zeros(3)})
+    store.put("key", {"a": np.ones(2)})
+    np.testing.assert_array_equal(store.get("key")["a"], [1, 1])
+
+
+def test_after_a_put_nothing_but_the_result_lies_in_the_folder(store: ResultStore) -> None:
+    store.put("key", {"a": np.zeros(3)})
+    assert [path.name for path in store.folder.iterdir()] == ["key.npz"]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_put_that_is_cut_off_leaves_what_was_there_before(
+    store: ResultStore, monkeypatch, earlier: bool
+) -> None:
+    if earlier:
+        store.put("key", {"a": np.zeros(3)})
+
+    def cut_off(file: Path, **arrays) -> None:
+        Path(file).write_bytes(b"PK\x03\x04 and no more")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        store.put("key", {"a": np.ones(3)})
+    found = store.get("key")
+    assert found["a"].tolist() == [0, 0, 0] if earlier else found is None
+
+
+@pytest.mark.parametrize("length", [0, 1, 30, 100, -30, -1])
+def test_a_truncated_result_counts_as_none(store: ResultStore, length: int) -> None:
+    (store.folder / "key.npz").write_bytes(archive(a=np.arange(20))[:length])
+    assert store.get("key") is None
+
+
+def test_a_result_with_any_changed_byte_is_whole_or_counts_as_none(store: ResultStore) -> None:
+    original = archive(a=np.arange(4))
+    for position in range(len(original)):
+        for value in {0, 9, 255} - {original[position]}:
+            changed = bytearray(original)
+            changed[position] = value
+            (store.folder / "key.npz").write_bytes(changed)
+            found = store.get("key")
+            if found:  # a byte that carries nothing, or the member's name
+                assert all(np.array_equal(array, np.arange(4)) for array in found.values())
+
+
+@pytest.mark.parametrize("content", [b"not an archive", b"PK\x03\x04"])
+def test_a_file_that_is_no_archive_counts_as_none(store: ResultStore, content: bytes) -> None:
+    (store.folder / "key.npz").write_bytes(content)
+    assert store.get("key") is None
+
+
+def test_a_lone_array_in_place_of_an_archive_counts_as_none(store: ResultStore) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    (store.folder / "key.npz").write_bytes(buffer.getvalue())
+    assert store.get("key") is None
+
+
+def test_a_pickled_result_counts_as_none(store: ResultStore) -> None:
+    content = archive(a=np.array([{"an": "object"}], dtype=object))
+    (store.folder / "key.npz").write_bytes(content)
+    assert store.get("key") is None

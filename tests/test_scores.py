@@ -1,0 +1,291 @@
+"""The score artifact: what is written is what is read, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from attribution.errors import InputError
+from attribution.scores import REQUIRED_COLUMNS, SCHEMA_VERSION, Scores, load_scores, write_scores
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
+MATRICES = hnp.arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 5)), elements=FINITE)
+NAMES = ("train.parquet", "targets.parquet")
+
+
+def tables(n_train: int, n_targets: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def table(n: int, prefix: str) -> pd.DataFrame:
+        return pd.DataFrame(
+            {
+                "position": np.arange(n),
+                "example_id": [f"{prefix}{i}" for i in range(n)],
+                "label": np.arange(n) % 3,
+                "label_name": "a name",
+                "loss": np.linspace(0, 1, n),
+            }
+        )
+
+    train = table(n_train, "a").assign(alignment=0.5, self_influence=1.0)
+    return train, table(n_targets, "b")
+
+
+def write(folder: Path, values: np.ndarray, **metadata) -> Path:
+    write_scores(folder, values, *tables(*values.shape), metadata)
+    return folder
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return write(tmp_path / "scores", np.arange(12, dtype=np.float32).reshape(4, 3) / 7)
+
+
+def edit_metadata(folder: Path, **changes) -> None:
+    file = folder / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_scores(folder)
+    message = str(caught.value)
+    assert message.startswith("scores=") and len(message.splitlines()) == 1, message
+    return message
+
+
+@given(values=MATRICES)
+def test_a_matrix_is_read_back_bit_for_bit(values: np.ndarray, tmp_path_factory) -> None:
+    scores = load_scores(write(tmp_path_factory.mktemp("scores"), values))
+    assert scores.values.dtype == np.float32
+    assert scores.values.tobytes() == values.tobytes()
+
+
+def test_a_transposed_view_is_read_back_with_its_rows_as_rows(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    np.testing.assert_array_equal(load_scores(write(tmp_path, values)).values, values)
+
+
+def test_the_matrix_is_memory_mapped_and_cannot_be_changed(artifact: Path) -> None:
+    values = load_scores(artifact).values
+    assert isinstance(values, np.memmap) and not values.flags.writeable
+
+
+def test_the_tables_are_read_back_as_they_were(artifact: Path) -> None:
+    scores = load_scores(artifact)
+    train, targets = tables(4, 3)
+    pd.testing.assert_frame_equal(scores.train, train)
+    pd.testing.assert_frame_equal(scores.targets, targets)
+
+
+def test_metadata_holds_schema_sign_unit_and_what_the_caller_added(tmp_path: Path) -> None:
+    metadata = load_scores(write(tmp_path, np.ones((2, 2)), lambda_reg=0.5)).metadata
+    assert metadata["schema_version"] == SCHEMA_VERSION
+    assert metadata["sign"].startswith("positive = helpful")
+    assert "margin" in metadata["unit"]
+    assert metadata["lambda_reg"] == 0.5
+
+
+def test_the_matrix_can_be_read_with_numpy_alone(artifact: Path) -> None:
+    values = np.load(artifact / "scores.npy", mmap_mode="r", allow_pickle=False)
+    assert values.shape == (4, 3) and values.dtype == np.float32
+
+
+@given(values=MATRICES, k=st.integers(1, 12), data=st.data())
+def test_top_and_bottom_are_those_of_a_brute_force_sort(values, k, data) -> None:
+    train, targets = tables(*values.shape)
+    scores = Scores(values, train, targets, {})
+    target = data.draw(st.integers(0, values.shape[1] - 1))
+    column = [float(v) for v in values[:, target]]
+    best = sorted(range(len(column)), key=lambda i: (-column[i], i))[:k]
+    worst = sorted(range(len(column)), key=lambda i: (column[i], i))[:k]
+    assert scores.top(target, k)["position"].tolist() == best
+    assert scores.bottom(target, k)["position"].tolist() == worst
+    assert scores.top(target, k)["score"].tolist() == [column[i] for i in best]
+
+
+def test_equal_scores_come_in_order_of_position() -> None:
+    scores = Scores(np.zeros((50, 1), np.float32), *tables(50, 1), {})
+    assert scores.top(0, 50)["position"].tolist() == list(range(50))
+    assert scores.bottom(0, 50)["position"].tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("target", [-1, 3])
+def test_a_target_out_of_range_is_refused(artifact: Path, target: int) -> None:
+    with pytest.raises(InputError, match=f"target={target}: must be from 0 to 2"):
+        load_scores(artifact).top(target)
+
+
+def test_a_k_below_one_is_refused(artifact: Path) -> None:
+    with pytest.raises(InputError, match="k=0"):
+        load_scores(artifact).bottom(0, k=0)
+
+
+def test_any_changed_byte_of_the_matrix_file_is_refused(artifact: Path) -> None:
+    file = artifact / "scores.npy"
+    original = file.read_bytes()
+    for position in range(len(original)):
+        changed = bytearray(original)
+        changed[position] ^= 0x1
+        file.write_bytes(changed)
+        refusal(artifact)
+
+
+def test_a_changed_header_that_numpy_cannot_parse_is_refused(artifact: Path) -> None:
+    file = artifact / "scores.npy"
+    original = file.read_bytes()
+    end = original.index(b"\n")
+    file.write_bytes(original[:end] + b"[" + original[end + 1 :])
+    refusal(artifact)
+
+
+@pytest.mark.parametrize("length", [0, 5, 64, 130, -1])
+def test_a_truncated_matrix_file_is_refused(artifact: Path, length: int) -> None:
+    file = artifact / "scores.npy"
+    file.write_bytes(file.read_bytes()[:length])
+    refusal(artifact)
+
+
+def test_bytes_after_the_matrix_are_refused(artifact: Path) -> None:
+    with (artifact / "scores.npy").open("ab") as file:
+        file.write(b"\0")
+    refusal(artifact)
+
+
+class Trap:
+    """Unpickling one leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def replace_matrix(folder: Path, values: np.ndarray, **options) -> None:
+    """Put another matrix in place, with the hash that belongs to it."""
+    from hashlib import sha256
+
+    buffer = io.BytesIO()
+    np.save(buffer, values, **options)
+    (folder / "scores.npy").write_bytes(buffer.getvalue())
+    edit_metadata(folder, sha256=sha256(buffer.getvalue()).hexdigest())
+
+
+def test_a_matrix_of_pickled_objects_is_refused_and_not_unpickled(artifact: Path) -> None:
+    mark = artifact / "unpickled"
+    replace_matrix(artifact, np.full((4, 3), Trap(mark), dtype=object), allow_pickle=True)
+    refusal(artifact)
+    assert not mark.exists()
+
+
+def test_an_archive_in_place_of_the_matrix_is_refused(artifact: Path) -> None:
+    from hashlib import sha256
+
+    buffer = io.BytesIO()
+    np.savez(buffer, values=np.zeros((4, 3), np.float32))
+    (artifact / "scores.npy").write_bytes(buffer.getvalue())
+    edit_metadata(artifact, sha256=sha256(buffer.getvalue()).hexdigest())
+    refusal(artifact)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int32", ">f4"])
+def test_a_matrix_of_another_dtype_is_refused(artifact: Path, dtype: str) -> None:
+    replace_matrix(artifact, np.zeros((4, 3), dtype))
+    assert "float32" in refusal(artifact)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (12,), (4, 3, 1), (5, 3), ()])
+def test_a_matrix_of_another_shape_is_refused(artifact: Path, shape: tuple) -> None:
+    replace_matrix(artifact, np.zeros(shape, np.float32))
+    assert "(4, 3)" in refusal(artifact)
+
+
+@pytest.mark.parametrize("name", ["scores.npy", "metadata.json", *NAMES])
+def test_a_missing_file_is_refused_by_name(artifact: Path, name: str) -> None:
+    (artifact / name).unlink()
+    assert name in refusal(artifact)
+
+
+def test_a_folder_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
+    assert f"scores={tmp_path / 'nowhere'}" in refusal(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [(name, column) for name in NAMES for column in REQUIRED_COLUMNS[name]]
+)
+def test_a_table_without_a_required_column_is_refused_by_name(
+    artifact: Path, name: str, column: str
+) -> None:
+    table = pd.read_parquet(artifact / name)
+    table.drop(columns=column).to_parquet(artifact / name)
+    message = refusal(artifact)
+    assert name in message and column in message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_with_another_number_of_rows_is_refused(artifact: Path, name: str) -> None:
+    table = pd.read_parquet(artifact / name)
+    table.iloc[1:].to_parquet(artifact / name)
+    assert name in refusal(artifact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_table_is_refused(artifact: Path, name: str) -> None:
+    (artifact / name).write_bytes(b"PAR1 and then nothing")
+    assert name in refusal(artifact)
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, str(SCHEMA_VERSION), None, [1]])
+def test_another_schema_version_is_refused(artifact: Path, version) -> None:
+    edit_metadata(artifact, schema_version=version)
+    assert "schema" in refusal(artifact)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"not json", b"[]", b"[1, 2]", b"null", b"1", b"\xff\xfe", b"[" * 100_000],
+)
+def test_metadata_that_is_no_json_object_is_refused(artifact: Path, content: bytes) -> None:
+    (artifact / "metadata.json").write_bytes(content)
+    assert "metadata.json" in refusal(artifact)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [None, "4,3", 4, [], [4], [4, 3, 1], ["4", "3"], [4.0, 3.0], [True, 3], [4, -3], [0, 3], {}, [[4], [3]]],
+)  # fmt: skip
+def test_a_shape_that_is_not_two_positive_whole_numbers_is_refused(artifact: Path, shape) -> None:
+    edit_metadata(artifact, shape=shape)
+    assert "shape" in refusal(artifact)
+
+
+@pytest.mark.parametrize("sha256", [None, 1, "", "0" * 64, ["a"]])
+def test_a_wrong_or_missing_hash_is_refused(artifact: Path, sha256) -> None:
+    edit_metadata(artifact, sha256=sha256)
+    refusal(artifact)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_not_written(tmp_path: Path, bad: float) -> None:
+    values = np.zeros((3, 2))
+    values[2, 1] = bad
+    with pytest.raises(InputError, match="finite"):
+        write(tmp_path / "scores", values)
+    assert not (tmp_path / "scores" / "metadata.json").exists()
+
+
+def test_a_score_too_large_for_float32_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="finite"):
+        write(tmp_path / "scores", np.full((3, 2), 1e300))
+
+
+def test_an_address_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    source = (tmp_path / "nowhere").as_uri()
+    assert source in refusal(source)
