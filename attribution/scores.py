@@ -81,13 +81,17 @@ def write_scores(
         values: (n_train, n_targets); positive = helpful.
 
     Raises:
-        InputError: a score is not finite.
+        InputError: a score is not finite, or the tables do not fit the matrix.
     """
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
         values = np.ascontiguousarray(values, dtype=np.float32)
     if not np.isfinite(values).all():
         raise InputError(
             "scores: not all are finite; raise lambda_reg, and look for a diverged checkpoint"
+        )
+    if values.shape != (len(train), len(targets)):
+        raise InputError(
+            f"scores: shape {values.shape} does not fit {len(train)} examples, {len(targets)} targets"
         )
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "scores.npy", values)

@@ -27,6 +27,8 @@ def make(config: Config, data: ImageData) -> None:
 
     finetune_id = tracking.obtain("finetune", config, data, finetune.make)
     members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
+    if not members.is_out_of_sample:
+        tracking.say("trak: some examples were seen by every checkpoint: losses are in-sample")
     key = tracking.fingerprint("trak", config, data)
     work = tracking.work_folder(config, key[:16])
     start = time.monotonic()

@@ -194,9 +194,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def new_place(
-    tmp_path_factory: pytest.TempPathFactory, images: Path
-) -> Callable[[str], Place]:
+def new_place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[[str], Place]:
     """A function that makes an empty store and cache."""
     import logging
     import shutil
