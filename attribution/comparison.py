@@ -48,7 +48,7 @@ def retrain(
     results = {key: found["logits"] for key in keeps if (found := store.get(key))}
     missing = [key for key in keeps if key not in results]
     say(f"ablation: {len(keeps)} models to compare, {len(missing)} of them to train")
-    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(missing))
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(keeps))
     tasks = [(config, data, *keeps[key]) for key in missing]
     with progress("ablation: retrainings", len(keeps), len(results)) as advance:
         for index, logits in parallel_map(_retrain, tasks, jobs):

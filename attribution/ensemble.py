@@ -67,7 +67,7 @@ def train_checkpoints(
         for m, folder in enumerate(folders)
         if not folder.exists()
     ]
-    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(tasks))
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
     with progress("finetune: checkpoints", len(folders), len(folders) - len(tasks)) as advance:
         for _ in parallel_map(_train_checkpoint, tasks, jobs):
             advance()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +16,11 @@ Result = TypeVar("Result")
 
 
 def resolve_jobs(jobs: int, device_type: str, tasks: int) -> int:
-    """Worker processes for so many tasks: 0 means one a core, or a single one on a GPU."""
+    """Worker processes for so many tasks: 0 means one a core, or a single one on a GPU.
+
+    Count finished tasks too: the number of workers decides their threads, and so the last bit of
+    what they compute, which is not to depend on where an earlier run was killed.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = jobs or (1 if device_type == "cuda" else cores or 1)
     return max(1, min(wanted, tasks))
@@ -38,18 +45,34 @@ def parallel_map(
     with parallel_config(backend="loky", inner_max_num_threads=threads):
         workers = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
         yield from workers(
-            delayed(_call)(function, index, task, threads) for index, task in enumerate(tasks)
+            delayed(_call)(function, index, task, threads, os.getpid())
+            for index, task in enumerate(tasks)
         )
 
 
-def _call(function: Callable, index: int, task: tuple, threads: int) -> tuple[int, Any]:
+def _call(
+    function: Callable, index: int, task: tuple, threads: int, driver: int
+) -> tuple[int, Any]:
     import warnings
 
     import torch
 
+    _end_with(driver)
     warnings.filterwarnings("ignore")  # each worker would repeat what the driver has said
     torch.set_num_threads(threads)
     return index, function(*task)
+
+
+@cache
+def _end_with(driver: int) -> None:
+    """End this worker when its driver has ended, however it did: no orphan goes on training."""
+
+    def watch() -> None:
+        while os.getppid() == driver:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class ResultStore:
