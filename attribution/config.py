@@ -100,7 +100,7 @@ class Config:
     """All parameters of a run; None means that the preset decides."""
 
     # fmt: off
-    preset: str = option("data", "digits, food101, images; auto is images where dataset is named, else digits", "auto", choices=("auto", *PRESETS))
+    preset: str = option("data", "auto is images where dataset is named, else digits", "auto", choices=("auto", *PRESETS))
     dataset: str = option("data", "digits, a Hub id, or a folder of images in class subfolders")
     classes: str = option("data", "comma list of the class names to keep; empty keeps all")
     image_size: int = option("data", "side in pixels that every image is resized and cropped to", at_least=1, at_most=4096)
@@ -115,15 +115,15 @@ class Config:
     learning_rate: float = option("training", "peak of the schedule", above=0)
     batch_size: int = option("training", "images in a step", at_least=2)
     weight_decay: float = option("training", "AdamW's decoupled weight decay", at_least=0)
-    schedule: str = option("training", "learning rate over the run", "one_cycle", choices=("one_cycle", "cosine"))
+    schedule: str = option("training", "of the learning rate", "one_cycle", choices=("one_cycle", "cosine"))
     patience: int = option("training", "epochs without a better validation loss before stopping; 0 trains them all", at_least=0)
-    precision: str = option("training", "bfloat16 autocast or float32; auto takes bfloat16 where the processor has it", choices=("auto", "float32", "bfloat16"))
+    precision: str = option("training", "of training; auto takes bfloat16 autocast where the processor has it", choices=("auto", "float32", "bfloat16"))
     num_models: int = option("finetune", "checkpoints in the ensemble", at_least=1)
     subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn per checkpoint", above=0, at_most=1)
     seed: int = option("training", "root of every seed beside data_seed", 0, at_least=0)
     finetune_run_id: str = option("lineage", "score the checkpoints of this run; empty finds or makes it", "")
     proj_dim: int = option("trak", "length k of the projected gradient", at_least=1)
-    projector: str = option("trak", "sketch: ours; normal: traker's vmap gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
+    projector: str = option("trak", "ours, or traker's vmap gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
     lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the features' Gram matrix", at_least=0)
     loss_gradient_weight: str = option("trak", "multiply row i of the scores by the mean of 1 - p over checkpoints (mean) or not (none)", "mean", choices=("mean", "none"))
     trak_run_id: str = option("lineage", "take scores from this run; empty finds or makes it", "")
@@ -177,10 +177,12 @@ def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
 def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The parameters that the caller gave, by name; argparse ends the process on an unknown flag."""
     groups = (*STAGE_GROUPS[stage], "lineage", "execution")
-    parser = _Parser(prog=f"python -m scripts.{stage}", allow_abbrev=False)
+    command = f"python -m scripts.{stage}"
+    parser = _Parser(command, f"{command} [--NAME VALUE ...]", allow_abbrev=False)
+    sections = {group: parser.add_argument_group(group) for group in groups}
     for name, f in FIELDS.items():
         if f.metadata["group"] in groups:
-            parser.add_argument(
+            sections[f.metadata["group"]].add_argument(
                 f"--{name}",
                 metavar=f.type.upper(),
                 default=argparse.SUPPRESS,
@@ -202,11 +204,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _help(f: dataclasses.Field) -> str:
+    text = f.metadata["help"]
+    if "choices" in f.metadata:
+        text += f": {', '.join(f.metadata['choices'])}"
     values = {name: preset.get(f.name) for name, preset in PRESETS.items()}
-    if any(value is not None for value in values.values()):
-        shown = ", ".join(f"{k}: {v}" for k, v in values.items() if v not in (None, FOOD_CLASSES))
-        return f"{f.metadata['help']} ({shown})"
-    return f"{f.metadata['help']} (default: {_default(f) or 'empty'})"
+    shown = [f"{k}: {v}" for k, v in values.items() if v not in (None, "", FOOD_CLASSES)]
+    default = _default(f)
+    if default is not None:
+        shown = [f"default: {'empty' if default == '' else default}"]
+    return f"{text} ({', '.join(shown)})" if shown else text
 
 
 def _default(f: dataclasses.Field) -> Any:

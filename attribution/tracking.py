@@ -132,7 +132,8 @@ def _entry_run(stage: str) -> Iterator[Any]:
 
     _check_store()
     with mlflow.start_run() as run:
-        mlflow.set_tags({"stage": stage, "mlflow.runName": stage})
+        mlflow.set_tag("stage", stage)
+        _name_run(stage)
         try:
             yield run
         except KeyboardInterrupt:
@@ -277,9 +278,9 @@ def _describe(stage: str, config: Config, data: ImageData) -> None:
             "stage": stage,
             "fingerprint": key,
             "data_fingerprint": data.fingerprint,
-            "mlflow.runName": f"{stage} {Path(config.dataset).name} {key[:6]}",
         }
     )
+    _name_run(f"{stage} {Path(config.dataset).name} {key[:6]}")
     log_params(config.group(*STAGE_GROUPS[stage], "execution"))
     source = mlflow.data.from_pandas(
         data.examples.drop(columns="file_name"),
@@ -306,10 +307,20 @@ def _mark_reused(stage: str, run_id: str) -> None:
     mlflow.set_tags(
         {
             "reused_run_id": run_id,
-            "mlflow.runName": f"{stage} (see {run_id[:8]})",
             "mlflow.note.content": f"Nothing had changed: the result is in run `{run_id}`.",
         }
     )
+    _name_run(f"{stage} (see {run_id[:8]})")
+
+
+def _name_run(name: str) -> None:
+    """Name the active run, unless a person has: MLflow's own names are like shy-cat-123."""
+    import mlflow
+
+    run = mlflow.MlflowClient().get_run(mlflow.active_run().info.run_id)
+    stage = run.data.tags["stage"]
+    if re.fullmatch(rf"[a-z]+-[a-z]+-\d+|{stage}.*", run.info.run_name or stage):
+        mlflow.set_tag("mlflow.runName", name)
 
 
 def _tags(run_id: str) -> dict[str, str]:

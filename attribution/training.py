@@ -87,6 +87,7 @@ def train(
     if keep.sum() < 2:
         raise InputError("keep: no training example is left, or a single one; remove fewer")
     device = resolve_device(config.device)
+    torch.backends.cudnn.deterministic = True  # on a GPU its fastest kernels are not repeatable
     model = models.build(config.model, data.class_names, derive_seed(seed, "weights"))
     model.to(device, memory_format=torch.channels_last)
     kept = np.flatnonzero(keep)

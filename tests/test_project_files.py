@@ -143,3 +143,19 @@ def test_git_holds_only_the_readme_of_mlruns() -> None:
     if done.returncode:
         pytest.skip("not a git checkout")
     assert done.stdout.split() == ["mlruns/README.md"]
+
+
+def test_ci_types_the_two_commands_of_the_readme() -> None:
+    blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:3]
+    commands = [block.split("\n```")[0] for block in blocks]
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert len(commands) == 2 and all(command in ci for command in commands)
+
+
+def test_no_file_names_a_registry_host_or_a_machine_s_path() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        if name.endswith((".py", ".md", ".txt", ".yaml", ".toml", "MLproject", "run")):
+            text = (ROOT / name).read_text()
+            for word in ("py" + "pi.org", "pythonhosted", "download.pytorch", "/ro" + "ot/"):
+                assert word not in text, f"{name} names {word}"
