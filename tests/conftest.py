@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -197,7 +199,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[[str], Place]:
     """A function that makes an empty store and cache."""
     import logging
-    import shutil
 
     from mlflow import MlflowClient
 
@@ -205,13 +206,30 @@ def new_place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callabl
     template = tmp_path_factory.mktemp("store") / "mlflow.db"  # made once: its tables take seconds
     MlflowClient(f"sqlite:///{template}").search_experiments()
 
-    def make(name: str) -> Place:
+    def make(name: str, like: Place | None = None) -> Place:
         place = Place(tmp_path_factory.mktemp(name), images)
-        shutil.copy(template, place.root / "mlflow.db")
-        place.client().create_experiment(place.experiment, (place.root / "artifacts").as_uri())
+        if like:
+            _copy_store(like.root, place.root)
+        else:
+            shutil.copy(template, place.root / "mlflow.db")
+            place.client().create_experiment(place.experiment, (place.root / "artifacts").as_uri())
         return place
 
     return make
+
+
+def _copy_store(old: Path, new: Path) -> None:
+    """Every run of a store under its own id, with copies of its artifacts."""
+    shutil.copytree(old / "artifacts", new / "artifacts")
+    with (
+        contextlib.closing(sqlite3.connect(old / "mlflow.db")) as source,
+        contextlib.closing(sqlite3.connect(new / "mlflow.db")) as copy,
+    ):
+        source.backup(copy)
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            change = f"UPDATE {table} SET {column} = replace({column}, ?, ?)"
+            copy.execute(change, (str(old), str(new)))
+        copy.commit()
 
 
 @pytest.fixture(scope="session")
