@@ -161,12 +161,16 @@ def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
 
 
 def verdict(row: pd.Series) -> str:
-    """What a row's interval against random removal of the same size allows to say."""
+    """What a row's interval against random removal of the same size allows to say.
+
+    An interval that excludes zero is not enough where many arms are compared: the p-value has to
+    stay below 0.05 after Holm's adjustment too.
+    """
     if row["arm"] in ("none", "random"):
         return "baseline"
     low, high = row["accuracy_vs_random_ci_low"], row["accuracy_vs_random_ci_high"]
-    if low > 0:
-        return "better than random"
-    if high < 0:
-        return "worse than random"
-    return "indistinguishable from random"
+    if low <= 0 <= high:
+        return "indistinguishable from random"
+    if row["accuracy_vs_random_p_holm"] >= 0.05:
+        return "not significant after Holm"
+    return "better than random" if low > 0 else "worse than random"

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
+from attribution.comparison import verdict
 from attribution.data import ImageData
 from attribution.scores import Scores
 
@@ -120,8 +121,8 @@ def comparison(table: pd.DataFrame, path: Path) -> None:
 
 def _intervals(axes: plt.Axes, table: pd.DataFrame, y: np.ndarray, mean: str, stem: str) -> None:
     low, high = table[f"{stem}_ci_low"], table[f"{stem}_ci_high"]
-    versus = table["accuracy_vs_random_ci_low"], table["accuracy_vs_random_ci_high"]
-    colours = np.where(versus[0] > 0, HELPFUL, np.where(versus[1] < 0, HARMFUL, NEUTRAL))
-    for i, colour in enumerate(colours):
+    colours = {"better than random": HELPFUL, "worse than random": HARMFUL}
+    for i, (_, row) in enumerate(table.iterrows()):
+        colour = colours.get(verdict(row), NEUTRAL)
         axes.plot([low.iloc[i], high.iloc[i]], [y[i], y[i]], color=colour, linewidth=2)
         axes.plot(table[mean].iloc[i], y[i], "o", color=colour)

@@ -153,11 +153,19 @@ def test_verdicts_are_those_that_were_planted(outcomes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "word"), [(0.0, 0.1, "indistinguishable"), (-0.1, 0.0, "indistinguishable")]
+    ("low", "high", "p_holm", "words"),
+    [
+        (0.0, 0.1, 0.01, "indistinguishable from random"),
+        (-0.1, 0.0, 0.01, "indistinguishable from random"),
+        (0.01, 0.1, 0.06, "not significant after Holm"),
+        (-0.1, -0.01, 0.06, "not significant after Holm"),
+        (0.01, 0.1, 0.04, "better than random"),
+        (-0.1, -0.01, 0.04, "worse than random"),
+    ],
 )
-def test_an_interval_that_touches_zero_is_not_told_from_random(low, high, word) -> None:
-    row = {"arm": "x", "accuracy_vs_random_ci_low": low, "accuracy_vs_random_ci_high": high}
-    assert word in verdict(pd.Series(row))
+def test_a_verdict_needs_the_interval_and_the_adjusted_p_value(low, high, p_holm, words) -> None:
+    row = {"arm": "harmful", "accuracy_vs_random_ci_low": low, "accuracy_vs_random_ci_high": high}
+    assert verdict(pd.Series(row | {"accuracy_vs_random_p_holm": p_holm})) == words
 
 
 def test_an_arm_that_removes_nothing_is_compared_with_no_removal() -> None:

@@ -157,5 +157,10 @@ def test_no_file_names_a_registry_host_or_a_machine_s_path() -> None:
     for name in listed.stdout.split():
         if name.endswith((".py", ".md", ".txt", ".yaml", ".toml", "MLproject", "run")):
             text = (ROOT / name).read_text()
-            for word in ("py" + "pi.org", "pythonho" + "sted", "download.py" + "torch", "/ro" + "ot/"):
+            for word in (
+                "py" + "pi.org",
+                "pythonho" + "sted",
+                "download.py" + "torch",
+                "/ro" + "ot/",
+            ):
                 assert word not in text, f"{name} names {word}"
