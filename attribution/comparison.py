@@ -18,6 +18,7 @@ from attribution.statistics import Estimate, holm, mean_estimate, paired_differe
 from attribution.tracking import digest, say, training_key
 from attribution.training import classification_metrics, predict, resolve_device, train
 
+CONTROLS = ("random", "none")
 METRICS = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
 
 
@@ -99,14 +100,15 @@ def compare(
     random = {_size(o): o for o in outcomes if o.trial.arm == "random"}
     for outcome in outcomes:
         outcome.mean = {name: mean_estimate(v) for name, v in outcome.per_seed.items()}
-        controls = {"none": none, "random": random.get(_size(outcome), none)}
-        for name, control in controls.items():
-            if outcome is not none and outcome.trial.arm != name:
+        if not _size(outcome):
+            continue
+        for name, control in (("none", none), ("random", random[_size(outcome)])):
+            if outcome.trial.arm != name:
                 outcome.versus[name] = {
                     metric: paired_difference(outcome.per_seed[metric], control.per_seed[metric])
                     for metric in METRICS
                 }
-    for name in ("random", "none"):
+    for name in CONTROLS:
         family = [o for o in outcomes if name in o.versus]
         adjusted = holm([o.versus[name]["accuracy"].p for o in family])
         for outcome, p in zip(family, adjusted, strict=True):
@@ -136,6 +138,9 @@ def summary_metrics(outcome: Outcome) -> dict[str, float]:
     return figures
 
 
+_NOTHING = Estimate(np.nan, np.nan, np.nan, np.nan)
+
+
 def _named(name: str, estimate: Estimate, mean_suffix: str = "") -> dict[str, float]:
     return {
         f"{name}{mean_suffix}": estimate.mean,
@@ -145,8 +150,8 @@ def _named(name: str, estimate: Estimate, mean_suffix: str = "") -> dict[str, fl
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """One row a trial: arm, frac, n_removed and every summary metric."""
-    return pd.DataFrame(
+    """One row a trial: arm, frac, n_removed and every summary metric, NaN where none applies."""
+    table = pd.DataFrame(
         [
             {
                 "arm": o.trial.arm,
@@ -158,6 +163,11 @@ def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
             for o in outcomes
         ]
     )
+    # Every column, also where nothing but baselines is compared.
+    differences = [_named(f"{m}_vs_{c}", _NOTHING) for c in CONTROLS for m in METRICS]
+    p_values = [f"accuracy_vs_{c}_p{kind}" for c in CONTROLS for kind in ("", "_holm")]
+    columns = dict.fromkeys([*table, *(name for d in differences for name in d), *p_values])
+    return table.reindex(columns=list(columns))
 
 
 def verdict(row: pd.Series) -> str:
@@ -168,6 +178,8 @@ def verdict(row: pd.Series) -> str:
     """
     if row["arm"] in ("none", "random"):
         return "baseline"
+    if not row["n_removed"]:
+        return "removes nothing"
     low, high = row["accuracy_vs_random_ci_low"], row["accuracy_vs_random_ci_high"]
     if low <= 0 <= high:
         return "indistinguishable from random"

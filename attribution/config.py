@@ -245,16 +245,14 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
         InputError: an unknown preset, a value out of bounds, or a contradiction.
     """
     for name, value in (inherited or {}).items():
-        if name in given and given[name] != value:
+        if name != "preset" and name in given and given[name] != value:
             raise InputError(
                 f"{name}={given[name]}: the run built on was made with {name}={value}; "
                 "leave it out, or name another run"
             )
     values = {**given, **(inherited or {})}
-    preset = values.get("preset", "auto")
-    _check(FIELDS["preset"], preset)
-    if preset == "auto":
-        preset = "digits" if values.get("dataset") in (None, "", "digits") else "images"
+    values["preset"] = _preset(given.get("preset", "auto"), values)
+    preset = values["preset"]
     values = {**PRESETS[preset], **{k: v for k, v in values.items() if v is not None}}
     if not values.get("dataset"):
         raise InputError(f"dataset: preset={preset} needs one: a Hub id or a folder of images")
@@ -263,6 +261,13 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
         _check(f, getattr(config, f.name))
     _check_fracs(config.frac)
     return config
+
+
+def _preset(asked: str, values: dict[str, Any]) -> str:
+    _check(FIELDS["preset"], asked)
+    names = (asked, values.get("preset", "auto"))
+    by_data = "digits" if values.get("dataset") in (None, "", "digits") else "images"
+    return next((name for name in names if name != "auto"), by_data)
 
 
 def _check(f: dataclasses.Field, value: Any) -> None:

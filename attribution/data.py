@@ -99,7 +99,8 @@ def _choose_classes(source: Source, config: Config) -> list[int]:
     wanted = config.class_names or source.class_names
     chosen = [label for label, name in enumerate(source.class_names) if name in wanted]
     if len(chosen) < 2:
-        raise InputError(f"dataset={config.dataset}: {len(chosen)} class; at least 2 are needed")
+        what = f"classes={config.classes}" if config.classes else f"dataset={config.dataset}"
+        raise InputError(f"{what}: {len(chosen)} class; at least 2 are needed")
     return chosen
 
 

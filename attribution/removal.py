@@ -70,7 +70,7 @@ class Trial:
     """One (arm, frac) of the comparison, with what it removes under each seed."""
 
     arm: str
-    frac: float
+    frac: float  # as asked for; the share removed where the arm decides it
     removed: tuple[np.ndarray, ...]  # one array of training positions a seed, ascending
 
     @property
@@ -102,27 +102,34 @@ def plan_trials(
     """
     check_arms(arms)
     n = len(evidence.labels)
-    counts = {round(frac * n) for frac in fracs}
-    if min(counts) < 1:
+    shares = {round(frac * n): frac for frac in sorted(fracs)}  # how many, as it was asked for
+    if min(shares) < 1:
         raise InputError(f"frac={min(fracs):g}: removes none of the {n} training examples")
-    trials = [_trial("none", 0, n, evidence, seeds)]
+    controls = dict(shares)
+    trials = []
     for arm in dict.fromkeys(arms):
-        if arm in FRAC_FREE and arm != "none":
-            trials.append(_trial(arm, 0, n, evidence, seeds))
-        elif arm not in ("none", "random"):
-            trials += [_trial(arm, count, n, evidence, seeds) for count in sorted(counts)]
-    sizes = counts | {len(trial.removed[0]) for trial in trials} - {0}
-    trials[1:1] = [_trial("random", count, n, evidence, seeds) for count in sorted(sizes)]
+        if arm in ("none", "random"):
+            continue
+        for count in [0] if arm in FRAC_FREE else shares:
+            trial = _trial(arm, count, shares.get(count), evidence, seeds)
+            trials.append(trial)
+            if len(trial.removed[0]):
+                controls.setdefault(len(trial.removed[0]), trial.frac)
+    random_trials = [
+        _trial("random", count, controls[count], evidence, seeds) for count in sorted(controls)
+    ]
+    trials = [_trial("none", 0, None, evidence, seeds), *random_trials, *trials]
     for trial in trials:
         _check_classes(trial, evidence.labels)
     return trials
 
 
-def _trial(arm: str, count: int, n: int, evidence: Evidence, seeds: list[int]) -> Trial:
+def _trial(arm: str, count: int, frac: float | None, evidence: Evidence, seeds: list[int]) -> Trial:
     removed = tuple(
         np.sort(ARMS[arm](evidence, count, np.random.default_rng([seed, count]))) for seed in seeds
     )
-    return Trial(arm, len(removed[0]) / n, removed)
+    share = len(removed[0]) / len(evidence.labels)
+    return Trial(arm, share if frac is None else frac, removed)
 
 
 def _check_classes(trial: Trial, labels: np.ndarray) -> None:

@@ -21,12 +21,12 @@ def print_comparison(table: pd.DataFrame) -> None:
     )
     for column in ("arm", "frac", "removed", "accuracy", "vs random", "p (Holm)", ""):
         side = "left" if column in ("arm", "") else "right"
-        shown.add_column(column, justify=side, no_wrap=True)
+        shown.add_column(column, justify=side, no_wrap=bool(column))
     for _, row in table.iterrows():
         shown.add_row(*_cells(row))
     # A fixed width where there is no terminal, so that a log or a pipe gets whole lines.
     console = Console()
-    Console(width=max(console.width, 110) if not console.is_terminal else None).print(shown)
+    Console(width=max(console.width, 120) if not console.is_terminal else None).print(shown)
 
 
 def _cells(row: pd.Series) -> list[str]:

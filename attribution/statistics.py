@@ -22,7 +22,8 @@ class Estimate:
 def mean_estimate(values: np.ndarray) -> Estimate:
     """Student's t interval of the mean of (n_seeds,) values, n_seeds at least 2.
 
-    Values without spread give an interval of no width: p is 1 where they are all zero, else 0.
+    Values without spread give an interval of no width, and Student's t has nothing to say; p is
+    then 1 where they are zero, else that of the sign-flip test, 2^(1 - n_seeds).
 
     Raises:
         ValueError: fewer than two values, or one that is not finite.
@@ -34,7 +35,8 @@ def mean_estimate(values: np.ndarray) -> Estimate:
         raise ValueError("an interval needs at least two finite values")
     mean, spread = float(values.mean()), float(values.std(ddof=1))
     if spread <= 1e-12 * max(1.0, abs(mean)):
-        return Estimate(mean, mean, mean, float(abs(mean) <= 1e-12))
+        p = 1.0 if abs(mean) <= 1e-12 else 2.0 ** (1 - len(values))
+        return Estimate(mean, mean, mean, p)
     standard_error = spread / np.sqrt(len(values))
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * standard_error
     p = 2 * stats.t.sf(abs(mean) / standard_error, len(values) - 1)

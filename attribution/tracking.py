@@ -30,11 +30,14 @@ if TYPE_CHECKING:
 # Raised whenever a stage would compute something else from the same parameters and data.
 ESTIMATOR_VERSION = 1
 UPSTREAM = {"trak": "finetune", "ablation": "trak"}
-# A finished run without this artifact has lost what it was kept for.
-KEY_ARTIFACT = {
-    "finetune": "training/logits.npz",
-    "trak": "scores/metadata.json",
-    "ablation": "comparison.csv",
+# A finished run without one of these has lost what it was kept for.
+NEEDED_ARTIFACTS = {
+    "finetune": ("training/logits.npz",),
+    "trak": tuple(
+        f"scores/{name}"
+        for name in ("scores.npy", "train.parquet", "targets.parquet", "metadata.json")
+    ),
+    "ablation": ("comparison.csv",),
 }
 Make = Callable[[Config, "ImageData"], None]
 
@@ -97,7 +100,7 @@ def run_entry_point(stage: str, make: Make, show: Callable[[str], None], argv: A
         _quiet()
         with _entry_run(stage) as run:
             config, data = _prepare(stage, given)
-            run_id = find_finished(stage, fingerprint(stage, config, data))
+            run_id = find_finished(stage, config, data)
             if run_id:
                 _mark_reused(stage, run_id)
             else:
@@ -220,17 +223,20 @@ def _inherit(stage: str, run_id: str) -> dict[str, Any]:
     return {n: convert(n, run.data.params[n]) for n in wanted}
 
 
-def find_finished(stage: str, key: str) -> str | None:
-    """The newest FINISHED run of a stage with this fingerprint whose artifacts are still there."""
+def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
+    """The newest FINISHED run with the stage's fingerprint whose artifacts are all still there."""
     import mlflow
 
+    key, needed = fingerprint(stage, config, data), NEEDED_ARTIFACTS[stage]
+    if stage == "finetune":
+        needed += tuple(f"checkpoints/{m:03d}/model.safetensors" for m in range(config.num_models))
     runs = mlflow.MlflowClient().search_runs(
         [mlflow.active_run().info.experiment_id],
         f"tags.stage = '{stage}' and tags.fingerprint = '{key}' and attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"],
     )
     for run in runs:
-        if _has_artifact(run.info.run_id, KEY_ARTIFACT[stage]):
+        if all(_has_artifact(run.info.run_id, path) for path in needed):
             return run.info.run_id
     return None
 
@@ -253,8 +259,7 @@ def obtain(stage: str, config: Config, data: ImageData, make: Make) -> str:
     """
     import mlflow
 
-    key = fingerprint(stage, config, data)
-    run_id = getattr(config, f"{stage}_run_id") or find_finished(stage, key)
+    run_id = getattr(config, f"{stage}_run_id") or find_finished(stage, config, data)
     if run_id:
         say(f"{stage}: reusing run {run_id}")
     else:

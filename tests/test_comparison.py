@@ -164,15 +164,17 @@ def test_verdicts_are_those_that_were_planted(outcomes) -> None:
     ],
 )
 def test_a_verdict_needs_the_interval_and_the_adjusted_p_value(low, high, p_holm, words) -> None:
-    row = {"arm": "harmful", "accuracy_vs_random_ci_low": low, "accuracy_vs_random_ci_high": high}
-    assert verdict(pd.Series(row | {"accuracy_vs_random_p_holm": p_holm})) == words
+    versus = {"ci_low": low, "ci_high": high, "p_holm": p_holm}
+    row = {f"accuracy_vs_random_{name}": value for name, value in versus.items()}
+    assert verdict(pd.Series(row | {"arm": "harmful", "n_removed": 5})) == words
 
 
-def test_an_arm_that_removes_nothing_is_compared_with_no_removal() -> None:
+def test_an_arm_that_removes_nothing_is_compared_with_nothing() -> None:
     same = logits_with(CORRECT["none", 0])
     found = compare([trial("none", 0), trial("negative", 0)], [same, same], LABELS)
-    difference = found[1].versus["random"]["accuracy"]
-    assert (difference.mean, difference.p) == (0, 1)
+    table = comparison_table(found)
+    assert not found[1].versus and table["accuracy_vs_random"].isna().all()
+    assert [verdict(row) for _, row in table.iterrows()] == ["baseline", "removes nothing"]
 
 
 # Retraining

@@ -141,9 +141,11 @@ def test_two_fracs_that_remove_equally_many_are_tried_once() -> None:
     assert len(plan("loss", [0.1, 0.101])) == 3
 
 
-def test_a_trial_says_the_share_that_it_removes() -> None:
+def test_a_trial_keeps_the_frac_that_was_asked_for_and_negative_tells_its_own_share() -> None:
     trial = one(plan("loss", [0.11]), "loss")
-    assert trial.frac == 4 / 40 and trial.name == "loss 0.1"
+    assert trial.frac == 0.11 and trial.name == "loss 0.11" and len(trial.removed[0]) == 4
+    negative = one(plan("negative", [0.11]), "negative")
+    assert negative.frac == len(negative.removed[0]) / 40
 
 
 def test_trials_have_different_names() -> None:
