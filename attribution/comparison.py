@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from attribution.config import Config
 from attribution.data import ImageData
@@ -36,20 +37,23 @@ def retrain(
     Returns:
         One array a trial, (n_seeds, n_test, C) float32 test logits.
     """
-    store, settings = ResultStore(work), training_key(config, data)
+    device = resolve_device(config.device).type
+    # Models that are paired have to come from one kind of hardware and one torch.
+    settings = training_key(config, data), device, torch.__version__
+    store = ResultStore(work)
     keeps, keys = {}, []
     for trial in trials:
         keys.append([])
         for seed, removed in zip(seeds, trial.removed, strict=True):
             keep = np.ones(len(data.rows("train")), dtype=bool)
             keep[removed] = False
-            key = digest(settings, seed, np.packbits(keep).tobytes().hex())
+            key = digest(*settings, seed, np.packbits(keep).tobytes().hex())
             keys[-1].append(key)
             keeps[key] = (seed, keep)
     results = {key: found["logits"] for key in keeps if (found := store.get(key))}
     missing = [key for key in keeps if key not in results]
     say(f"ablation: {len(keeps)} models to compare, {len(missing)} of them to train")
-    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(keeps))
+    jobs = resolve_jobs(config.jobs, device, len(keeps))
     tasks = [(config, data, *keeps[key]) for key in missing]
     with progress("ablation: retrainings", len(keeps), len(results)) as advance:
         for index, logits in parallel_map(_retrain, tasks, jobs):

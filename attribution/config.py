@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_noise": 0.0,
         "augment": "flip,crop",
         "model": "microsoft/resnet-18",
-        "num_models": 5,
+        "num_models": 4,
         "epochs": 20,
         "learning_rate": 1e-4,
         "batch_size": 64,
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_noise": 0.0,
         "augment": "flip,crop",
         "model": "resnet-mini",
-        "num_models": 5,
+        "num_models": 4,
         "epochs": 15,
         "learning_rate": 3e-3,
         "batch_size": 64,
@@ -146,7 +146,7 @@ class Config:
         return split_list(self.arms)
 
     @property
-    def class_names(self) -> list[str]:
+    def wanted_classes(self) -> list[str]:
         return split_list(self.classes)
 
     def group(self, *names: str) -> dict[str, Any]:
@@ -177,11 +177,12 @@ def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
 def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The parameters that the caller gave, by name; argparse ends the process on an unknown flag."""
     groups = (*STAGE_GROUPS[stage], "lineage", "execution")
+    unknown = {f"{later}_run_id" for later in STAGES[STAGES.index(stage) :]}
     command = f"python -m scripts.{stage}"
     parser = _Parser(command, f"{command} [--NAME VALUE ...]", allow_abbrev=False)
     sections = {group: parser.add_argument_group(group) for group in groups}
     for name, f in FIELDS.items():
-        if f.metadata["group"] in groups:
+        if f.metadata["group"] in groups and name not in unknown:
             sections[f.metadata["group"]].add_argument(
                 f"--{name}",
                 metavar=f.type.upper(),
@@ -256,6 +257,7 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
     values = {**PRESETS[preset], **{k: v for k, v in values.items() if v is not None}}
     if not values.get("dataset"):
         raise InputError(f"dataset: preset={preset} needs one: a Hub id or a folder of images")
+    values["cache_dir"] = os.path.expanduser(values.get("cache_dir") or _default_cache_dir())
     config = Config(**values)
     for f in FIELDS.values():
         _check(f, getattr(config, f.name))

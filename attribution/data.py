@@ -64,7 +64,7 @@ def load_data(config: Config) -> ImageData:
     Raises:
         InputError: the data set cannot be found, read, decoded or split as asked.
     """
-    cache = Path(config.cache_dir).expanduser()
+    cache = Path(config.cache_dir)
     with writing(config):
         (cache / "pixels").mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache / "pixels").close()
@@ -93,10 +93,10 @@ def load_data(config: Config) -> ImageData:
 
 def _choose_classes(source: Source, config: Config) -> list[int]:
     """Ids of the classes to keep, in the source's order."""
-    for name in config.class_names:
+    for name in config.wanted_classes:
         if name not in source.class_names:
             raise InputError(f"classes={name}: no such class; {nearest(name, source.class_names)}")
-    wanted = config.class_names or source.class_names
+    wanted = config.wanted_classes or source.class_names
     chosen = [label for label, name in enumerate(source.class_names) if name in wanted]
     if len(chosen) < 2:
         what = f"classes={config.classes}" if config.classes else f"dataset={config.dataset}"

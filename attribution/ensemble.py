@@ -146,13 +146,15 @@ class Ensemble:
     def train_loss(self, labels: np.ndarray) -> np.ndarray:
         """Mean loss in nats of each training example, (n_train,).
 
-        The mean is over the checkpoints that did not see the example; where some example was seen
-        by all, it is over all checkpoints for every example, so that losses stay comparable.
+        The mean is over the checkpoints that did not see the example. Where some example was seen
+        by all, it is over those that did see it, for every example: a mean over both kinds would
+        rank examples by how often they happened to be left out.
         """
         each = np.stack([losses(logits, labels) for logits in self.train_logits])
-        if not self.is_out_of_sample:
-            return each.mean(axis=0)
-        return np.where(self.masks, 0, each).sum(axis=0) / (~self.masks).sum(axis=0)
+        counted = ~self.masks if self.is_out_of_sample else self.masks
+        if not counted.any(axis=0).all():  # seen by all, or by none: too few checkpoints
+            counted = np.ones_like(self.masks)
+        return np.where(counted, each, 0).sum(axis=0) / counted.sum(axis=0)
 
     def validation_loss(self, labels: np.ndarray) -> np.ndarray:
         """Mean loss in nats of each target over the checkpoints, (n_validation,)."""

@@ -21,8 +21,9 @@ def resolve_jobs(jobs: int, device_type: str, tasks: int) -> int:
     Count finished tasks too: the number of workers decides their threads, and so the last bit of
     what they compute, which is not to depend on where an earlier run was killed.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = jobs or (1 if device_type == "cuda" else cores or 1)
+    from joblib import cpu_count  # knows of affinity and of a container's share
+
+    wanted = jobs or (1 if device_type == "cuda" else cpu_count())
     return max(1, min(wanted, tasks))
 
 

@@ -103,6 +103,7 @@ def write_scores(
         "unit": "margin (log-odds of the target's label)",
         "shape": list(values.shape),
         "sha256": _sha256(folder / "scores.npy"),
+        "sha256_tables": {name: _sha256(folder / name) for name in REQUIRED_COLUMNS},
         **metadata,
     }
     (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -132,7 +133,7 @@ def load_scores(source: str | Path) -> Scores:
             f"not float32 {tuple(metadata['shape'])} as metadata.json says"
         )
     tables = [
-        _read_table(folder / name, length, source)
+        _read_table(folder / name, length, metadata["sha256_tables"][name], source)
         for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True)
     ]
     return Scores(values, *tables, metadata)
@@ -167,16 +168,22 @@ def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:
         and len(shape) == 2
         and all(type(side) is int and side > 0 for side in shape)
         and isinstance(metadata.get("sha256"), str)
+        and isinstance(metadata.get("sha256_tables"), dict)
+        and REQUIRED_COLUMNS.keys() <= metadata["sha256_tables"].keys()
     ):
-        raise InputError(f"scores={source}: metadata.json lacks a valid shape or sha256")
+        raise InputError(f"scores={source}: metadata.json lacks a valid shape or hashes")
     return metadata
 
 
-def _read_table(path: Path, length: int, source: str | Path) -> pd.DataFrame:
+def _read_table(path: Path, length: int, sha256: str, source: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     try:
+        if _sha256(path) != sha256:
+            raise InputError(f"scores={source}: {path.name} does not have its hash")
         table = pd.read_parquet(path)
+    except InputError:
+        raise
     except Exception as error:  # pyarrow raises many kinds on a broken file
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"scores={source}: {path.name} cannot be read ({reason})") from None

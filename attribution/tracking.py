@@ -74,15 +74,12 @@ def work_folder(config: Config, *parts: str) -> Path:
     Raises:
         InputError: it cannot be written.
     """
+    from attribution.pixels import writing
+
     folder = Path(config.cache_dir).joinpath("work", *parts)
-    try:
+    with writing(config):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"cache_dir={config.cache_dir}: cannot be written ({error.strerror}); name another"
-        ) from error
+        tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
@@ -100,13 +97,14 @@ def run_entry_point(stage: str, make: Make, show: Callable[[str], None], argv: A
         _quiet()
         with _entry_run(stage) as run:
             config, data = _prepare(stage, given)
-            run_id = find_finished(stage, config, data)
-            if run_id:
-                _mark_reused(stage, run_id)
-            else:
-                run_id = run.info.run_id
-                _describe(stage, config, data)
-                make(config, data)
+            with _alone(stage, config, data):
+                run_id = find_finished(stage, config, data)
+                if run_id:
+                    _mark_reused(stage, run_id)
+                else:
+                    run_id = run.info.run_id
+                    _describe(stage, config, data)
+                    make(config, data)
     except InputError as error:
         say(f"error: {error}")
         sys.exit(2)
@@ -220,7 +218,8 @@ def _inherit(stage: str, run_id: str) -> dict[str, Any]:
         raise InputError(f"{name}={run_id}: only points to run {other}; name that one")
     names = Config.__dataclass_fields__.keys() & run.data.params.keys()
     wanted = {n for n in names if FIELDS[n].metadata["group"] in STAGE_GROUPS[stage]}
-    return {n: convert(n, run.data.params[n]) for n in wanted}
+    resolved = {n: run.data.tags.get(f"resolved.{n}", run.data.params[n]) for n in wanted}
+    return {n: convert(n, text) for n, text in resolved.items()}
 
 
 def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
@@ -259,18 +258,36 @@ def obtain(stage: str, config: Config, data: ImageData, make: Make) -> str:
     """
     import mlflow
 
-    run_id = getattr(config, f"{stage}_run_id") or find_finished(stage, config, data)
-    if run_id:
-        say(f"{stage}: reusing run {run_id}")
-    else:
-        with mlflow.start_run(run_name=stage, nested=True) as run:
-            run_id = run.info.run_id
-            # Not a part of the run that happened to need it first: others will build on it too.
-            mlflow.MlflowClient().delete_tag(run_id, "mlflow.parentRunId")
-            _describe(stage, config, data)
-            make(config, data)
+    with _alone(stage, config, data):
+        run_id = getattr(config, f"{stage}_run_id") or find_finished(stage, config, data)
+        if run_id:
+            say(f"{stage}: reusing run {run_id}")
+        else:
+            with mlflow.start_run(run_name=stage, nested=True) as run:
+                run_id = run.info.run_id
+                # Not a part of the run that needed it first: others will build on it too.
+                mlflow.MlflowClient().delete_tag(run_id, "mlflow.parentRunId")
+                _describe(stage, config, data)
+                make(config, data)
     mlflow.set_tag(f"{stage}_run_id", run_id)
     return run_id
+
+
+@contextmanager
+def _alone(stage: str, config: Config, data: ImageData) -> Iterator[None]:
+    """Let one process at a time make a result: the next one then finds it finished."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(work_folder(config) / f"{fingerprint(stage, config, data)[:16]}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{stage}: another process is making it; waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _describe(stage: str, config: Config, data: ImageData) -> None:
@@ -298,11 +315,17 @@ def _describe(stage: str, config: Config, data: ImageData) -> None:
 
 
 def log_params(params: dict[str, Any]) -> None:
-    """Log parameters that `mlflow run` has not logged already from its command line."""
+    """Log resolved parameters.
+
+    `mlflow run` has logged its command line already, and MLflow lets no parameter change: what a
+    value such as 'auto' came to is then the tag `resolved.NAME`.
+    """
     import mlflow
 
     known = mlflow.MlflowClient().get_run(mlflow.active_run().info.run_id).data.params
     mlflow.log_params({k: v for k, v in params.items() if k not in known})
+    differ = {k: params[k] for k in params.keys() & known if convert(k, known[k]) != params[k]}
+    mlflow.set_tags({f"resolved.{k}": v for k, v in differ.items()})
 
 
 def _mark_reused(stage: str, run_id: str) -> None:
@@ -324,7 +347,7 @@ def _name_run(name: str) -> None:
 
     run = mlflow.MlflowClient().get_run(mlflow.active_run().info.run_id)
     stage = run.data.tags["stage"]
-    if re.fullmatch(rf"[a-z]+-[a-z]+-\d+|{stage}.*", run.info.run_name or stage):
+    if re.fullmatch(rf"[a-z]+-[a-z]+-\d+|{stage}", run.info.run_name or stage):
         mlflow.set_tag("mlflow.runName", name)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,14 +93,14 @@ def train(
     kept = np.flatnonzero(keep)
     # BatchNorm needs two examples in every batch.
     steps = min(math.ceil(len(kept) / config.batch_size), len(kept) // 2)
-    optimizer, scheduler = _optimizer(config, model, steps * config.epochs, device)
-    batches = _Batches(config, data, seed, device)
+    optimizer, scheduler = make_optimizer(config, model, steps * config.epochs)
+    batches = Batches(config, data, seed, device)
     trained, best_loss, best_state = Trained(model), math.inf, None
     for epoch in range(config.epochs):
         model.train()
         total = 0.0
         for images, labels in batches(kept, steps):
-            with _autocast(config, device):
+            with autocast(config, device):
                 logits = model(images).logits
             loss = nn.functional.cross_entropy(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)
@@ -134,9 +134,10 @@ def train(
     return trained
 
 
-def _optimizer(
-    config: Config, model: nn.Module, total_steps: int, device: torch.device
+def make_optimizer(
+    config: Config, model: nn.Module, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW and the schedule of its learning rate over the whole run."""
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -151,7 +152,7 @@ def _optimizer(
     return optimizer, schedule
 
 
-class _Batches:
+class Batches:
     """Batches of the kept training examples; one call is one epoch.
 
     Order and augmentation are drawn for the whole training set and then restricted, so that
@@ -179,7 +180,8 @@ class _Batches:
             yield images, self.labels[index.to(self.device)]
 
 
-def _autocast(config: Config, device: torch.device):
+def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    """bfloat16 where `precision` says so; a context that changes nothing otherwise."""
     dtype = resolve_precision(config.precision, device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
@@ -207,7 +209,7 @@ def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np
     model.eval()
     parts = []
     for images, _ in batches_of(config, data, split, 256, device):
-        with _autocast(config, device):
+        with autocast(config, device):
             parts.append(model(images).logits.float().cpu())
     logits = torch.cat(parts).numpy()
     if not np.isfinite(logits).all():

@@ -32,8 +32,8 @@ class MarginOutput(AbstractModelOutput):
         images, labels = batch
         with torch.no_grad():
             output = torch.func.functional_call(model, (weights, buffers), images)
-            p = margins(getattr(output, "logits", output), labels).sigmoid()
-        return (1 - p).unsqueeze(1)
+            f = margins(getattr(output, "logits", output), labels)
+        return (-f).sigmoid().unsqueeze(1)  # 1 - sigmoid(f) would cancel to zero
 
 
 class HookGradientComputer(AbstractGradientComputer):
@@ -51,7 +51,7 @@ class HookGradientComputer(AbstractGradientComputer):
     def compute_per_sample_grad(self, batch) -> Captured:
         images, labels = batch
         captured = capture(self.model, images, labels)
-        self._kept = images, labels, (1 - captured.probability).unsqueeze(1)
+        self._kept = images, labels, (-captured.margins).sigmoid().unsqueeze(1)
         return captured
 
     def compute_loss_grad(self, batch) -> Tensor:
@@ -116,8 +116,11 @@ class RidgeScoreComputer(AbstractScoreComputer):
                 f"F^T F + l I is singular with lambda_reg {self.lambda_reg} for {len(grads)} "
                 f"examples and proj_dim {len(xtx)}; raise lambda_reg, e.g. to 0.1"
             )
-        blocks = [block.to(self.device, torch.float64) for block in grads.split(BLOCK)]
-        return torch.cat([torch.cholesky_solve(b.T, factor).T.float() for b in blocks])
+        solved = torch.empty(grads.shape, dtype=torch.float32, device=self.device)
+        for block, out in zip(grads.split(BLOCK), solved.split(BLOCK)):
+            block = block.to(self.device, torch.float64)
+            out.copy_(torch.cholesky_solve(block.T, factor).T)
+        return solved
 
     def get_scores(self, features: Tensor, target_grads: Tensor, accumulator: Tensor) -> None:
         """Add features (n, k) times target features (m, k) to accumulator (n, m), in place.

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from attribution import tracking
+from attribution.errors import InputError
 from scripts import trak
 
 if TYPE_CHECKING:
@@ -20,10 +21,11 @@ def make(config: Config, data: ImageData) -> None:
     """Find or compute scores, retrain every arm over paired seeds, and log the comparison."""
     import mlflow
 
-    from attribution import comparison, plots, removal, training
+    from attribution import alignment, comparison, plots, removal, training
     from attribution.scores import load_scores
 
     removal.check_arms(config.arm_names)
+    alignment.group_ids(data.table("validation"), config.groups)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
     scores = load_scores(tracking.artifact_path(trak_id, "scores"))
     evidence = gather_evidence(config, data, scores)
@@ -45,6 +47,9 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
     """What the arms may look at: alignment under this run's groups and weights, labels, loss."""
     from attribution import alignment, removal
 
+    for table, split in ((scores.train, "train"), (scores.targets, "validation")):
+        if list(table["example_id"]) != list(data.table(split)["example_id"]):
+            raise InputError(f"scores: the {split} table does not have this data set's examples")
     groups = alignment.group_ids(scores.targets, config.groups)
     losses = scores.targets["loss"].to_numpy()
     weights = alignment.group_weights(losses, groups, config.group_weights)

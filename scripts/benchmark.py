@@ -116,7 +116,7 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
     import numpy as np
     import torch
 
-    from attribution import training
+    from attribution import models, training
     from attribution.config import resolve
     from attribution.data import load_data
 
@@ -130,16 +130,14 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
     keep = np.arange(len(data.rows("train"))) < n
     steps = -(-n // config.batch_size)
     device = torch.device("cpu")
-    batches = list(training._Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
+    batches = list(training.Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
+    model = models.build(config.model, data.class_names, 0)
+    model.to(memory_format=torch.channels_last).train()
 
-    def bare() -> None:
-        from attribution import models
-
-        model = models.build(config.model, data.class_names, 0)
-        model.to(memory_format=torch.channels_last).train()
-        optimizer, scheduler = training._optimizer(config, model, steps, device)
+    def bare() -> None:  # without the building of a model, which the epoch includes
+        optimizer, scheduler = training.make_optimizer(config, model, steps)
         for images, labels in batches:
-            with training._autocast(config, device):
+            with training.autocast(config, device):
                 logits = model(images).logits
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)
@@ -168,7 +166,9 @@ def ablation(options: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
             root = Path(__file__).resolve().parents[1]
-            environment = os.environ | {"TRAK_ABLATION_CACHE": folder, "PYTHONPATH": str(root)}
+            # Nothing of the caller's store: a finished run in it would be reused.
+            environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+            environment |= {"TRAK_ABLATION_CACHE": folder, "PYTHONPATH": str(root)}
             start = time.perf_counter()
             command = [sys.executable, "-m", "scripts.ablation", "--frac", "0.05"]
             subprocess.run(command, cwd=folder, env=environment, check=True)

@@ -25,6 +25,7 @@ def make(config: Config, data: ImageData) -> None:
     from attribution.scores import load_scores, write_scores
     from attribution.trak import compute_scores
 
+    check_gradients(config, data)
     finetune_id = tracking.obtain("finetune", config, data, finetune.make)
     members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
     if not members.is_out_of_sample:
@@ -71,6 +72,19 @@ def make(config: Config, data: ImageData) -> None:
             ),
         }
     )
+
+
+def check_gradients(config: Config, data: ImageData) -> None:
+    """Refuse a model that has no gradient rule before its checkpoints are trained."""
+    import torch
+
+    from attribution import gradients, models
+
+    model = models.build(config.model, data.class_names, seed=0).eval()
+    models.check_image_size(model, config.image_size)
+    if config.projector == "sketch":
+        images = torch.zeros(2, 3, config.image_size, config.image_size)
+        gradients.capture(model, images, torch.zeros(2, dtype=torch.int64))
 
 
 def show(run_id: str) -> None:

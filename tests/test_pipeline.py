@@ -53,6 +53,7 @@ def projects(new_place: NewPlace) -> tuple[Place, dict[str, str]]:
 
     place, run_ids = new_place("projects"), {}
     given = {**SMALL, "dataset": place.dataset, "cache_dir": place.cache, "learning_rate": "1e-3"}
+    given["seed"] = 3
     ablation_only = ("num_seeds", "frac", "arms")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in child_environment(place).items():
@@ -65,8 +66,10 @@ def projects(new_place: NewPlace) -> tuple[Place, dict[str, str]]:
                 del parameters["proj_dim"]
             if entry_point == "ablation":
                 parameters["arms"] = "none,random,helpful,harmful,negative,loss"
-            if entry_point == "main":
-                parameters["frac"] = "0.2"
+            if entry_point == "main":  # what is not said comes from the run that is named
+                kept = ("num_seeds", "arms", "cache_dir", "jobs")
+                parameters = {k: v for k, v in parameters.items() if k in kept}
+                parameters |= {"frac": "0.2", "trak_run_id": run_ids["trak"]}
             submitted = mlflow.projects.run(
                 str(ROOT),
                 entry_point,
@@ -101,6 +104,24 @@ def test_mlflow_run_finishes_every_entry_point_and_logs_resolved_parameters(proj
         assert params["precision"] in ("float32", "bfloat16") and params["device"] == "cpu"
     main = place.client().get_run(run_ids["main"]).data.params
     assert main["frac"] == "0.2" and main["num_seeds"] == "2" and main["lambda_reg"] == "1.0"
+
+
+def test_mlflow_run_benchmark_logs_its_table_to_its_own_run(projects) -> None:
+    import mlflow
+
+    place, _ = projects
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in child_environment(place).items():
+            patch.setenv(name, value)
+        submitted = mlflow.projects.run(
+            str(ROOT),
+            "benchmark",
+            parameters={"what": "features", "settings": "mini-16", "repeats": "1"},
+            env_manager="local",
+            experiment_name=place.experiment,
+        )
+    assert submitted.get_status() == "FINISHED"
+    assert (place.artifacts(submitted.run_id) / "benchmark.json").is_file()
 
 
 def test_mlflow_run_builds_each_stage_on_the_one_before(projects) -> None:

@@ -16,7 +16,7 @@ from toy import toy_config, toy_data
 from attribution.data import ImageData
 from attribution.errors import InputError
 from attribution.training import (
-    _Batches,
+    Batches,
     batches_of,
     classification_metrics,
     derive_seed,
@@ -207,7 +207,7 @@ def epoch_of(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What each kept example looks like in each epoch, and in which order they come."""
     config = toy_config(augment=augment)
-    batches = _Batches(config, data, 9, CPU)
+    batches = Batches(config, data, 9, CPU)
     rows = []
     for _ in range(epochs):
         images, labels = zip(*batches(np.flatnonzero(keep), 4))

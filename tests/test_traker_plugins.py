@@ -144,6 +144,25 @@ def test_loss_gradient_needs_no_second_pass_and_follows_the_checkpoint(data):
     assert not torch.allclose(computer.compute_loss_grad((images, labels)), weight)
 
 
+def test_loss_gradient_of_a_memorised_example_is_small_but_not_zero(data):
+    (images, labels), _ = data
+    model = network(1)
+    with torch.no_grad():
+        model.classifier[1].bias.zero_()[labels[0]] = 30
+    computer = HookGradientComputer(model, MarginOutput())
+    f = computer.compute_per_sample_grad((images[:1], labels[:1])).margins.double()
+    for found in (
+        computer.compute_loss_grad((images[:1], labels[:1])),
+        MarginOutput().get_out_to_loss_grad(
+            model,
+            dict(model.named_parameters()),
+            dict(model.named_buffers()),
+            (images[:1], labels[:1]),
+        ),
+    ):
+        assert found.item() == pytest.approx(float(1 / (1 + f.exp())), rel=1e-3) and found > 0
+
+
 def test_projector_is_independent_by_model_and_described_in_json(data):
     captured = capture(network(1), *data[1])
     projector = SketchProjector(32, seed=1)
