@@ -164,7 +164,7 @@ def to_batch(
     if not isinstance(pixels, Tensor):
         pixels = torch.from_numpy(np.require(pixels, requirements=("C", "W")))
     batch = F.to_dtype(pixels.to(device).permute(0, 3, 1, 2), torch.float32, scale=True)
-    batch = F.normalize(batch, list(mean), list(std))
+    batch = F.normalize(batch, list(mean), list(std), inplace=True)
     return batch.contiguous(memory_format=torch.channels_last)
 
 
@@ -198,6 +198,8 @@ def draw_augmentation(n: int, augment: str, pad: int, generator: torch.Generator
 
 def augment_batch(batch: Tensor, augmentation: Augmentation) -> Tensor:
     """Mirror and shift each image of (B, 3, H, W) as its entry says; stays channels_last."""
+    if not augmentation.pad and not augmentation.flips.any():
+        return batch
     flips, dy, dx = (
         value.to(batch.device) for value in (augmentation.flips, augmentation.dy, augmentation.dx)
     )

@@ -112,7 +112,7 @@ def features(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def training(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """An epoch of fine-tuning from the pixel cache against the bare steps on the same batches."""
+    """Three epochs of fine-tuning from the pixel cache against the bare steps on such batches."""
     import numpy as np
     import torch
 
@@ -120,7 +120,8 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.config import resolve
     from attribution.data import load_data
 
-    given = {"epochs": 1, "cache_dir": options.cache_dir, "device": "cpu"}
+    epochs = 3
+    given = {"epochs": epochs, "cache_dir": options.cache_dir, "device": "cpu"}
     if options.dataset:
         given |= {"preset": "food101", "dataset": options.dataset, "image_size": 64, "patience": 0}
         given |= {"model": options.model, "precision": "auto"}
@@ -134,9 +135,9 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = models.build(config.model, data.class_names, 0)
     model.to(memory_format=torch.channels_last).train()
 
-    def bare() -> None:  # without the building of a model, which the epoch includes
-        optimizer, scheduler = training.make_optimizer(config, model, steps)
-        for images, labels in batches:
+    def bare() -> None:  # without the building of a model, which the epochs include
+        optimizer, scheduler = training.make_optimizer(config, model, steps * epochs)
+        for images, labels in batches * epochs:
             with training.autocast(config, device):
                 logits = model(images).logits
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
@@ -147,14 +148,14 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     sides = {
         "bare steps": bare,
-        "epoch": lambda: training.train(config, data, 0, keep, validate=False),
+        "epochs": lambda: training.train(config, data, 0, keep, validate=False),
     }
     seconds = measure(sides, options.repeats)
     base = statistics.median(seconds["bare steps"])
     setting = f"{Path(config.dataset).name} at {config.image_size}, {n} images, {config.precision}"
     return [
         {"setting": setting, "side": side}
-        | summary(values, n)
+        | summary(values, n * epochs)
         | {"ratio": statistics.median(values) / base, "peak_mib": peak_memory_mib()}
         for side, values in seconds.items()
     ]
