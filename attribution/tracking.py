@@ -74,9 +74,13 @@ def work_folder(config: Config, *parts: str) -> Path:
     Raises:
         InputError: it cannot be written.
     """
+    return _cache_folder(config, "work", *parts)
+
+
+def _cache_folder(config: Config, *parts: str) -> Path:
     from attribution.pixels import writing
 
-    folder = Path(config.cache_dir).joinpath("work", *parts)
+    folder = Path(config.cache_dir).joinpath(*parts)
     with writing(config):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -278,7 +282,9 @@ def _alone(stage: str, config: Config, data: ImageData) -> Iterator[None]:
     """Let one process at a time make a result: the next one then finds it finished."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(work_folder(config) / f"{fingerprint(stage, config, data)[:16]}.lock")
+    lock = FileLock(
+        _cache_folder(config, "locks") / f"{fingerprint(stage, config, data)[:16]}.lock"
+    )
     try:
         lock.acquire(timeout=0)
     except Timeout:

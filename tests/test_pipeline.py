@@ -43,6 +43,14 @@ def listing(folder: Path) -> set[str]:
     return {str(file) for file in folder.rglob("*")} if folder.exists() else set()
 
 
+def beside_the_code() -> tuple[set[str], list[int]]:
+    """What a run would change in the project's folder if it used the default store."""
+    database = ROOT / "mlflow.db"
+    return listing(ROOT / "mlruns"), [database.stat().st_mtime_ns] if database.exists() else []
+
+
+BEFORE = beside_the_code()
+
 # -- every entry point, through MLproject ----------------------------------------------------------
 
 
@@ -257,8 +265,7 @@ def test_paired_differences_are_those_of_the_seeds(projects) -> None:
 
 def test_nothing_is_written_beside_the_code(projects) -> None:
     place, _ = projects
-    assert not (ROOT / "mlflow.db").exists()
-    assert {path.name for path in (ROOT / "mlruns").iterdir()} <= {"README.md"}
+    assert beside_the_code() == BEFORE
     assert listing(place.cache) and listing(place.root / "artifacts")
 
 
@@ -748,3 +755,19 @@ def test_a_hub_format_folder_with_the_food_preset(new_place: NewPlace, tmp_path:
     assert config["id2label"] == {"0": "pear", "1": "quince"}
     weights = load_file(checkpoint / "model.safetensors")
     assert weights["classifier.1.weight"].shape == (2, 16)
+
+
+def test_two_commands_at_once_make_one_result(new_place: NewPlace) -> None:
+    place = new_place("two")
+    place.runs()  # the store exists before both use it
+    command = [sys.executable, "-m", "scripts.finetune", *place.argv("finetune")]
+    both = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=child_environment(place), stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert len(place.runs("finetune")) == 1
+    assert sum("reusing run" in error for error in errors) == 1
