@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
@@ -53,6 +53,7 @@ def digest(*parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+@lru_cache(maxsize=8)  # it reads the whole of a model folder, and a command asks for it often
 def training_key(config: Config, data: ImageData) -> str:
     """What decides a trained model beside its seed and the examples that it sees."""
     from attribution import models

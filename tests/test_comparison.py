@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy import stats
 from toy import toy_config, toy_data
 
@@ -23,6 +21,8 @@ from attribution.comparison import (
 from attribution.data import ImageData
 from attribution.removal import Trial
 from attribution.training import derive_seed, predict, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N_TEST, N_SEEDS = 200, 6
 LABELS = np.arange(N_TEST) % 4
@@ -181,14 +181,6 @@ def test_an_arm_that_removes_nothing_is_compared_with_nothing() -> None:
 
 
 SEEDS = [derive_seed(0, "retrain", s) for s in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
@@ -20,6 +18,8 @@ from attribution.config import Config
 from attribution.data import ImageData
 from attribution.ensemble import Ensemble, subset_masks, train_checkpoints
 from attribution.training import predict
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = st.integers(2, 200)
 FRACTIONS = st.floats(0.05, 1)
@@ -165,14 +165,6 @@ def test_the_joint_prediction_is_the_mean_of_probabilities(tmp_path: Path) -> No
 
 
 # Checkpoints on disk
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
