@@ -1,0 +1,125 @@
+"""What the sub-benchmarks share: sides timed in turn, medians, peak memory, the machine's name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "traker",
+    "mlflow",
+    "joblib",
+    "ray",
+    "dattri",
+    "captum",
+    "kronfluence",
+)
+RESNET18 = {
+    "embedding_size": 64,
+    "hidden_sizes": [64, 128, 256, 512],
+    "depths": [2, 2, 2, 2],
+    "layer_type": "basic",
+}
+
+
+def measure(
+    sides: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each side, taken in turn after `warm_up` unmeasured rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(warm_up + repeats):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if round_number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float], per: float = 1) -> dict[str, float]:
+    """n, and min, median and max in milliseconds a unit."""
+    values = [1000 * s / per for s in seconds]
+    return {
+        "n": len(values),
+        "min_ms": min(values),
+        "median_ms": statistics.median(values),
+        "max_ms": max(values),
+    }
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
+    """Ratio of two sides' medians."""
+    return statistics.median(seconds) / statistics.median(base)
+
+
+def reset_peak_memory() -> None:
+    """Start to measure this process's peak anew (Linux; elsewhere the peak is since its start)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib() -> float:
+    """Peak resident memory of this process since reset_peak_memory, mapped files included."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def make_model(config: dict[str, Any] | None, classes: int = 10):  # noqa: ANN201
+    """A ResNet of random weights in channels_last; None is the mini model."""
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from attribution.models import MINI_CONFIGS
+
+    torch.manual_seed(0)
+    config = config or MINI_CONFIGS["resnet-mini"]
+    model = ResNetForImageClassification(ResNetConfig(**config, num_labels=classes))
+    return model.to(memory_format=torch.channels_last)
+
+
+def hardware() -> dict[str, Any]:
+    """Date, processor (and GPU), threads and versions: what a figure means nothing without."""
+    import torch
+
+    found = {
+        "date": date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    bf16 = " with bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{bf16})"

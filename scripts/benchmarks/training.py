@@ -1,0 +1,68 @@
+"""Fine-tuning from the pixel cache against the bare steps on batches that lie ready in memory."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmarks.common import measure, peak_memory_mib, ratio, summary
+
+EPOCHS = 3
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of this sub-benchmark."""
+    parser.add_argument("--dataset", default="", help="a folder, in place of the digits")
+    parser.add_argument("--model", default="resnet-mini", help="with --dataset")
+    parser.add_argument("--images", type=int, default=2000, help="in an epoch")
+    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Three epochs, both ways."""
+    import numpy as np
+    import torch
+
+    from attribution import models, training
+    from attribution.config import resolve
+    from attribution.data import load_data
+
+    given = {"epochs": EPOCHS, "cache_dir": options.cache_dir, "device": "cpu"}
+    if options.dataset:
+        given |= {"preset": "food101", "dataset": options.dataset, "image_size": 64, "patience": 0}
+        given |= {"model": options.model, "precision": "auto"}
+    config = resolve(given)
+    data = load_data(config)
+    n = min(len(data.rows("train")), options.images)
+    keep = np.arange(len(data.rows("train"))) < n
+    steps = -(-n // config.batch_size)
+    device = torch.device("cpu")
+    batches = list(training.Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
+    model = models.build(config.model, data.class_names, 0)
+    model.to(memory_format=torch.channels_last).train()
+
+    def bare() -> None:  # without the building of a model, which the epochs include
+        optimizer, scheduler = training.make_optimizer(config, model, steps * EPOCHS)
+        for images, labels in batches * EPOCHS:
+            with training.autocast(config, device):
+                logits = model(images).logits
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+
+    sides = {
+        "bare steps": bare,
+        "epochs": lambda: training.train(config, data, 0, keep, validate=False),
+    }
+    seconds = measure(sides, options.repeats)
+    setting = f"{Path(config.dataset).name} at {config.image_size}, {n} images, {config.precision}"
+    return [
+        {"setting": setting, "side": side}
+        | summary(values, n * EPOCHS)
+        | {"ratio": ratio(values, seconds["bare steps"]), "peak_mib": peak_memory_mib()}
+        for side, values in seconds.items()
+    ]
