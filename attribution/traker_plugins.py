@@ -1,6 +1,7 @@
 """traker's extension points filled in: the margin, hook gradients, the sketch, and a ridge solve in float64."""
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from trak.projectors import AbstractProjector
 from trak.score_computers import AbstractScoreComputer
 
 from attribution.errors import InputError
-from attribution.gradients import Captured, Sketch, capture, margins
+from attribution.gradients import margins
+from attribution.sketch import Sketch
 
 BLOCK = 4096  # training examples per product
 
@@ -36,8 +38,21 @@ class MarginOutput(AbstractModelOutput):
         return (-f).sigmoid().unsqueeze(1)  # 1 - sigmoid(f) would cancel to zero
 
 
+@dataclass
+class Pending:
+    """A batch whose gradients the projector will sketch while they arise."""
+
+    model: nn.Module
+    images: Tensor  # (B, channels, Y, X)
+    labels: Tensor  # (B,)
+    bfloat16: bool  # run the model under autocast
+    margins: Tensor | None = None  # (B,), known when it is projected
+
+
 class HookGradientComputer(AbstractGradientComputer):
-    """Captures a batch instead of forming its gradients; for use with SketchProjector."""
+    """Leaves the gradients of a batch to SketchProjector, which never forms them all."""
+
+    bfloat16 = False
 
     def __init__(self, model, task, grad_dim=None, dtype=None, device="cpu", grad_wrt=None) -> None:
         if grad_wrt is not None:
@@ -48,18 +63,22 @@ class HookGradientComputer(AbstractGradientComputer):
     def load_model_params(self, model: nn.Module) -> None:
         self.model, self._kept = model, None
 
-    def compute_per_sample_grad(self, batch) -> Captured:
-        images, labels = batch
-        captured = capture(self.model, images, labels)
-        self._kept = images, labels, (-captured.margins).sigmoid().unsqueeze(1)
-        return captured
+    def compute_per_sample_grad(self, batch) -> Pending:
+        self._kept = Pending(self.model, *batch, self.bfloat16)
+        return self._kept
 
     def compute_loss_grad(self, batch) -> Tensor:
-        """1 - p, (B, 1), kept from compute_per_sample_grad of the same batch."""
-        images, labels = batch
-        if self._kept is None or self._kept[0] is not images or self._kept[1] is not labels:
-            self.compute_per_sample_grad(batch)
-        return self._kept[2]
+        """1 - p of the label, (B, 1), of the batch that was projected last."""
+        kept = self._kept
+        if kept is None or kept.margins is None or kept.labels is not batch[1]:
+            raise RuntimeError("compute_loss_grad takes the batch that was just projected")
+        return (-kept.margins).sigmoid().unsqueeze(1)
+
+
+class BFloat16GradientComputer(HookGradientComputer):
+    """The same with the model under bfloat16 autocast; sums and sketches stay float32."""
+
+    bfloat16 = True
 
 
 class SketchProjector(AbstractProjector):
@@ -69,12 +88,14 @@ class SketchProjector(AbstractProjector):
         super().__init__(0, proj_dim, seed, "sketch", device)
         self.free_memory()
 
-    def project(self, grads: Captured, model_id: int) -> Tensor:
+    def project(self, grads: Pending, model_id: int) -> Tensor:
         """Features (B, proj_dim) float32, new memory, which traker divides in place."""
         if self._model_id != model_id:
             self._model_id = model_id
             self._sketch = Sketch(self.proj_dim, f"{self.seed}/{model_id}")
-        return self._sketch.project(grads)
+        with torch.autocast(grads.images.device.type, torch.bfloat16, enabled=grads.bfloat16):
+            features, grads.margins = self._sketch.features(grads.model, grads.images, grads.labels)
+        return features
 
     def free_memory(self) -> None:
         self._model_id, self._sketch = None, None

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from attribution.errors import InputError
-from attribution.gradients import Sketch, capture, margins
+from attribution.gradients import Call, capture, margins
+from attribution.sketch import Sketch
 
 torch.set_num_threads(1)  # the tensors are tiny; threads would only wait for each other
 
@@ -209,12 +210,56 @@ def test_any_convolution(groups, inputs, outputs, kernel, stride, padding, dilat
         assert_sketch_is(captured, 37, route)
 
 
-def test_convolution_library_route_is_exact(monkeypatch):
-    monkeypatch.setattr("attribution.gradients.LONG_MAP", 1)
-    for body in ("padded", "dilated", "grouped", "same", "valid"):
+@pytest.mark.parametrize("channels", [2, 64, 512])  # of one call: 1, some or all of the samples
+def test_convolution_library_route_is_exact(monkeypatch, channels):
+    monkeypatch.setattr(
+        Call,
+        "samples_per_convolution",
+        lambda call: isinstance(call.module, nn.Conv2d) * max(1, channels // 32),
+    )
+    for body in ("padded", "dilated", "grouped", "valid"):
         model = Image(BODIES[body]())
         assert_exact(model, *batch())
         assert_sketch_is(capture(model, *batch()), 50, ROUTES["fold"])
+    wide = Image(nn.Conv2d(32, 32, 3, padding=1), shape=(32, 6, 5))
+    assert_exact(wide, *batch(5, (32, 6, 5)))
+
+
+def test_every_way_to_form_a_gradient_occurs_in_a_resnet():
+    sizes = {}
+    model = small_resnet(embedding_size=16, hidden_sizes=[16, 32]).float()
+    images, labels = batch(2, (3, 64, 64))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            calls = capture(model, images.float(), labels).matrices()
+        sizes[dtype] = {call.samples_per_convolution() for _, call in calls}
+    assert 0 in sizes[torch.float32] and len(sizes[torch.float32]) > 1
+    assert 0 in sizes[torch.bfloat16]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_layers_sketched_during_the_backward_pass_give_the_same(bfloat16):
+    model, (images, labels) = small_resnet().float(), batch(5, (3, 20, 20))
+    sketch = Sketch(64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        features, found = sketch.features(model, images.float(), labels)
+        captured = capture(model, images.float(), labels)
+    assert torch.equal(found, captured.margins)
+    scale = features.abs().max().item()
+    torch.testing.assert_close(features, sketch.project(captured), rtol=0, atol=1e-5 * scale)
+
+
+def test_what_is_handed_over_is_let_go_of():
+    model, (images, labels) = small_resnet(), batch(3, (3, 20, 20))
+    seen = []
+
+    def receive(call):
+        seen.append(call)
+        assert call.delta is not None and not torch.is_autocast_enabled("cpu")
+
+    captured = capture(model, images, labels, receive)
+    assert captured.calls == [] and len(seen) > 5
+    assert all(call.input is None and call.delta is None for call in seen)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -324,12 +369,6 @@ def explicit(sketch, captured):
     """S (k, n_params), entry by entry from the tables; column order is that of the parameters."""
     columns, device = [], captured.margins.device
     matrices = dict(captured.matrices())
-    place = 0
-    cells = {}
-    for name, value in captured.vectors().items():
-        signs = sketch._signs(f"{name} {value.shape[1]}", value.shape[1])
-        cells[name] = [((place + i) % sketch.proj_dim, s.item()) for i, s in enumerate(signs)]
-        place += len(signs)
     for name, shape in captured.shapes.items():
         if name in matrices:
             table = sketch._hash(name, shape, captured.margins)
@@ -343,7 +382,10 @@ def explicit(sketch, captured):
                     entries[target] = cell, (table.rows[i] * table.columns[p]).item()
             columns += entries
         else:
-            columns += cells[name]
+            n = shape.numel()
+            sketch._add_vector(name, torch.zeros(1, n), torch.zeros(1, sketch.proj_dim))
+            offset, signs = sketch._tables[name, n, device, torch.float32]
+            columns += [((offset + i) % sketch.proj_dim, s.item()) for i, s in enumerate(signs)]
     s = torch.zeros(sketch.proj_dim, len(columns), dtype=torch.float64, device=device)
     for i, (cell, sign) in enumerate(columns):
         s[cell, i] = sign
@@ -416,6 +458,7 @@ def test_rows_do_not_depend_on_the_batch(monkeypatch):
     part = sketch.project(capture(model, images[order], labels[order]))
     torch.testing.assert_close(part, whole[order], rtol=1e-9, atol=1e-9)
     monkeypatch.setattr("attribution.gradients.CPU_SCRATCH", 1)
+    monkeypatch.setattr("attribution.sketch.WAVE_SCRATCH", 1)
     for route in ROUTES.values():  # one sample per step
         again = routed(50, 0, route).project(capture(model, images, labels))
         torch.testing.assert_close(again, whole, rtol=1e-9, atol=1e-9)

@@ -15,8 +15,10 @@ from trak.projectors import BasicProjector
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from attribution.errors import InputError
-from attribution.gradients import Sketch, capture
+from attribution.gradients import capture
+from attribution.sketch import Sketch
 from attribution.traker_plugins import (
+    BFloat16GradientComputer,
     HookGradientComputer,
     MarginOutput,
     RidgeScoreComputer,
@@ -134,13 +136,17 @@ def test_loss_gradient_needs_no_second_pass_and_follows_the_checkpoint(data):
     passes = []
     model = network(1)
     model.register_forward_hook(lambda *_: passes.append(1))
-    computer = HookGradientComputer(model, MarginOutput())
-    first = computer.compute_per_sample_grad((images, labels)).probability
+    computer, projector = HookGradientComputer(model, MarginOutput()), SketchProjector(16)
+    with pytest.raises(RuntimeError, match="just projected"):
+        computer.compute_loss_grad((images, labels))
+    projector.project(computer.compute_per_sample_grad((images, labels)), 0)
     weight = computer.compute_loss_grad((images, labels))
     assert len(passes) == 1
-    torch.testing.assert_close(weight, 1 - first[:, None])
+    probability = model(images).logits.softmax(1)[range(len(labels)), labels]
+    torch.testing.assert_close(weight, 1 - probability[:, None].detach(), rtol=1e-4, atol=1e-6)
     model.load_state_dict(network(2).state_dict())
     computer.load_model_params(model)
+    projector.project(computer.compute_per_sample_grad((images, labels)), 1)
     assert not torch.allclose(computer.compute_loss_grad((images, labels)), weight)
 
 
@@ -149,31 +155,39 @@ def test_loss_gradient_of_a_memorised_example_is_small_but_not_zero(data):
     model = network(1)
     with torch.no_grad():
         model.classifier[1].bias.zero_()[labels[0]] = 30
-    computer = HookGradientComputer(model, MarginOutput())
-    f = computer.compute_per_sample_grad((images[:1], labels[:1])).margins.double()
+    computer, first = HookGradientComputer(model, MarginOutput()), (images[:1], labels[:1])
+    f = capture(model, *first).margins.double()
+    SketchProjector(16).project(computer.compute_per_sample_grad(first), 0)
     for found in (
-        computer.compute_loss_grad((images[:1], labels[:1])),
+        computer.compute_loss_grad(first),
         MarginOutput().get_out_to_loss_grad(
-            model,
-            dict(model.named_parameters()),
-            dict(model.named_buffers()),
-            (images[:1], labels[:1]),
+            model, dict(model.named_parameters()), dict(model.named_buffers()), first
         ),
     ):
         assert found.item() == pytest.approx(float(1 / (1 + f.exp())), rel=1e-3) and found > 0
 
 
 def test_projector_is_independent_by_model_and_described_in_json(data):
-    captured = capture(network(1), *data[1])
+    pending = HookGradientComputer(network(1), MarginOutput()).compute_per_sample_grad(data[1])
     projector = SketchProjector(32, seed=1)
     assert json.dumps(projector.proj_type) == '"sketch"'
-    first, other = projector.project(captured, 0), projector.project(captured, 1)
+    first, other = projector.project(pending, 0), projector.project(pending, 1)
     assert not torch.allclose(first, other)
-    first_again = projector.project(captured, 0)
+    first_again = projector.project(pending, 0)
     assert torch.equal(first, first_again)
     first /= 2  # as traker does: it must not reach the projector
     projector.free_memory()
-    assert torch.equal(projector.project(captured, 0), first_again)
+    assert torch.equal(projector.project(pending, 0), first_again)
+
+
+def test_scores_in_bfloat16_stay_close(tmp_path, data):
+    models = [network(1), network(2)]
+    full = traker_scores(tmp_path / "f", data, models, SketchProjector(DIM, 3))
+    half = traker_scores(
+        tmp_path / "h", data, models, SketchProjector(DIM, 3), BFloat16GradientComputer
+    )
+    assert not np.array_equal(full, half)
+    assert np.corrcoef(full.ravel(), half.ravel())[0, 1] > 0.99
 
 
 def solve(features, ridge):

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both memory layouts of the step are measured, and the faster one is the denominator."""
     import torch
 
-    from attribution.gradients import Sketch, capture
+    from attribution.sketch import Sketch
 
     rows = []
     for name in options.settings:
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         sides = {
             "step, channels_last": lambda m=model, x=images: step(m, x),
             "step, contiguous": lambda m=plain_model, x=plain_images: step(m, x),
-            "features": lambda m=model, x=images, y=labels, s=sketch: s.project(capture(m, x, y)),
+            "features": lambda m=model, x=images, y=labels, s=sketch: s.features(m, x, y),
         }
         reset_peak_memory()
         seconds = measure(sides, options.repeats)

@@ -1,0 +1,203 @@
+"""The random sketch that projects per-sample gradients to k numbers, without forming them where it can."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attribution.errors import InputError
+from attribution.gradients import Call, Captured, capture, steps
+
+# Floats of a CPU core's buffers for transforms, which should stay in its own cache.
+WAVE_SCRATCH = 2**18
+
+
+@dataclass
+class _Sums:
+    """What the layers add to: cells (B, k), and their Fourier transform (B, k // 2 + 1)."""
+
+    cells: Tensor
+    waves: Tensor
+
+
+@dataclass
+class _Hash:
+    """Where a weight's entries (o, p) go: cell (offset + o stride + p) mod k, with sign s_o s_p."""
+
+    offset: int
+    stride: int
+    rows: Tensor  # s_o, (O,)
+    columns: Tensor  # s_p, (P,) with p in the order kh, kw, channel
+    shifts: Tensor  # (offset + o stride) mod k, of the first k outputs
+
+
+class Sketch:
+    """A random linear map of the whole gradient to k = proj_dim numbers, E<Sg, Sg'> = <g, g'>.
+
+    Every entry of the gradient is given a random sign and added to one of k cells. The signs
+    of a weight's entries are products s_o s_p and its cells are offset + o stride + p mod k,
+    with the stride prime to k. Products of independent signs are pairwise uncorrelated, hence
+    unbiased, and this form lets one and the same map be computed by two routes:
+
+      fold         form the gradient, lay its rows `stride` apart in memory, add up runs of k;
+      tensorsketch per position, hash delta_t and a_t into k cells each and convolve them by
+                   FFT (Pham and Pagh, 2013); the sum over positions and layers stays in the
+                   frequency domain.
+
+    The stride keeps the entries of one column apart, and rows of at most k entries never meet
+    themselves, so the variance stays near that of dense random signs.
+    The map depends on (seed, k, parameter names and shapes) alone; the route, on the layer's
+    shape alone.
+    """
+
+    def __init__(
+        self, proj_dim: int, seed: int | str = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        if proj_dim < 1:
+            raise InputError(f"proj_dim is {proj_dim}; it must be at least 1")
+        self.proj_dim, self.seed, self.dtype = proj_dim, seed, dtype
+        self._tables: dict[tuple, object] = {}
+
+    def features(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sketch of each sample's gradient, (B, proj_dim) in `dtype`, and its margin, (B,).
+
+        Layers are sketched while the backward pass is under way, so that no gradient, and no
+        more of the activations than a training step needs, is ever held.
+        """
+        sums = self._start(len(images), next(model.parameters()))
+        captured = capture(model, images, labels, lambda call: self._add(call, sums))
+        return self._finish(sums), captured.margins
+
+    def project(self, captured: Captured) -> Tensor:
+        """Sketch of each captured sample's gradient, (B, proj_dim) in `dtype`."""
+        sums = self._start(len(captured.margins), captured.margins)
+        for call in captured.calls:
+            self._add(call, sums)
+        return self._finish(sums)
+
+    def _start(self, batch: int, like: Tensor) -> _Sums:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        cells = torch.zeros(batch, self.proj_dim, dtype=dtype, device=like.device)
+        waves = cells.new_zeros(batch, self.proj_dim // 2 + 1, dtype=dtype.to_complex())
+        return _Sums(cells, waves)
+
+    def _add(self, call: Call, sums: _Sums) -> None:
+        for name, values in call.vectors().items():
+            self._add_vector(name, values.to(sums.cells.dtype), sums.cells)
+        if not call.has_matrix:
+            return
+        name, weight = call.names["weight"], call.module.weight
+        table = self._hash(name, weight.shape, sums.cells)
+        grouped = getattr(call.module, "groups", 1) > 1
+        if not grouped and self.tensorsketches(*call.shape(), call.delta.dtype):
+            self._add_waves(call, table, sums.waves)
+        else:
+            self._add_folds(call, table, sums.cells)
+
+    def _finish(self, sums: _Sums) -> Tensor:
+        return (sums.cells + torch.fft.irfft(sums.waves, n=self.proj_dim)).to(self.dtype)
+
+    def tensorsketches(
+        self, positions: int, outputs: int, patch: int, dtype: torch.dtype = torch.float32
+    ) -> bool:
+        """Whether the tensorsketch route is cheaper, by costs in ns measured on one AVX-512 core.
+
+        Per position: two transforms of length k and their product, and the hashing of delta
+        and patch. Folding: a GEMM at 200 GFLOP/s (bfloat16: 400) and two passes over the gradient.
+        """
+        k = self.proj_dim
+        hashing = positions * (0.15 * k * math.log2(k + 1) + 0.6 * outputs + 0.2 * patch)
+        gemm = 0.005 if dtype == torch.bfloat16 else 0.01
+        return hashing < outputs * patch * (gemm * positions + 0.15)
+
+    def _add_vector(self, name: str, values: Tensor, cells: Tensor) -> None:
+        """A bias or a normalisation's weight (B, n): signed, added up in runs of k."""
+        n, k = values.shape[1], self.proj_dim
+        key = (name, n, cells.device, cells.dtype)
+        if key not in self._tables:
+            label = f"{name} {n}"
+            first = np.frombuffer(self._bytes(f"{label} cells", 8), dtype="<u8").tolist()[0]
+            self._tables[key] = first % k, self._signs(label, n).to(cells)
+        offset, signs = self._tables[key]
+        cells += _fold(F.pad(values * signs, (offset, -(offset + n) % k)), k)
+
+    def _add_waves(self, call: Call, table: _Hash, waves: Tensor) -> None:
+        k = self.proj_dim
+        positions, _, patch = call.shape()
+        width = -(-patch // k) * k
+        slices = list(steps(len(waves), positions * (width + k), waves, WAVE_SCRATCH))
+        # The same cells are written at every step; those between them stay zero.
+        most = slices[0].stop * positions
+        all_patches, all_outputs = waves.real.new_zeros(most, width), waves.real.new_zeros(most, k)
+        signs = table.columns.view(call.patch_shape())
+        for rows in slices:
+            windows = call.windows(rows)
+            count = len(windows) * positions
+            patches, outputs = all_patches[:count], all_outputs[:count]
+            torch.mul(windows, signs, out=_rows(patches, windows.shape, patch))
+            patches = patches.view(count, -1, k).sum(1) if width > k else patches
+            deltas = _fold((call.deltas(rows) * table.rows).reshape(count, -1), k)
+            outputs.scatter_(1, table.shifts.expand_as(deltas), deltas)
+            product = torch.fft.rfft(outputs).mul_(torch.fft.rfft(patches))
+            waves[rows] += product.unflatten(0, (-1, positions)).sum(1)
+
+    def _add_folds(self, call: Call, table: _Hash, cells: Tensor) -> None:
+        k = self.proj_dim
+        positions, outputs, patch = call.shape()
+        lines = -(-(table.offset + (outputs - 1) * table.stride + patch) // k)
+        slices = list(steps(len(cells), lines * k + positions * patch, cells))
+        # The gaps between rows are never written, and stay zero from step to step.
+        scratch = cells.new_zeros(slices[0].stop, lines * k)
+        size, step = (outputs, patch), (lines * k, table.stride, 1)
+        for rows in slices:
+            b = rows.stop - rows.start
+            formed = scratch.as_strided((b, *size), step, table.offset)
+            products = call.products(rows, table.rows)
+            formed = formed.unflatten(2, products.shape[2:])
+            torch.mul(products, table.columns.view(products.shape[2:]), out=formed)
+            cells[rows] += scratch[:b].view(b, lines, k).sum(1)
+
+    def _hash(self, name: str, shape: torch.Size, like: Tensor) -> _Hash:
+        key = (name, shape, like.device, like.dtype)
+        if key not in self._tables:
+            outputs, patch, k = shape[0], math.prod(shape[1:]), self.proj_dim
+            label = f"{name} {tuple(shape)}"
+            signs = self._signs(label, outputs + patch).to(like)
+            first, second = np.frombuffer(self._bytes(f"{label} cells", 16), dtype="<u8").tolist()
+            # Just above the patch length, so that rows do not overlap and little memory is void.
+            stride = patch + second % (patch // 16 + 8)
+            while math.gcd(stride, k) > 1:
+                stride += 1
+            offset = first % k
+            # Outputs k apart share a cell, and no others do.
+            shifts = (offset + torch.arange(min(outputs, k), device=like.device) * stride) % k
+            self._tables[key] = _Hash(offset, stride, signs[:outputs], signs[outputs:], shifts)
+        return self._tables[key]
+
+    def _signs(self, label: str, count: int) -> Tensor:
+        bits = np.unpackbits(np.frombuffer(self._bytes(label, -(-count // 8)), np.uint8))
+        return torch.from_numpy(bits[:count].astype(np.float32) * 2 - 1)
+
+    def _bytes(self, label: str, count: int) -> bytes:
+        """Random bytes that stay the same for ever, unlike a library's generator."""
+        return hashlib.shake_256(f"{self.seed}/{self.proj_dim}/{label}".encode()).digest(count)
+
+
+def _fold(rows: Tensor, k: int) -> Tensor:
+    """Rows (b, n) added up in runs of k, (b, min(n, k))."""
+    if rows.shape[1] <= k:
+        return rows
+    return F.pad(rows, (0, -rows.shape[1] % k)).unflatten(1, (-1, k)).sum(1)
+
+
+def _rows(buffer: Tensor, shape: torch.Size, length: int) -> Tensor:
+    """The first `length` entries of a buffer's rows, as windows of this shape lay one in a row."""
+    width = buffer.shape[1]
+    grid = [width * math.prod(shape[i + 1 : 4]) for i in range(4)]
+    return buffer.as_strided(shape, (*grid, length // shape[4], shape[6], 1))
