@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
 
+from attribution import training
 from attribution.data import ImageData
 from attribution.errors import InputError
 from attribution.training import (
@@ -25,7 +26,9 @@ from attribution.training import (
     predict,
     resolve_device,
     resolve_precision,
+    stacking_pays,
     train,
+    train_stacked,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,6 +161,53 @@ def test_on_epoch_receives_what_history_keeps(data) -> None:
 
 
 # Early stopping: validation labels that contradict training make validation worse and worse.
+
+
+# Several small models as one
+
+
+def plain_descent(config, weights, total_steps):
+    optimizer = torch.optim.SGD(weights, 0.05)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=total_steps)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip,crop"])
+def test_a_stack_of_models_is_what_training_each_alone_gives(
+    data, augment: str, monkeypatch
+) -> None:
+    # Adam divides a gradient by its own size, and so makes rounding of a tiny one as large as any.
+    monkeypatch.setattr(training, "make_optimizer", plain_descent)
+    config = toy_config(augment=augment)
+    keeps = [np.arange(32) != left_out for left_out in (0, 7, 31)]
+    stack = train_stacked(config, data, [5, 6, 5], keeps)
+    for model, seed, keep in zip(stack, [5, 6, 5], keeps, strict=True):
+        alone = train(config, data, seed, keep, validate=False).model
+        assert not model.training
+        for (name, found), expected in zip(
+            model.state_dict().items(), alone.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
+    others = [m.state_dict()["classifier.1.weight"] for m in stack]
+    assert not torch.allclose(others[0], others[1]) and not torch.allclose(others[0], others[2])
+
+
+def test_a_model_of_a_stack_does_not_depend_on_the_others(data) -> None:
+    config = toy_config()
+    first, _ = train_stacked(config, data, [1, 2], [ALL, ALL])
+    again, _ = train_stacked(config, data, [1, 3], [ALL, ALL])
+    assert weights(first) == weights(again)
+
+
+def test_a_diverging_stack_is_refused_by_name(data) -> None:
+    with pytest.raises(InputError, match="learning_rate=1e.20"):
+        train_stacked(toy_config(learning_rate=1e20), data, [0, 1], [ALL, ALL])
+
+
+def test_only_small_models_without_early_stopping_are_stacked() -> None:
+    assert stacking_pays(toy_config(batch_size=32))
+    assert not stacking_pays(toy_config(patience=2))
+    assert not stacking_pays(toy_config(batch_size=32, image_size=32))
+    assert not stacking_pays(toy_config(model="some/resnet"))
 
 
 @pytest.fixture

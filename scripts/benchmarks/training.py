@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     model.to(memory_format=torch.channels_last).train()
 
     def bare() -> None:  # without the building of a model, which the epochs include
-        optimizer, scheduler = training.make_optimizer(config, model, steps * EPOCHS)
+        optimizer, scheduler = training.make_optimizer(config, model.parameters(), steps * EPOCHS)
         for images, labels in batches * EPOCHS:
             with training.autocast(config, device):
                 logits = model(images).logits
