@@ -41,24 +41,25 @@ def retrain(
     # Models that are paired have to come from one kind of hardware and one torch.
     settings = training_key(config, data), device, torch.__version__
     store = ResultStore(work)
-    keeps, keys = {}, []
+    keeps, keys, names = {}, [], {}
     for trial in trials:
         keys.append([])
-        for seed, removed in zip(seeds, trial.removed, strict=True):
+        for s, (seed, removed) in enumerate(zip(seeds, trial.removed, strict=True)):
             keep = np.ones(len(data.rows("train")), dtype=bool)
             keep[removed] = False
             key = digest(*settings, seed, np.packbits(keep).tobytes().hex())
             keys[-1].append(key)
             keeps[key] = (seed, keep)
+            names.setdefault(key, f"retraining of {trial.name}, seed {s}")
     results = {key: found["logits"] for key in keeps if (found := store.get(key))}
     missing = [key for key in keeps if key not in results]
     say(f"ablation: {len(keeps)} models to compare, {len(missing)} of them to train")
     jobs = resolve_jobs(config.jobs, device, len(keeps))
-    tasks = [(config, data, *keeps[key]) for key in missing]
+    tasks, shown = [keeps[key] for key in missing], [names[key] for key in missing]
     with progress("ablation: retrainings", len(keeps), len(results)) as advance:
-        for index, logits in parallel_map(_retrain, tasks, jobs):
+        for index, logits in parallel_map(_retrain, tasks, jobs, (config, data), config, shown):
             store.put(missing[index], {"logits": logits})
-            results[missing[index]] = logits
+            results[missing[index]] = np.array(logits)  # Ray's own would pin its store's memory
             advance()
     return [np.stack([results[key] for key in row]) for row in keys]
 
