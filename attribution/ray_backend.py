@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -123,8 +124,12 @@ class RayPool:
         raise cause
 
     def close(self, futures: list) -> None:
-        for future in futures:
-            self.ray.cancel(future, force=True)
+        deadline = time.monotonic() + 10
+        while futures and time.monotonic() < deadline:
+            for future in futures:
+                self.ray.cancel(future, force=True)
+            # Again, since Ray forgets what is cancelled while its worker is only just starting.
+            _, futures = self.ray.wait(futures, num_returns=len(futures), timeout=0.5)
         self.shared = None
 
 
@@ -150,20 +155,35 @@ def connect(address: str) -> ModuleType:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS", "")
-    # Workers import this project in the driver's version, wherever they were started.
-    packages = [str(Path(__file__).resolve().parents[1] / n) for n in ("attribution", "scripts")]
-    environment = {"py_modules": [p for p in packages if Path(p).is_dir()]}
     # Workers say nothing here: what matters of their errors is raised in this process.
-    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "runtime_env": environment}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address in ("", "local"):
-        ray.init("local", num_cpus=cpu_count(), include_dashboard=False, **quiet)
-        return ray
-    _check_answer(address)
-    try:
-        ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(_no_cluster(address, str(error))) from None
+        address, options["num_cpus"] = "local", cpu_count()
+        options["include_dashboard"] = False
+    else:
+        _check_answer(address)
+    with _project() as folder:
+        options["runtime_env"] = {"working_dir": folder}
+        try:
+            ray.init(address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(_no_cluster(address, str(error))) from None
     return ray
+
+
+@contextmanager
+def _project() -> Iterator[str]:
+    """A folder with this project's packages, which workers import wherever they were started.
+
+    As `working_dir` it comes before all that lies on their machine; `py_modules` would come after.
+    """
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("attribution", "scripts"):
+            if (root / name).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(root / name, Path(folder) / name, ignore=ignored)
+        yield folder
 
 
 def _check_answer(address: str) -> None:
