@@ -9,7 +9,7 @@ import numpy as np
 
 from attribution.config import Config
 from attribution.data import ImageData
-from attribution.retraining import retrained_logits
+from attribution.retraining import Training, retrained_logits
 from attribution.training import derive_seed, margins
 
 TARGETS = "validation"
@@ -47,7 +47,7 @@ def build_bank(
         rng = np.random.default_rng(derive_seed(config.seed, "bank", s))
         mask[rng.permutation(n)[: round(alpha * n)]] = True
     trainings = [
-        (derive_seed(config.seed, "bank", s, r), masks[s])
+        Training(f"subset {s}, repeat {r}", derive_seed(config.seed, "bank", s, r), masks[s])
         for s in range(num_subsets)
         for r in range(num_repeats)
     ]

@@ -12,7 +12,7 @@ import pandas as pd
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.removal import Trial
-from attribution.retraining import retrained_logits
+from attribution.retraining import Training, retrained_logits
 from attribution.statistics import Estimate, holm, mean_estimate, paired_difference
 from attribution.training import classification_metrics
 
@@ -33,10 +33,10 @@ def retrain(
     """
     trainings = []
     for trial in trials:
-        for seed, removed in zip(seeds, trial.removed, strict=True):
+        for s, (seed, removed) in enumerate(zip(seeds, trial.removed, strict=True)):
             keep = np.ones(len(data.rows("train")), dtype=bool)
             keep[removed] = False
-            trainings.append((seed, keep))
+            trainings.append(Training(f"{trial.name}, seed {s}", seed, keep))
     logits = retrained_logits(config, data, trainings, "test", work, "ablation")
     return [np.stack(logits[i : i + len(seeds)]) for i in range(0, len(logits), len(seeds))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,13 @@ class ImageData:
     """Decoded images with labels and splits; row i of `examples` describes row i of `pixels()`.
 
     Attributes:
-        pixels_file: .npy of uint8 (n, size, size, 3).
+        pixels_file: .npy of uint8 (n, size, size, 3), on the disk of the process that loaded it.
         class_names: position is the label.
         examples: example_id, file_name, split, label, label_name, true_label, is_flipped.
         fingerprint: hash of content, labels after planting, splits, class names and image size.
         skipped: names of the files left out because they cannot be decoded.
         dropped_duplicates: copies left out because the same image lies in an official part.
+        resident: the content of pixels_file, where the data went to a machine without that disk.
     """
 
     pixels_file: Path
@@ -39,6 +40,7 @@ class ImageData:
     fingerprint: str
     skipped: tuple[str, ...]
     dropped_duplicates: int
+    resident: np.ndarray | None = None
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split, ascending, int64 (n_split,)."""
@@ -54,8 +56,12 @@ class ImageData:
         return table.assign(position=np.arange(len(table)))
 
     def pixels(self) -> np.ndarray:
-        """Memory map of all images, uint8 (n, size, size, 3), opened once a process."""
-        return open_pixels(self.pixels_file)
+        """All images, uint8 (n, size, size, 3), read-only: a memory map, opened once a process."""
+        return open_pixels(self.pixels_file) if self.resident is None else self.resident
+
+    def with_pixels(self) -> ImageData:
+        """The same data with its pixels inside in place of on this machine's disk."""
+        return replace(self, resident=np.asarray(self.pixels()))
 
 
 def load_data(config: Config) -> ImageData:

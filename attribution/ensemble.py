@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 from attribution import models
 from attribution.config import Config
 from attribution.data import ImageData
-from attribution.parallel import parallel_map, resolve_jobs
+from attribution.parallel import Files, parallel_map, read_folder, resolve_jobs, write_folder
 from attribution.progress import progress
 from attribution.training import (
     classification_metrics,
@@ -62,36 +60,29 @@ def train_checkpoints(
 ) -> list[Checkpoint]:
     """Train (or pick up from `work`) one checkpoint a row of masks, (num_models, n_train)."""
     folders = [work / f"{m:03d}" for m in range(len(masks))]
-    tasks = [
-        (config, data, derive_seed(config.seed, "checkpoint", m), masks[m], folder)
-        for m, folder in enumerate(folders)
-        if not folder.exists()
-    ]
+    missing = [m for m, folder in enumerate(folders) if not folder.exists()]
+    tasks = [(derive_seed(config.seed, "checkpoint", m), masks[m]) for m in missing]
+    names = [f"checkpoint {folders[m].name}" for m in missing]
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
     with progress("finetune: checkpoints", len(folders), len(folders) - len(tasks)) as advance:
-        for _ in parallel_map(_train_checkpoint, tasks, jobs):
+        results = parallel_map(_train_checkpoint, tasks, jobs, (config, data), config, names)
+        for index, files in results:
+            write_folder(folders[missing[index]], files)
             advance()
     return [_read_checkpoint(folder) for folder in folders]
 
 
-def _train_checkpoint(
-    config: Config, data: ImageData, seed: int, keep: np.ndarray, folder: Path
-) -> None:
+def _train_checkpoint(config: Config, data: ImageData, seed: int, keep: np.ndarray) -> Files:
+    """Train one; what _read_checkpoint reads comes back as content: workers may share no disk."""
     trained = train(config, data, seed, keep)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    models.save(
-        trained.model,
-        temporary / "model",
-        config.image_size,
-        *models.normalisation(config.model),
-    )
-    (temporary / "history.json").write_text(json.dumps(trained.history))
-    logits = {s: predict(config, trained.model, data, s) for s in ("train", "validation")}
-    np.savez(temporary / "logits.npz", **logits)
-    try:
-        os.replace(temporary, folder)
-    except OSError:  # another process was first, with the same result
-        shutil.rmtree(temporary)
+    normalisation = models.normalisation(config.model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models.save(trained.model, folder / "model", config.image_size, *normalisation)
+        (folder / "history.json").write_text(json.dumps(trained.history))
+        logits = {s: predict(config, trained.model, data, s) for s in ("train", "validation")}
+        np.savez(folder / "logits.npz", **logits)
+        return read_folder(folder)
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:

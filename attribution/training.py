@@ -132,6 +132,7 @@ def train_stacked(
 
     Up to rounding, that is: every model has its own weights, order, augmentation and statistics.
     For models so small that the calls of a step cost more than its arithmetic (stacking_pays).
+    What a model becomes does not depend on which others are in its stack.
 
     Args:
         seeds: of each model.
@@ -140,6 +141,8 @@ def train_stacked(
     Raises:
         InputError: as train() does.
     """
+    if len(seeds) == 1:  # a stack of one would take other kernels, and differ in the last bit
+        return train_stacked(config, data, [*seeds] * 2, [*keeps] * 2)[:1]
     device = _prepare(config)
     steps = _steps(config, keeps[0])
     members = [_new_model(config, data, seed, device).train() for seed in seeds]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
-from attribution.parallel import parallel_map, resolve_jobs
+from attribution.parallel import Files, parallel_map, read_folder, resolve_jobs, write_folder
 from attribution.progress import progress
 from attribution.training import batches_of, derive_seed, resolve_device
 
@@ -49,13 +51,25 @@ def compute_scores(
     Raises:
         InputError: a singular or non-finite Gram matrix, or a layer without a gradient rule.
     """
-    device = resolve_device(config.device)
-    tasks = [(config, data, folder, work / f"{m:03d}", m) for m, folder in enumerate(checkpoints)]
-    jobs = resolve_jobs(config.jobs, device.type, len(tasks))
-    with progress("trak: checkpoints featurised", len(tasks)) as advance:
-        for _ in parallel_map(_featurize, tasks, jobs):
+    stores = [work / f"{m:03d}" for m in range(len(checkpoints))]
+    missing = [m for m, store in enumerate(stores) if not (store / "done").exists()]
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(stores))
+    size = feature_batch_size(config.image_size)
+    # Workers on this machine write to the stores; those of a cluster have no such disk.
+    away = config.backend == "ray"
+    tasks = [(checkpoints[m], m, size) + (() if away else (stores[m],)) for m in missing]
+    names = [f"features of checkpoint {stores[m].name}" for m in missing]
+    function = _featurize_away if away else _featurize
+    with progress("trak: checkpoints featurised", len(stores), len(stores) - len(tasks)) as advance:
+        results = parallel_map(
+            function, tasks, jobs, (config, data), config, names, smaller=_smaller_batch
+        )
+        for index, files in results:
+            if away:
+                shutil.rmtree(stores[missing[index]], ignore_errors=True)  # begun by another run
+                write_folder(stores[missing[index]], files)
             advance()
-    return _combine([task[3] for task in tasks], config.loss_gradient_weight)
+    return _combine(stores, config.loss_gradient_weight)
 
 
 def feature_batch_size(image_size: int) -> int:
@@ -63,13 +77,28 @@ def feature_batch_size(image_size: int) -> int:
     return 64 if image_size <= 96 else 16
 
 
-def _featurize(config: Config, data: ImageData, checkpoint: Path, store: Path, m: int) -> None:
-    """Run traker over one checkpoint: features of the training set, gradients of the targets."""
-    if (store / "done").exists():
-        return
+def _smaller_batch(task: tuple) -> tuple:
+    """The task of _featurize with a quarter of the images in a batch."""
+    checkpoint, m, size, *store = task
+    return checkpoint, m, max(1, size // 4), *store
+
+
+def _featurize_away(config: Config, data: ImageData, checkpoint: Path, m: int, size: int) -> Files:
+    """What _featurize leaves in its store, as content: the driver has another disk."""
+    with tempfile.TemporaryDirectory() as store:
+        _featurize(config, data, checkpoint, m, size, Path(store))
+        return read_folder(Path(store))
+
+
+def _featurize(
+    config: Config, data: ImageData, checkpoint: Path, m: int, size: int, store: Path
+) -> None:
+    """Run traker over one checkpoint: features of the training set, gradients of the targets.
+
+    `size` images a batch change the last bit of the features, and nothing else.
+    """
     device = str(resolve_device(config.device))
     traker, state = make_traker(config, len(data.rows("train")), checkpoint, store, m, device)
-    size = feature_batch_size(config.image_size)
     traker.load_checkpoint(state, model_id=m)
     for batch in batches_of(config, data, "train", size, device):
         traker.featurize(batch, num_samples=len(batch[1]))

@@ -94,6 +94,8 @@ def finished(files: set[str]) -> set[str]:
         ("precision", "float16", "bfloat16"),
         ("on_bad_image", "ignore", "skip"),
         ("jobs", "-1", "at least 0"),
+        ("backend", "rays", "did you mean ray"),
+        ("gpus_per_task", "-0.5", "at least 0"),
         ("device", "gpu", "cuda"),
         ("device", "cuda:99", "device=cpu"),
     ],

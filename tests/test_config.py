@@ -139,6 +139,7 @@ def test_the_bounds_are_the_documented_ones() -> None:
         "lambda_reg": {"at_least": 0},
         "num_seeds": {"at_least": 2},
         "jobs": {"at_least": 0},
+        "gpus_per_task": {"at_least": 0},
     }
 
 
@@ -298,7 +299,8 @@ def test_a_config_cannot_be_changed() -> None:
 
 
 def test_group_gives_the_parameters_of_these_groups_alone() -> None:
-    assert set(resolve({}).group("execution")) == {"device", "jobs", "cache_dir"}
+    execution = {"device", "jobs", "backend", "ray_address", "gpus_per_task", "cache_dir"}
+    assert set(resolve({}).group("execution")) == execution
 
 
 def test_importing_the_package_and_its_config_loads_no_heavy_package() -> None:

@@ -175,13 +175,14 @@ def setting(tmp_path_factory) -> tuple[Config, ImageData, np.ndarray]:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """The names of the folders that were really trained."""
+    """The names of the folders that were really trained, told by their seed."""
     names: list[str] = []
     original = ensemble._train_checkpoint
 
-    def counting(config, data, seed, keep, folder):
-        names.append(folder.name)
-        original(config, data, seed, keep, folder)
+    def counting(config, data, seed, keep):
+        seeds = [ensemble.derive_seed(config.seed, "checkpoint", m) for m in range(9)]
+        names.append(f"{seeds.index(seed):03d}")
+        return original(config, data, seed, keep)
 
     monkeypatch.setattr(ensemble, "_train_checkpoint", counting)
     return names

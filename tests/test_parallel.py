@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attribution.errors import InputError
-from attribution.parallel import ResultStore, parallel_map, resolve_jobs
+from attribution.parallel import (
+    ATTEMPTS,
+    MOVES,
+    LostWorker,
+    ResultStore,
+    parallel_map,
+    read_folder,
+    resolve_jobs,
+    write_folder,
+)
 
 
 def difference(a: int, b: int) -> int:
@@ -76,6 +86,81 @@ def test_zero_jobs_are_one_a_core_on_a_processor_and_one_on_a_gpu() -> None:
     assert resolve_jobs(0, "cpu", 1000) == len(os.sched_getaffinity(0))
     assert resolve_jobs(0, "cuda", 1000) == 1
     assert resolve_jobs(3, "cuda", 1000) == 3
+
+
+# A worker that is killed
+
+
+def dies_once(folder: Path, index: int) -> int:
+    """The third task is killed the first time."""
+    marker = folder / "killed"
+    if index == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return index
+
+
+def test_what_a_killed_worker_had_begun_is_done_again_and_named(tmp_path: Path, capfd) -> None:
+    tasks = [(i,) for i in range(6)]
+    found = parallel_map(
+        dies_once, tasks, 2, (tmp_path,), names=[f"retraining {i}" for i in "abcdef"]
+    )
+    assert sorted(found) == [(i, i) for i in range(6)]
+    shown = [line for line in capfd.readouterr().err.splitlines() if "trying again" in line]
+    assert any(line.startswith("retraining c: its worker process was killed") for line in shown)
+    assert len(shown) <= 3  # what the two workers had, and the one that was waiting for them
+
+
+def losing(times: int, moved: bool = False, error: type[Exception] = LostWorker):
+    """A task of this process that loses its worker so many times, and every batch it was given."""
+    batches: list[int] = []
+
+    def function(batch: int) -> int:
+        batches.append(batch)
+        if len(batches) <= times:
+            raise LostWorker("its machine went away", moved) if error is LostWorker else error()
+        return batch
+
+    return function, batches
+
+
+def smaller(task: tuple) -> tuple:
+    return (task[0] // 4,)
+
+
+@pytest.mark.parametrize("error", [LostWorker, MemoryError])
+def test_the_last_attempt_has_a_smaller_batch(error: type[Exception]) -> None:
+    function, batches = losing(ATTEMPTS - 1, error=error)
+    assert list(parallel_map(function, [(64,)], 1, smaller=smaller)) == [(0, 16)]
+    assert batches == [64] * (ATTEMPTS - 1) + [16]
+
+
+def test_a_task_that_loses_every_worker_is_named_in_one_line() -> None:
+    function, batches = losing(99, error=MemoryError)
+    with pytest.raises(InputError, match="jobs=1: checkpoint 007: memory ran out .*, 3 times"):
+        list(parallel_map(function, [(64,)], 1, names=["checkpoint 007"]))
+    assert len(batches) == ATTEMPTS
+
+
+def test_a_machine_that_goes_away_changes_no_batch() -> None:
+    function, batches = losing(MOVES - 1, moved=True)
+    assert list(parallel_map(function, [(64,)], 1, smaller=smaller)) == [(0, 64)]
+    assert batches == [64] * MOVES
+    function, batches = losing(MOVES, moved=True)
+    with pytest.raises(InputError, match="task 0: its machine went away, 10 times"):
+        list(parallel_map(function, [(64,)], 1, smaller=smaller))
+
+
+def test_a_folder_is_what_it_was_after_it_has_travelled(tmp_path: Path) -> None:
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    (tmp_path / "a" / "deep" / "file").write_bytes(b"\x00\xff")
+    (tmp_path / "a" / "empty").touch()
+    write_folder(tmp_path / "new" / "b", read_folder(tmp_path / "a"))
+    write_folder(tmp_path / "new" / "b", {"late": np.zeros(1, np.uint8)})  # the first one stays
+    found = {
+        path.name: path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file()
+    }
+    assert found == {"file": b"\x00\xff", "empty": b""}
 
 
 @pytest.fixture
