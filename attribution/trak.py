@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
+from attribution.matrices import open_matrix, read_rows, row_blocks, row_slices, write_matrix
 from attribution.parallel import parallel_map, resolve_jobs
 from attribution.progress import progress
 from attribution.training import batches_of, derive_seed, resolve_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from attribution.traker_plugins import RidgeScoreComputer
 
 TARGETS = "validation"
 
@@ -23,13 +32,69 @@ class TrakScores:
     """Scores of an ensemble.
 
     Attributes:
-        values: (n_train, n_targets) float32; positive = helpful.
+        file: .npy of the scores, (n_train, n_targets) float32; positive = helpful.
         self_influence: (n_train,) float32, each example's unweighted score on its own margin:
             phi_i' (Phi'Phi + lambda I)^-1 phi_i, the mean over checkpoints.
     """
 
-    values: np.ndarray
+    file: Path
     self_influence: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """Memory map of the file."""
+        return open_matrix(self.file)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The files of one checkpoint, in a folder of its own.
+
+    Attributes:
+        folder: where they are.
+        model_id: traker's number of the checkpoint.
+    """
+
+    folder: Path
+    model_id: int
+
+    def traker_folder(self, split: str) -> Path:
+        return self.folder / split
+
+    def features_file(self, split: str) -> Path:
+        """Projected gradients (n_split, k) float32, as traker's saver writes them."""
+        return self.traker_folder(split) / str(self.model_id) / "grads.mmap"
+
+    def one_minus_p_file(self, split: str) -> Path:
+        """1 - p of every example's label, (n_split, 1) float32, as traker's saver writes it."""
+        return self.traker_folder(split) / str(self.model_id) / "out_to_loss.mmap"
+
+    def features(self, split: str) -> np.ndarray:
+        """Memory map of features_file."""
+        return open_matrix(self.features_file(split))
+
+    @property
+    def solved(self) -> Path:
+        """File of the targets' features times (Phi'Phi + lambda I)^-1, (n_targets, k)."""
+        return self.folder / "solved.npy"
+
+    @property
+    def self_influence(self) -> Path:
+        """File of this checkpoint's self-influence, (n_train, 1); written after `solved`."""
+        return self.folder / "self_influence.npy"
+
+
+def check_proj_dim(config: Config, n: int) -> None:
+    """Refuse features that are longer than there are n training examples, where nothing is added.
+
+    Raises:
+        InputError: the Gram matrix could not be but singular.
+    """
+    if config.lambda_reg == 0 and config.proj_dim > n:
+        raise InputError(
+            f"proj_dim={config.proj_dim}: larger than the {n} training examples with lambda_reg=0; "
+            f"use lambda_reg above 0, e.g. 0.1, or a proj_dim of at most {n}"
+        )
 
 
 def compute_scores(
@@ -44,18 +109,22 @@ def compute_scores(
 
     Args:
         checkpoints: from_pretrained folders of the ensemble.
-        work: where features are kept while unfinished; a second call goes on from there.
+        work: where features and scores are kept while unfinished; a second call goes on from
+            there. The scores are a file in it.
 
     Raises:
         InputError: a singular or non-finite Gram matrix, or a layer without a gradient rule.
     """
     device = resolve_device(config.device)
-    tasks = [(config, data, folder, work / f"{m:03d}", m) for m, folder in enumerate(checkpoints)]
+    stores = [Store(work / "features" / f"{m:03d}", m) for m in range(len(checkpoints))]
+    tasks = [(config, data, *pair) for pair in zip(checkpoints, stores, strict=True)]
     jobs = resolve_jobs(config.jobs, device.type, len(tasks))
     with progress("trak: checkpoints featurised", len(tasks)) as advance:
         for _ in parallel_map(_featurize, tasks, jobs):
             advance()
-    return _combine([task[3] for task in tasks], config.loss_gradient_weight)
+    return combine(
+        stores, work / "scores.npy", config.lambda_reg, config.loss_gradient_weight, device
+    )
 
 
 def feature_batch_size(image_size: int) -> int:
@@ -63,26 +132,30 @@ def feature_batch_size(image_size: int) -> int:
     return 64 if image_size <= 96 else 16
 
 
-def _featurize(config: Config, data: ImageData, checkpoint: Path, store: Path, m: int) -> None:
-    """Run traker over one checkpoint: features of the training set, gradients of the targets."""
-    if (store / "done").exists():
+def _featurize(config: Config, data: ImageData, checkpoint: Path, store: Store) -> None:
+    """Features of the training set and of the targets under one checkpoint."""
+    done = store.folder / "done"
+    if done.exists():
         return
-    device = str(resolve_device(config.device))
-    traker, state = make_traker(config, len(data.rows("train")), checkpoint, store, m, device)
-    size = feature_batch_size(config.image_size)
+    for split in ("train", TARGETS):
+        _featurize_split(config, data, checkpoint, store, split)
+    done.touch()
+
+
+def _featurize_split(
+    config: Config, data: ImageData, checkpoint: Path, store: Store, split: str
+) -> None:
+    """Run traker over a split; batches that are in its store already are not computed again."""
+    device, m = str(resolve_device(config.device)), store.model_id
+    folder = store.traker_folder(split)
+    traker, state = make_traker(config, len(data.rows(split)), checkpoint, folder, m, device)
     traker.load_checkpoint(state, model_id=m)
-    for batch in batches_of(config, data, "train", size, device):
+    for batch in batches_of(config, data, split, feature_batch_size(config.image_size), device):
         traker.featurize(batch, num_samples=len(batch[1]))
-    with _silence_tqdm():
-        traker.finalize_features(model_ids=[m])
-    traker.start_scoring_checkpoint(TARGETS, state, m, num_targets=len(data.rows(TARGETS)))
-    for batch in batches_of(config, data, TARGETS, size, device):
-        traker.score(batch, num_samples=len(batch[1]))
-    (store / "done").touch()
 
 
 def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, device: str):  # noqa: ANN201
-    """traker's engine with our gradients, projection and scores (or its own, projector=normal).
+    """traker's engine with our gradients and projection (or its own, projector=normal).
 
     Returns the TRAKer and the checkpoint's state dictionary.
     """
@@ -117,44 +190,89 @@ def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, d
         device=device,
         gradient_computer=gradients,
         projector=projector,
-        score_computer=traker_plugins.RidgeScoreComputer,
         proj_dim=config.proj_dim,
         logging_level=logging.ERROR,
         use_half_precision=False,  # its float16 default overflows and rounds
-        lambda_reg=config.lambda_reg,
     )
     return traker, model.state_dict()
 
 
-class _silence_tqdm:
-    """traker draws a progress bar for each checkpoint; the driver draws one for all."""
+def combine(
+    stores: list[Store], file: Path, lambda_reg: float, weight: str, device: torch.device
+) -> TrakScores:
+    """Scores of featurised checkpoints, written to a file block by block.
 
-    def __enter__(self) -> None:
-        import trak.traker as module
+    In memory are some (k, k) matrices, one checkpoint's (n_targets, k), blocks of rows and vectors,
+    whatever the number of training examples and of checkpoints. What a killed run had finished is
+    not computed again: each checkpoint's solution, and the file.
 
-        self.module, self.tqdm = module, module.tqdm
-        module.tqdm = lambda iterable, **_: iterable
+    Args:
+        file: becomes the score matrix, .npy.
+        lambda_reg, weight: parameters `lambda_reg` and `loss_gradient_weight`.
 
-    def __exit__(self, *_: object) -> None:
-        self.module.tqdm = self.tqdm
+    Raises:
+        InputError: a singular Gram matrix, or a value that is not finite.
+    """
+    import torch
+
+    from attribution.traker_plugins import RidgeScoreComputer
+
+    computer = RidgeScoreComputer(torch.float32, device, lambda_reg=lambda_reg)
+    with progress("trak: checkpoints solved", len(stores)) as advance:
+        for store in stores:
+            if not store.self_influence.exists():
+                _solve(store, computer)
+            advance()
+    if not file.exists():
+        shape = len(stores[0].features("train")), len(stores[0].features(TARGETS))
+        write_matrix(file, _score_blocks(stores, computer, weight), shape)
+    self_influence = np.mean([open_matrix(store.self_influence)[:, 0] for store in stores], axis=0)
+    return TrakScores(file, self_influence)
 
 
-def _combine(stores: list[Path], weight: str) -> TrakScores:
-    """Average the checkpoints' scores; the parts are traker's memory maps, read in turn."""
-    values = self_influence = residual = 0.0
-    for m, store in enumerate(stores):
-        features, gradients, one_minus_p, target_gradients = (
-            np.load(store / str(m) / name, mmap_mode="r", allow_pickle=False)
-            for name in ("features.mmap", "grads.mmap", "out_to_loss.mmap", f"{TARGETS}_grads.mmap")
-        )
-        values = values + features @ target_gradients.T
-        self_influence = self_influence + np.einsum("ik,ik->i", features, gradients)
-        residual = residual + one_minus_p
-    values /= len(stores)
+def _solve(store: Store, computer: RidgeScoreComputer) -> None:
+    """Write the targets' features times A^-1, and every training example's self-influence.
+
+    A is Phi'Phi + lambda I. Solving for the targets, of which there are fewer than training
+    examples, leaves a single product for the scores.
+    """
+    import torch
+
+    features, targets = store.features("train"), store.features(TARGETS)
+    factor = computer.factor(computer.gram(map(torch.from_numpy, row_blocks(features))))
+    solved = (computer.solve(torch.from_numpy(block), factor) for block in row_blocks(targets))
+    write_matrix(store.solved, (block.cpu().numpy() for block in solved), targets.shape)
+    factor = factor.float()
+    parts = (
+        computer.self_influence(torch.from_numpy(block), factor) for block in row_blocks(features)
+    )
+    shape = len(features), 1
+    write_matrix(store.self_influence, (part[:, None].cpu().numpy() for part in parts), shape)
+
+
+def _score_blocks(
+    stores: list[Store], computer: RidgeScoreComputer, weight: str
+) -> Iterator[np.ndarray]:
+    """Rows of the score matrix in order; a block is overwritten when the next is asked for."""
+    import torch
+
+    device = computer.device
+
+    @lru_cache(maxsize=1)  # of one checkpoint: all checkpoints' might not fit in memory
+    def solved(file: Path) -> torch.Tensor:
+        return torch.from_numpy(np.load(file, allow_pickle=False)).to(device)
+
+    features = [store.features("train") for store in stores]
+    scale = np.full((len(features[0]), 1), 1 / len(stores), np.float32)
     if weight == "mean":
-        values *= residual / len(stores)
-    if not np.isfinite(values).all():
-        raise InputError(
-            "scores: not all are finite; raise lambda_reg, or look for a diverged model"
-        )
-    return TrakScores(values.astype(np.float32), self_influence.astype(np.float32) / len(stores))
+        scale *= np.mean([open_matrix(store.one_minus_p_file("train")) for store in stores], axis=0)
+    n_targets, k = stores[0].features(TARGETS).shape
+    blocks = list(row_slices(len(scale), max(n_targets, k)))
+    buffer = torch.empty(blocks[0].stop, n_targets, device=device)
+    for rows in blocks:
+        scores = buffer[: rows.stop - rows.start].zero_()
+        for store, phi in zip(stores, features, strict=True):
+            block = torch.from_numpy(read_rows(phi, rows)).to(device)
+            computer.get_scores(block, solved(store.solved), accumulator=scores)
+        scores *= torch.from_numpy(scale[rows]).to(device)
+        yield scores.cpu().numpy()

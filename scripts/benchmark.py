@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-WHAT = ("features", "training", "ablation")
+WHAT = ("features", "training", "scores", "ablation")
 
 
 def main() -> None:
