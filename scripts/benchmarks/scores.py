@@ -20,6 +20,7 @@ import argparse
 import shutil
 import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         work = Path(name)
         for model_id in range(options.checkpoints):
             write_features(work, model_id, n, m, k)
-        with get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(peak_of_scores, (work, options.checkpoints, options.threads))
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            arguments = work, options.checkpoints, options.threads
+            peak = pool.submit(peak_of_scores, *arguments).result()
         sides = {
             "bare GEMMs and Cholesky": lambda: bare_products(n, m, k, options.checkpoints),
             "bare solves": lambda: bare_solves(n, m, k, options.checkpoints),
