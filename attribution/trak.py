@@ -74,14 +74,14 @@ class Store:
         return open_matrix(self.features_file(split))
 
     @property
-    def solved(self) -> Path:
-        """File of the targets' features times (Phi'Phi + lambda I)^-1, (n_targets, k)."""
-        return self.folder / "solved.npy"
+    def factor(self) -> Path:
+        """File of the Cholesky factor L of Phi'Phi + lambda I, (k, k)."""
+        return self.folder / "factor.npy"
 
     @property
-    def self_influence(self) -> Path:
-        """File of this checkpoint's self-influence, (n_train, 1); written after `solved`."""
-        return self.folder / "self_influence.npy"
+    def targets(self) -> Path:
+        """File of the targets' features times L^-T, (n_targets, k); written after `factor`."""
+        return self.folder / "targets.npy"
 
 
 def check_proj_dim(config: Config, n: int) -> None:
@@ -204,7 +204,7 @@ def combine(
 
     In memory are some (k, k) matrices, one checkpoint's (n_targets, k), blocks of rows and vectors,
     whatever the number of training examples and of checkpoints. What a killed run had finished is
-    not computed again: each checkpoint's solution, and the file.
+    not computed again: each checkpoint's factor and targets, and the file.
 
     Args:
         file: becomes the score matrix, .npy.
@@ -218,48 +218,52 @@ def combine(
     from attribution.traker_plugins import RidgeScoreComputer
 
     computer = RidgeScoreComputer(torch.float32, device, lambda_reg=lambda_reg)
-    with progress("trak: checkpoints solved", len(stores)) as advance:
+    with progress("trak: checkpoints factorised", len(stores)) as advance:
         for store in stores:
-            if not store.self_influence.exists():
-                _solve(store, computer)
+            if not store.targets.exists():
+                _factorise(store, computer)
             advance()
-    if not file.exists():
-        shape = len(stores[0].features("train")), len(stores[0].features(TARGETS))
-        write_matrix(file, _score_blocks(stores, computer, weight), shape)
-    self_influence = np.mean([open_matrix(store.self_influence)[:, 0] for store in stores], axis=0)
-    return TrakScores(file, self_influence)
+    done = file.with_name("self_influence.npy")
+    if not (file.exists() and done.exists()):
+        n, n_targets = (len(stores[0].features(split)) for split in ("train", TARGETS))
+        self_influence = np.zeros((n, 1))
+        blocks = _score_blocks(stores, computer, weight, self_influence)
+        write_matrix(file, blocks, (n, n_targets))
+        write_matrix(done, [self_influence], (n, 1))
+    return TrakScores(file, np.array(open_matrix(done)[:, 0]))
 
 
-def _solve(store: Store, computer: RidgeScoreComputer) -> None:
-    """Write the targets' features times A^-1, and every training example's self-influence.
-
-    A is Phi'Phi + lambda I. Solving for the targets, of which there are fewer than training
-    examples, leaves a single product for the scores.
-    """
+def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
+    """Write the Cholesky factor of A = Phi'Phi + lambda I = L L', and the whitened targets."""
     import torch
 
-    features, targets = store.features("train"), store.features(TARGETS)
-    factor = computer.factor(computer.gram(map(torch.from_numpy, row_blocks(features))))
-    solved = (computer.solve(torch.from_numpy(block), factor) for block in row_blocks(targets))
-    write_matrix(store.solved, (block.cpu().numpy() for block in solved), targets.shape)
-    factor = factor.float()
-    parts = (
-        computer.self_influence(torch.from_numpy(block), factor) for block in row_blocks(features)
+    gram = computer.gram(map(torch.from_numpy, row_blocks(store.features("train"))))
+    factor = computer.factor(gram)
+    write_matrix(store.factor, [factor.cpu().numpy()], tuple(factor.shape))
+    targets = store.features(TARGETS)
+    blocks = (
+        computer.whiten(torch.from_numpy(block), factor).cpu().numpy()
+        for block in row_blocks(targets)
     )
-    shape = len(features), 1
-    write_matrix(store.self_influence, (part[:, None].cpu().numpy() for part in parts), shape)
+    write_matrix(store.targets, blocks, targets.shape)
 
 
 def _score_blocks(
-    stores: list[Store], computer: RidgeScoreComputer, weight: str
+    stores: list[Store], computer: RidgeScoreComputer, weight: str, self_influence: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """Rows of the score matrix in order; a block is overwritten when the next is asked for."""
+    """Rows of the score matrix in order; a block is overwritten when the next is asked for.
+
+    x' A^-1 y is the product of x' L^-T and y' L^-T, and self-influence the former's square.
+
+    Args:
+        self_influence: zeros (n_train, 1), filled in on the way.
+    """
     import torch
 
     device = computer.device
 
-    @lru_cache(maxsize=1)  # of one checkpoint: all checkpoints' might not fit in memory
-    def solved(file: Path) -> torch.Tensor:
+    @lru_cache(maxsize=2)  # of one checkpoint: all checkpoints' might not fit in memory
+    def load(file: Path) -> torch.Tensor:
         return torch.from_numpy(np.load(file, allow_pickle=False)).to(device)
 
     features = [store.features("train") for store in stores]
@@ -267,12 +271,15 @@ def _score_blocks(
     if weight == "mean":
         scale *= np.mean([open_matrix(store.one_minus_p_file("train")) for store in stores], axis=0)
     n_targets, k = stores[0].features(TARGETS).shape
-    blocks = list(row_slices(len(scale), max(n_targets, k)))
-    buffer = torch.empty(blocks[0].stop, n_targets, device=device)
-    for rows in blocks:
+    slices = list(row_slices(len(scale), max(n_targets, k)))
+    buffer = torch.empty(slices[0].stop, n_targets, device=device)
+    for rows in slices:
         scores = buffer[: rows.stop - rows.start].zero_()
         for store, phi in zip(stores, features, strict=True):
-            block = torch.from_numpy(read_rows(phi, rows)).to(device)
-            computer.get_scores(block, solved(store.solved), accumulator=scores)
+            block = torch.from_numpy(read_rows(phi, rows))
+            whitened = computer.whiten(block, load(store.factor))
+            computer.get_scores(whitened, load(store.targets), accumulator=scores)
+            norms = torch.linalg.vector_norm(whitened, dim=1, keepdim=True)
+            self_influence[rows] += norms.square().cpu().numpy() / len(stores)
         scores *= torch.from_numpy(scale[rows]).to(device)
         yield scores.cpu().numpy()

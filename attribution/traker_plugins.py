@@ -14,7 +14,6 @@ from attribution.errors import InputError
 from attribution.gradients import Captured, Sketch, capture, margins
 
 BLOCK = 4096  # training examples per product
-SOLVE_BLOCK = 1024  # rows in float64 at a time
 
 
 class MarginOutput(AbstractModelOutput):
@@ -86,9 +85,9 @@ class RidgeScoreComputer(AbstractScoreComputer):
     """F (F^T F + l I)^-1 by Cholesky in float64, with l = lambda_reg tr(F^T F)/k and no rescaling.
 
     traker's own divides the inverse by its mean absolute entry, which takes the scores' unit
-    away and gives each checkpoint an arbitrary weight. Every method also works on blocks of rows,
-    so that neither features nor scores have to be in memory: trak.py solves for the targets, which
-    are fewer than the training examples, where traker's engine solves for the latter.
+    away and gives each checkpoint an arbitrary weight. traker's engine has all features solved,
+    and scores them against the targets; trak.py whitens both sides, block by block, so that neither
+    features nor scores have to be in memory.
     """
 
     def __init__(self, dtype, device, logging_level=logging.INFO, lambda_reg: float = 0.0) -> None:
@@ -136,34 +135,28 @@ class RidgeScoreComputer(AbstractScoreComputer):
         return factor
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
-        """X (F^T F + l I)^-1, (n, k) float32, for rows X (n, k) and a Gram matrix F^T F."""
-        return self.solve(grads, self.factor(xtx))
-
-    def solve(self, rows: Tensor, factor: Tensor) -> Tensor:
-        """X A^-1, (n, k) float32, for rows X (n, k) and the factor of A, solved in float64."""
-        solved = torch.empty(rows.shape, dtype=torch.float32, device=self.device)
-        for block, out in zip(rows.split(SOLVE_BLOCK), solved.split(SOLVE_BLOCK)):
+        """F (F^T F + l I)^-1, (n, k) float32, for features F (n, k) and their Gram matrix."""
+        factor = self.factor(xtx)
+        solved = torch.empty(grads.shape, dtype=torch.float32, device=self.device)
+        for block, out in zip(grads.split(BLOCK), solved.split(BLOCK)):
             block = block.to(self.device, torch.float64)
             out.copy_(torch.cholesky_solve(block.T, factor).T)
         return solved
 
-    def self_influence(self, rows: Tensor, factor: Tensor) -> Tensor:
-        """x' A^-1 x = |L^-1 x|^2 of each row x, (n,) float32, for rows (n, k) and A = L L'.
+    def whiten(self, rows: Tensor, factor: Tensor) -> Tensor:
+        """X L^-T, (n, k), for rows X (n, k) and the factor of A = L L', in the factor's precision.
 
-        A triangular solve in float32, as fast as a product of matrices. What it loses is about
-        1e-7 times the square root of A's condition number: 1e-6 relative at lambda_reg 0.1.
-
-        Args:
-            factor: L in float32.
+        The product of two whitened rows is x' A^-1 y. In float32, where this is as fast as a
+        product of matrices, it is then as good as where one side is solved for in float64 and
+        rounded: about 1e-7 times the square root of A's condition number, 1e-6 at lambda_reg 0.1.
         """
-        rows = rows.to(self.device, torch.float32)
-        whitened = torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False)
-        return torch.linalg.vector_norm(whitened, dim=1).square()
+        rows = rows.to(self.device, factor.dtype)
+        return torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False)
 
     def get_scores(self, features: Tensor, target_grads: Tensor, accumulator: Tensor) -> None:
         """Add features (n, k) times target features (m, k) to accumulator (n, m), in place.
 
-        Either side may be the one that is solved. Positive = helpful = the training example's
+        One side has to be solved, or both whitened. Positive = helpful = the training example's
         presence raises the target's margin.
         """
         features, targets = features.float(), target_grads.float()

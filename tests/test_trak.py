@@ -135,7 +135,7 @@ def test_features_that_are_not_finite_or_overflow_are_refused(
     np.lib.format.open_memmap(store.features_file(split), mode="r+")[:] = features
     with pytest.raises(InputError, match="finite"), blocks_of(16):
         combine([store], tmp_path / "scores.npy", 0.1, "mean", CPU)
-    assert not (tmp_path / "scores.npy").exists() and not store.self_influence.exists()
+    assert not (tmp_path / "scores.npy").exists() and not store.targets.exists()
 
 
 def test_a_singular_gram_matrix_is_refused(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_singular_gram_matrix_is_refused(tmp_path: Path) -> None:
         combine([store], tmp_path / "scores.npy", 0.0, "mean", CPU)
 
 
-@pytest.mark.parametrize("during", ["first solve", "second solve", "scores"])
+@pytest.mark.parametrize("during", ["first factor", "second factor", "scores"])
 def test_an_interrupted_combination_goes_on_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
@@ -152,7 +152,7 @@ def test_an_interrupted_combination_goes_on_and_ends_the_same(
     others = [store_features(tmp_path / "others", m, 50, 9, 8) for m in range(2)]
     monkeypatch.setattr(matrices, "BLOCK_ROWS", 16)
     expected = combine(others, tmp_path / "expected.npy", 0.1, "mean", CPU)
-    solved = {"first solve": 0, "second solve": 1, "scores": 2}[during]
+    ready = {"first factor": 0, "second factor": 1, "scores": 2}[during]
     original, calls = trak.write_matrix, []
 
     def write(file: Path, blocks, shape) -> None:
@@ -161,7 +161,7 @@ def test_an_interrupted_combination_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
 
         calls.append(file)
-        stop = len(calls) == 2 * solved + (1 if during == "scores" else 2)
+        stop = len(calls) == 2 * ready + (1 if during == "scores" else 2)
         original(file, stopped() if stop else blocks, shape)
 
     monkeypatch.setattr(trak, "write_matrix", write)
@@ -169,10 +169,10 @@ def test_an_interrupted_combination_goes_on_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         combine(stores, file, 0.1, "mean", CPU)
     assert not file.exists()
-    assert [store.self_influence.exists() for store in stores] == [solved > 0, solved > 1]
+    assert [store.targets.exists() for store in stores] == [ready > 0, ready > 1]
     calls[:] = [file] * 9  # no further interruption
     found = combine(stores, file, 0.1, "mean", CPU)
-    assert len(calls) == 9 + 2 * (2 - solved) + 1  # what was finished is not made again
+    assert len(calls) == 9 + 2 * (2 - ready) + 2  # what was finished is not made again
     np.testing.assert_array_equal(found.values, expected.values)
     np.testing.assert_array_equal(found.self_influence, expected.self_influence)
 

@@ -5,10 +5,10 @@ The sides, in turn, with `checkpoints` of everything:
 - bare GEMMs and Cholesky: the Gram matrix (n k^2) and the scores (n m k) as float32 products into
   memory that is there already, one block of rows over and over, and one Cholesky factor (k^3/3) in
   float64. No file is read or written, and nothing is solved.
-- bare solves: what a ridge and self-influence need beside: for the m targets in float64 (2 m k^2)
-  and one triangular solve for the n training examples in float32 (n k^2), in memory too.
+- bare solves: the triangular solves that a ridge and self-influence need beside, in memory too:
+  for the m targets in float64 (m k^2), for the n training examples in float32 (n k^2).
 - scores: the project's own path, from traker's feature files to a score artifact with its hash, and
-  the ten most helpful and harmful examples of every target, read back from it.
+  the ten most helpful examples of every target, read back from it.
 
 `ratio` is to the first side, `ratio_to_both` to the sum of the first two. The peak memory is that
 of the third side alone, in a process of its own (which also is the round that warms up).
@@ -91,7 +91,7 @@ def _store(work: Path, model_id: int):
 
 
 def make_scores(work: Path, checkpoints: int) -> None:
-    """What scripts/trak.py does once the features are there, and the top and bottom of it."""
+    """What scripts/trak.py does once the features are there, and every target's top."""
     import pandas as pd
     import torch
 
@@ -102,7 +102,7 @@ def make_scores(work: Path, checkpoints: int) -> None:
     folder = work / "scores"
     stores = [_store(work, model_id) for model_id in range(checkpoints)]
     for store in stores:  # of the round before
-        store.self_influence.unlink(missing_ok=True)
+        store.targets.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     found = combine(stores, work / "scores.npy", LAMBDA_REG, "mean", torch.device("cpu"))
     n, m = found.values.shape
@@ -118,7 +118,6 @@ def make_scores(work: Path, checkpoints: int) -> None:
     write_scores(folder, found.file, train, targets, {})
     scores = Scores(np.load(folder / "scores.npy", mmap_mode="r"), train, targets, {})
     scores.top_per_target(TOP)
-    scores.bottom_per_target(TOP)
 
 
 def peak_of_scores(work: Path, checkpoints: int, threads: int) -> float:
@@ -150,17 +149,15 @@ def bare_products(n: int, m: int, k: int, checkpoints: int) -> None:
 
 
 def bare_solves(n: int, m: int, k: int, checkpoints: int) -> None:
-    """The targets' two triangular solves in float64, the training examples' one in float32."""
+    """Triangular solves, for the targets in float64 and for the training examples in float32."""
     import torch
 
     from attribution.matrices import row_slices
 
-    features, targets = torch.rand(4096, k), torch.rand(1024, k, dtype=torch.float64)
-    factor = torch.linalg.cholesky(torch.eye(k, dtype=torch.float64) + 1 / k)
-    upper = factor.float().T
-    for _ in range(checkpoints):
-        for start in range(0, m, 1024):
-            torch.cholesky_solve(targets[: m - start].T, factor)
-        for rows in row_slices(n, 1):
-            block = features[: rows.stop - rows.start]
-            torch.linalg.solve_triangular(upper, block, upper=True, left=False)
+    for dtype, count in ((torch.float64, m), (torch.float32, n)):
+        features = torch.rand(4096, k, dtype=dtype)
+        upper = torch.linalg.cholesky(torch.eye(k, dtype=torch.float64) + 1 / k).T.to(dtype)
+        for _ in range(checkpoints):
+            for rows in row_slices(count, 1):
+                block = features[: rows.stop - rows.start]
+                torch.linalg.solve_triangular(upper, block, upper=True, left=False)
