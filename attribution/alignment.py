@@ -7,6 +7,7 @@ import pandas as pd
 
 from attribution.config import nearest
 from attribution.errors import InputError
+from attribution.matrices import row_blocks
 
 
 def group_ids(targets: pd.DataFrame, groups: str) -> np.ndarray:
@@ -55,5 +56,6 @@ def group_alignment(scores: np.ndarray, groups: np.ndarray, weights: np.ndarray)
         weights: (n_groups,) from group_weights.
     """
     column_weights = weights[groups] / np.bincount(groups)[groups]
-    blocks = np.array_split(np.arange(len(scores)), max(1, scores.nbytes // (1 << 26)))
-    return np.concatenate([scores[block].astype(np.float64) @ column_weights for block in blocks])
+    return np.concatenate(
+        [block.astype(np.float64) @ column_weights for block in row_blocks(scores)]
+    )

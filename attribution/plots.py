@@ -56,16 +56,17 @@ def score_gallery(
     data: ImageData, scores: Scores, path: Path, targets: int = 6, k: int = 4
 ) -> None:
     """For some targets spread over the classes: the most helpful and most harmful examples."""
-    chosen = scores.targets.groupby("label").head(1).head(targets).index
+    chosen = list(scores.targets.groupby("label").head(1).head(targets).index)
+    shown = scores.select(chosen)
     figure, grid = plt.subplots(
         len(chosen), 2 * k + 1, figsize=(1.15 * (2 * k + 1), 1.45 * len(chosen)), squeeze=False
     )
     train, validation = data.rows("train"), data.rows("validation")
     pixels = data.pixels()
-    for axes, target in zip(grid, chosen, strict=True):
-        name = f"target\n{scores.targets['label_name'][target]}"
-        _tile(axes[0], pixels[validation[target]], name, NEUTRAL)
-        sides = (scores.top(target, k), HELPFUL), (scores.bottom(target, k), HARMFUL)
+    for i, axes in enumerate(grid):
+        name = f"target\n{shown.targets['label_name'][i]}"
+        _tile(axes[0], pixels[validation[chosen[i]]], name, NEUTRAL)
+        sides = (shown.top(i, k), HELPFUL), (shown.bottom(i, k), HARMFUL)
         for side, (rows, colour) in enumerate(sides):
             for column, row in enumerate(rows.itertuples()):
                 tile = axes[1 + side * k + column]

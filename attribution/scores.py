@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attribution.errors import InputError
+from attribution.matrices import open_matrix, row_blocks, write_matrix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +60,20 @@ class Scores:
         """
         return self._ranked(target, k, sign=1)
 
+    def select(self, targets: list[int]) -> Scores:
+        """The scores of a few targets alone, in memory, read in one pass over the file."""
+        blocks = [block[:, targets] for block in row_blocks(self.values)]
+        table = self.targets.iloc[targets].reset_index(drop=True)
+        return Scores(np.concatenate(blocks), self.train, table, self.metadata)
+
+    def top_per_target(self, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """`top` of every target, in one pass over the file: see top_k."""
+        return top_k(self.values, k)
+
+    def bottom_per_target(self, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """`bottom` of every target, in one pass over the file: see top_k."""
+        return top_k(self.values, k, largest=False)
+
     def _ranked(self, target: int, k: int, sign: int) -> pd.DataFrame:
         if not 0 <= target < self.values.shape[1]:
             raise InputError(f"target={target}: must be from 0 to {self.values.shape[1] - 1}")
@@ -68,9 +84,62 @@ class Scores:
         return self.train.iloc[order].assign(score=column[order])
 
 
+def top_k(values: np.ndarray, k: int, largest: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The k highest scores of every target, in one pass over blocks of rows.
+
+    Args:
+        values: (n_train, n_targets), positive = helpful; may be a memory map.
+        largest: or else the k lowest.
+
+    Returns:
+        Positions of the training examples, int64 (n_targets, k), and their scores, float32
+        (n_targets, k): the best first, equal ones by position; fewer than k where n_train is.
+
+    Raises:
+        InputError: k below 1.
+    """
+    if k < 1:
+        raise InputError(f"k={k}: must be at least 1")
+    n, m = values.shape
+    k, sign = min(k, n), 1 if largest else -1
+    best = _Best(np.zeros((m, k), np.int64), np.full((m, k), -np.inf, np.float32))
+    first = 0
+    for block in row_blocks(values):
+        best.add(block if largest else -block, first)
+        first += len(block)
+    return best.rows, sign * best.scores
+
+
+@dataclass
+class _Best:
+    """The k best of each column so far, both (m, k), the best first, equal ones by row."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+
+    def add(self, block: np.ndarray, first: int) -> None:
+        """Take in rows (b, m), of which the topmost is row `first` of the matrix."""
+        # A later row has to be better, not equal: ties go to the earlier row.
+        better = block > self.scores[:, -1]
+        if len(block) > 1 and np.count_nonzero(better) > 4 * self.scores.size:
+            half = len(block) // 2  # fewer will pass in the second half, once the first is in
+            self.add(block[:half], first)
+            self.add(block[half:], first + half)
+            return
+        rows, columns = np.divmod(np.flatnonzero(better), block.shape[1])
+        m, k = self.scores.shape
+        column = np.concatenate([np.repeat(np.arange(m), k), columns])
+        row = np.concatenate([self.rows.ravel(), rows + first])
+        score = np.concatenate([self.scores.ravel(), block[rows, columns]])
+        order = np.lexsort((-score, column))  # stable, and equal scores are in order of rows
+        counts = np.bincount(column, minlength=m)
+        chosen = order[(np.cumsum(counts) - counts)[:, None] + np.arange(k)]
+        self.rows, self.scores = row[chosen], score[chosen]
+
+
 def write_scores(
     folder: Path,
-    values: np.ndarray,
+    values: np.ndarray | Path,
     train: pd.DataFrame,
     targets: pd.DataFrame,
     metadata: dict[str, Any],
@@ -78,31 +147,32 @@ def write_scores(
     """Write the artifact into a folder; metadata.json, written last, makes it whole.
 
     Args:
-        values: (n_train, n_targets); positive = helpful.
+        values: (n_train, n_targets), positive = helpful, which is written by blocks; or the file
+            that matrices.write_matrix made of it, which is moved into the folder.
 
     Raises:
         InputError: a score is not finite, or the tables do not fit the matrix.
     """
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
-        values = np.ascontiguousarray(values, dtype=np.float32)
-    if not np.isfinite(values).all():
+    file, matrix = folder / "scores.npy", values
+    if isinstance(values, Path):
+        matrix = open_matrix(values)
+    if matrix.shape != (len(train), len(targets)):
         raise InputError(
-            "scores: not all are finite; raise lambda_reg, and look for a diverged checkpoint"
-        )
-    if values.shape != (len(train), len(targets)):
-        raise InputError(
-            f"scores: shape {values.shape} does not fit {len(train)} examples, {len(targets)} targets"
+            f"scores: shape {matrix.shape} does not fit {len(train)} examples, {len(targets)} targets"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "scores.npy", values)
+    if isinstance(values, Path):
+        shutil.move(values, file)
+    else:
+        write_matrix(file, row_blocks(values), values.shape)
     train.to_parquet(folder / "train.parquet", index=False)
     targets.to_parquet(folder / "targets.parquet", index=False)
     document = {
         "schema_version": SCHEMA_VERSION,
         "sign": SIGN,
         "unit": "margin (log-odds of the target's label)",
-        "shape": list(values.shape),
-        "sha256": _sha256(folder / "scores.npy"),
+        "shape": list(matrix.shape),
+        "sha256": _sha256(file),
         "sha256_tables": {name: _sha256(folder / name) for name in REQUIRED_COLUMNS},
         **metadata,
     }
@@ -121,8 +191,7 @@ def load_scores(source: str | Path) -> Scores:
     try:
         if _sha256(matrix) != metadata["sha256"]:
             raise InputError(f"scores={source}: scores.npy does not have the hash in metadata.json")
-        # Unlike np.load, never an archive or a pickle.
-        values = np.lib.format.open_memmap(matrix, mode="r")
+        values = open_matrix(matrix)
     except InputError:
         raise
     except Exception as error:  # numpy raises many kinds on a broken header

@@ -265,15 +265,21 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager:
 
 
 def batches_of(
-    config: Config, data: ImageData, split: str, batch_size: int, device: torch.device
+    config: Config,
+    data: ImageData,
+    split: str,
+    batch_size: int,
+    device: torch.device,
+    rows: range | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A split in order, never augmented: (images (B, 3, H, W), labels (B,))."""
+    """A split (or some rows of it) in order, never augmented: images (B, 3, H, W), labels (B,)."""
     mean, std = models.normalisation(config.model)
-    pixels, rows = data.pixels(), data.rows(split)
+    pixels, positions = data.pixels(), data.rows(split)
     labels = torch.from_numpy(data.labels(split)).to(device)
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        yield to_batch(pixels[rows[part]], mean, std, device), labels[part]
+    rows = range(len(positions)) if rows is None else rows
+    for start in rows[::batch_size]:
+        part = slice(start, min(start + batch_size, rows.stop))
+        yield to_batch(pixels[positions[part]], mean, std, device), labels[part]
 
 
 @torch.inference_mode()

@@ -5,19 +5,31 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
+from attribution.matrices import open_matrix, row_blocks, write_matrix
+from attribution.memory import keep_freed_memory
 from attribution.parallel import Files, parallel_map, read_folder, resolve_jobs, write_folder
 from attribution.progress import progress
 from attribution.training import batches_of, derive_seed, resolve_device
 
+if TYPE_CHECKING:
+    import torch
+
+    from attribution.traker_plugins import RidgeScoreComputer
+
 TARGETS = "validation"
+SHARD_ROWS = 4096  # examples of a task: what is featurised at a time, and kept when a run is killed
 
 
 @dataclass(frozen=True)
@@ -25,13 +37,78 @@ class TrakScores:
     """Scores of an ensemble.
 
     Attributes:
-        values: (n_train, n_targets) float32; positive = helpful.
+        file: .npy of the scores, (n_train, n_targets) float32; positive = helpful.
         self_influence: (n_train,) float32, each example's unweighted score on its own margin:
             phi_i' (Phi'Phi + lambda I)^-1 phi_i, the mean over checkpoints.
     """
 
-    values: np.ndarray
+    file: Path
     self_influence: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """Memory map of the file."""
+        return open_matrix(self.file)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The files of one checkpoint, in a folder of its own.
+
+    Attributes:
+        folder: where they are.
+        model_id: traker's number of the checkpoint.
+    """
+
+    folder: Path
+    model_id: int
+
+    def shard(self, split: str, first: int) -> Path:
+        """traker's folder of the rows of a split from `first` on."""
+        return self.folder / split / f"{first:09d}"
+
+    def features_file(self, split: str, first: int = 0) -> Path:
+        """Projected gradients (rows, k) float32 of a shard, as traker's saver writes them."""
+        return self.shard(split, first) / str(self.model_id) / "grads.mmap"
+
+    def one_minus_p_file(self, split: str, first: int = 0) -> Path:
+        """1 - p of every label of a shard, (rows, 1) float32, as traker's saver writes it."""
+        return self.shard(split, first) / str(self.model_id) / "out_to_loss.mmap"
+
+    def features(self, split: str) -> list[np.ndarray]:
+        """Memory maps of the shards' features, in order."""
+        return [open_matrix(self.features_file(split, first)) for first in self._shards(split)]
+
+    def one_minus_p(self, split: str) -> np.ndarray:
+        """1 - p of every example's label, (n_split, 1) float32."""
+        files = (self.one_minus_p_file(split, first) for first in self._shards(split))
+        return np.concatenate([open_matrix(file) for file in files])
+
+    def _shards(self, split: str) -> list[int]:
+        return sorted(int(folder.name) for folder in (self.folder / split).iterdir())
+
+    @property
+    def factor(self) -> Path:
+        """File of the Cholesky factor L of Phi'Phi + lambda I, (k, k)."""
+        return self.folder / "factor.npy"
+
+    @property
+    def targets(self) -> Path:
+        """File of the targets' features times L^-T, (n_targets, k); written after `factor`."""
+        return self.folder / "targets.npy"
+
+
+def check_proj_dim(config: Config, n: int) -> None:
+    """Refuse features that are longer than there are n training examples, where nothing is added.
+
+    Raises:
+        InputError: the Gram matrix could not be but singular.
+    """
+    if config.lambda_reg == 0 and config.proj_dim > n:
+        raise InputError(
+            f"proj_dim={config.proj_dim}: larger than the {n} training examples with lambda_reg=0; "
+            f"use lambda_reg above 0, e.g. 0.1, or a proj_dim of at most {n}"
+        )
 
 
 def compute_scores(
@@ -46,30 +123,60 @@ def compute_scores(
 
     Args:
         checkpoints: from_pretrained folders of the ensemble.
-        work: where features are kept while unfinished; a second call goes on from there.
+        work: where features and scores are kept while unfinished; a second call goes on from
+            there. The scores are a file in it.
 
     Raises:
         InputError: a singular or non-finite Gram matrix, or a layer without a gradient rule.
     """
-    stores = [work / f"{m:03d}" for m in range(len(checkpoints))]
-    missing = [m for m, store in enumerate(stores) if not (store / "done").exists()]
-    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(stores))
+    device = resolve_device(config.device)
+    stores = [Store(work / "features" / f"{m:03d}", m) for m in range(len(checkpoints))]
+    shards = [
+        (m, split, rows)
+        for m in range(len(stores))
+        for split in ("train", TARGETS)
+        for rows in _shards(len(data.rows(split)))
+    ]
+    _featurize_all(config, data, checkpoints, stores, shards)
+    return combine(
+        stores, work / "scores.npy", config.lambda_reg, config.loss_gradient_weight, device
+    )
+
+
+def _shards(n: int) -> list[range]:
+    return [range(i, min(i + SHARD_ROWS, n)) for i in range(0, n, SHARD_ROWS)]
+
+
+def _featurize_all(
+    config: Config,
+    data: ImageData,
+    checkpoints: list[Path],
+    stores: list[Store],
+    shards: list[tuple[int, str, range]],
+) -> None:
+    """Fill the stores with what they lack."""
+    folders = [stores[m].shard(split, rows.start) for m, split, rows in shards]
+    missing = [i for i, folder in enumerate(folders) if not (folder / "done").exists()]
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(shards))
     size = feature_batch_size(config.image_size)
     # Workers on this machine write to the stores; those of a cluster have no such disk.
     away = config.backend == "ray"
-    tasks = [(checkpoints[m], m, size) + (() if away else (stores[m],)) for m in missing]
-    names = [f"features of checkpoint {stores[m].name}" for m in missing]
     function = _featurize_away if away else _featurize
-    with progress("trak: checkpoints featurised", len(stores), len(stores) - len(tasks)) as advance:
+    tasks, names = [], []
+    for i in missing:
+        m, *shard = shards[i]
+        tasks.append((checkpoints[m], m, *shard, size) + (() if away else (folders[i],)))
+        names.append(f"features of checkpoint {m}, {shard[0]} from {shard[1].start}")
+    with progress("trak: shards featurised", len(shards), len(shards) - len(tasks)) as advance:
         results = parallel_map(
             function, tasks, jobs, (config, data), config, names, smaller=_smaller_batch
         )
         for index, files in results:
             if away:
-                shutil.rmtree(stores[missing[index]], ignore_errors=True)  # begun by another run
-                write_folder(stores[missing[index]], files)
+                folder = folders[missing[index]]
+                shutil.rmtree(folder, ignore_errors=True)  # begun by another run
+                write_folder(folder, files)
             advance()
-    return _combine(stores, config.loss_gradient_weight)
 
 
 def feature_batch_size(image_size: int) -> int:
@@ -79,39 +186,42 @@ def feature_batch_size(image_size: int) -> int:
 
 def _smaller_batch(task: tuple) -> tuple:
     """The task of _featurize with a quarter of the images in a batch."""
-    checkpoint, m, size, *store = task
-    return checkpoint, m, max(1, size // 4), *store
+    *shard, size = task[:5]
+    return *shard, max(1, size // 4), *task[5:]
 
 
-def _featurize_away(config: Config, data: ImageData, checkpoint: Path, m: int, size: int) -> Files:
-    """What _featurize leaves in its store, as content: the driver has another disk."""
-    with tempfile.TemporaryDirectory() as store:
-        _featurize(config, data, checkpoint, m, size, Path(store))
-        return read_folder(Path(store))
+def _featurize_away(config: Config, data: ImageData, *shard_and_size: Any) -> Files:
+    """What _featurize leaves in its folder, as content: the driver has another disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        _featurize(config, data, *shard_and_size, Path(folder))
+        return read_folder(Path(folder))
 
 
 def _featurize(
-    config: Config, data: ImageData, checkpoint: Path, m: int, size: int, store: Path
+    config: Config,
+    data: ImageData,
+    checkpoint: Path,
+    m: int,
+    split: str,
+    rows: range,
+    size: int,
+    folder: Path,
 ) -> None:
-    """Run traker over one checkpoint: features of the training set, gradients of the targets.
+    """Run traker over some rows of a split; batches that are in its store already are kept.
 
     `size` images a batch change the last bit of the features, and nothing else.
     """
+    keep_freed_memory()
     device = str(resolve_device(config.device))
-    traker, state = make_traker(config, len(data.rows("train")), checkpoint, store, m, device)
+    traker, state = make_traker(config, len(rows), checkpoint, folder, m, device)
     traker.load_checkpoint(state, model_id=m)
-    for batch in batches_of(config, data, "train", size, device):
+    for batch in batches_of(config, data, split, size, device, rows):
         traker.featurize(batch, num_samples=len(batch[1]))
-    with _silence_tqdm():
-        traker.finalize_features(model_ids=[m])
-    traker.start_scoring_checkpoint(TARGETS, state, m, num_targets=len(data.rows(TARGETS)))
-    for batch in batches_of(config, data, TARGETS, size, device):
-        traker.score(batch, num_samples=len(batch[1]))
-    (store / "done").touch()
+    (folder / "done").touch()
 
 
 def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, device: str):  # noqa: ANN201
-    """traker's engine with our gradients, projection and scores (or its own, projector=normal).
+    """traker's engine with our gradients and projection (or its own, projector=normal).
 
     Returns the TRAKer and the checkpoint's state dictionary.
     """
@@ -146,44 +256,97 @@ def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, d
         device=device,
         gradient_computer=gradients,
         projector=projector,
-        score_computer=traker_plugins.RidgeScoreComputer,
         proj_dim=config.proj_dim,
         logging_level=logging.ERROR,
         use_half_precision=False,  # its float16 default overflows and rounds
-        lambda_reg=config.lambda_reg,
     )
     return traker, model.state_dict()
 
 
-class _silence_tqdm:
-    """traker draws a progress bar for each checkpoint; the driver draws one for all."""
+def combine(
+    stores: list[Store], file: Path, lambda_reg: float, weight: str, device: torch.device
+) -> TrakScores:
+    """Scores of featurised checkpoints, written to a file block by block.
 
-    def __enter__(self) -> None:
-        import trak.traker as module
+    In memory are some (k, k) matrices, one checkpoint's (n_targets, k), blocks of rows and vectors,
+    whatever the number of training examples and of checkpoints. What a killed run had finished is
+    not computed again: each checkpoint's factor and targets, and the file.
 
-        self.module, self.tqdm = module, module.tqdm
-        module.tqdm = lambda iterable, **_: iterable
+    Args:
+        file: becomes the score matrix, .npy.
+        lambda_reg, weight: parameters `lambda_reg` and `loss_gradient_weight`.
 
-    def __exit__(self, *_: object) -> None:
-        self.module.tqdm = self.tqdm
+    Raises:
+        InputError: a singular Gram matrix, or a value that is not finite.
+    """
+    import torch
+
+    from attribution.traker_plugins import RidgeScoreComputer
+
+    computer = RidgeScoreComputer(torch.float32, device, lambda_reg=lambda_reg)
+    with progress("trak: checkpoints factorised", len(stores)) as advance:
+        for store in stores:
+            if not store.targets.exists():
+                _factorise(store, computer)
+            advance()
+    done = file.with_name("self_influence.npy")
+    if not (file.exists() and done.exists()):
+        n, n_targets = (sum(map(len, stores[0].features(s))) for s in ("train", TARGETS))
+        self_influence = np.zeros((n, 1))
+        blocks = _score_blocks(stores, computer, weight, self_influence)
+        write_matrix(file, blocks, (n, n_targets))
+        write_matrix(done, [self_influence], (n, 1))
+    return TrakScores(file, np.array(open_matrix(done)[:, 0]))
 
 
-def _combine(stores: list[Path], weight: str) -> TrakScores:
-    """Average the checkpoints' scores; the parts are traker's memory maps, read in turn."""
-    values = self_influence = residual = 0.0
-    for m, store in enumerate(stores):
-        features, gradients, one_minus_p, target_gradients = (
-            np.load(store / str(m) / name, mmap_mode="r", allow_pickle=False)
-            for name in ("features.mmap", "grads.mmap", "out_to_loss.mmap", f"{TARGETS}_grads.mmap")
-        )
-        values = values + features @ target_gradients.T
-        self_influence = self_influence + np.einsum("ik,ik->i", features, gradients)
-        residual = residual + one_minus_p
-    values /= len(stores)
+def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
+    """Write the Cholesky factor of A = Phi'Phi + lambda I = L L', and the whitened targets."""
+    import torch
+
+    gram = computer.gram(map(torch.from_numpy, row_blocks(*store.features("train"))))
+    factor = computer.factor(gram)
+    write_matrix(store.factor, [factor.cpu().numpy()], tuple(factor.shape))
+    targets = store.features(TARGETS)
+    blocks = (
+        computer.whiten(torch.from_numpy(block), factor).cpu().numpy()
+        for block in row_blocks(*targets)
+    )
+    write_matrix(store.targets, blocks, (sum(map(len, targets)), len(factor)))
+
+
+def _score_blocks(
+    stores: list[Store], computer: RidgeScoreComputer, weight: str, self_influence: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Rows of the score matrix in order; a block is overwritten when the next is asked for.
+
+    x' A^-1 y is the product of x' L^-T and y' L^-T, and self-influence the former's square.
+
+    Args:
+        self_influence: zeros (n_train, 1), filled in on the way.
+    """
+    import torch
+
+    device = computer.device
+
+    @lru_cache(maxsize=2)  # of one checkpoint: all checkpoints' might not fit in memory
+    def load(file: Path) -> torch.Tensor:
+        return torch.from_numpy(np.load(file, allow_pickle=False)).to(device)
+
+    n_targets = len(open_matrix(stores[0].targets))
+    features = [row_blocks(*store.features("train"), columns=n_targets) for store in stores]
+    n = len(self_influence)
+    scale = np.full((n, 1), 1 / len(stores), np.float32)
     if weight == "mean":
-        values *= residual / len(stores)
-    if not np.isfinite(values).all():
-        raise InputError(
-            "scores: not all are finite; raise lambda_reg, or look for a diverged model"
-        )
-    return TrakScores(values.astype(np.float32), self_influence.astype(np.float32) / len(stores))
+        scale *= np.mean([store.one_minus_p("train") for store in stores], axis=0)
+    start = 0
+    for first in features[0]:
+        rows = slice(start, start := start + len(first))
+        scores = torch.zeros(len(first), n_targets, device=device)
+        blocks = chain([first], map(next, features[1:]))  # of every checkpoint, read one by one
+        for store, block in zip(stores, blocks):
+            whitened = computer.whiten(torch.from_numpy(block), load(store.factor))
+            computer.get_scores(whitened, load(store.targets), accumulator=scores)
+            norms = torch.linalg.vector_norm(whitened, dim=1, keepdim=True)
+            self_influence[rows] += norms.square().cpu().numpy() / len(stores)
+        scores *= torch.from_numpy(scale[rows]).to(device)
+        yield scores.cpu().numpy()

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-WHAT = ("features", "training", "ablation", "scaling")
+WHAT = ("features", "training", "scores", "ablation", "scaling")
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ def make(config: Config, data: ImageData) -> None:
     from attribution import alignment, plots, statistics
     from attribution.ensemble import Ensemble
     from attribution.scores import load_scores, write_scores
-    from attribution.trak import compute_scores
+    from attribution.trak import check_proj_dim, compute_scores
 
+    check_proj_dim(config, len(data.rows("train")))
     check_gradients(config, data)
     finetune_id = tracking.obtain("finetune", config, data, finetune.make)
     members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
@@ -57,7 +58,7 @@ def make(config: Config, data: ImageData) -> None:
         "finetune_run_id": finetune_id,
     }
     with tracking.artifact_folder("scores") as folder:
-        write_scores(folder, scores.values, train, targets, metadata)
+        write_scores(folder, scores.file, train, targets, metadata)
         plots.score_gallery(data, load_scores(folder), folder / "gallery.png")
     shutil.rmtree(work, ignore_errors=True)
     images = config.num_models * (len(train) + len(targets))

@@ -130,6 +130,14 @@ def test_a_bad_value_of_a_trak_or_ablation_parameter(place, name, value, says) -
     refused(place, "ablation", f"{name}={value}", says, **{name: value})
 
 
+def test_features_longer_than_the_training_set_without_a_ridge(place) -> None:
+    """Before anything is trained: 24 training examples cannot fill 25 dimensions."""
+    given = {"lambda_reg": 0, "epochs": 3}
+    for stage in ("trak", "ablation"):
+        refused(place, stage, "proj_dim=25", "24 training", "lambda_reg=0", proj_dim=25, **given)
+    assert not [run for run in place.runs("finetune") if run.data.params["epochs"] == "3"]
+
+
 @pytest.mark.parametrize("arms", ["harmful", "random"])
 def test_a_frac_that_empties_a_class(place, arms: str) -> None:
     refused(place, "ablation", "frac=0.9", "would remove all 8", arms=arms, frac=0.95)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from attribution import matrices
 from attribution.errors import InputError
-from attribution.scores import REQUIRED_COLUMNS, SCHEMA_VERSION, Scores, load_scores, write_scores
+from attribution.matrices import write_matrix
+from attribution.scores import (
+    REQUIRED_COLUMNS,
+    SCHEMA_VERSION,
+    Scores,
+    load_scores,
+    top_k,
+    write_scores,
+)
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 MATRICES = hnp.arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 5)), elements=FINITE)
@@ -122,6 +132,64 @@ def test_equal_scores_come_in_order_of_position() -> None:
     scores = Scores(np.zeros((50, 1), np.float32), *tables(50, 1), {})
     assert scores.top(0, 50)["position"].tolist() == list(range(50))
     assert scores.bottom(0, 50)["position"].tolist() == list(range(50))
+
+
+# Few different values, so that many are equal.
+TIED = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 60), st.integers(1, 5)), elements=st.integers(-3, 3)
+)
+
+
+@given(values=st.one_of(MATRICES, TIED), k=st.integers(1, 12), rows=st.integers(1, 40))
+def test_top_k_of_every_target_is_that_of_a_stable_sort(values, k, rows) -> None:
+    for largest, sign in ((True, -1), (False, 1)):
+        with patch.object(matrices, "BLOCK_ROWS", rows):
+            positions, found = top_k(values, k, largest)
+        order = np.argsort(sign * values, axis=0, kind="stable")[:k].T
+        np.testing.assert_array_equal(positions, order)
+        np.testing.assert_array_equal(found, np.take_along_axis(values.T, order, axis=1))
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal"])
+def test_top_k_of_a_file_in_any_order_of_scores(tmp_path: Path, order: str) -> None:
+    values = np.random.default_rng(0).integers(0, 500, (3000, 40)).astype(np.float32)
+    if order != "random":
+        values = np.sort(values, axis=0) if order == "ascending" else -np.sort(-values, axis=0)
+    if order == "equal":
+        values[:] = 1
+    scores = load_scores(write(tmp_path, values))
+    with patch.object(matrices, "BLOCK_ROWS", 700):
+        top, bottom = scores.top_per_target(7), scores.bottom_per_target(7)
+    assert top[0].shape == top[1].shape == (40, 7)
+    for target in (0, 17, 39):
+        for found, frame in ((top, scores.top(target, 7)), (bottom, scores.bottom(target, 7))):
+            assert found[0][target].tolist() == frame["position"].tolist()
+            assert found[1][target].tolist() == frame["score"].tolist()
+
+
+def test_top_k_refuses_a_k_below_one() -> None:
+    with pytest.raises(InputError, match="k=0: must be at least 1"):
+        top_k(np.zeros((3, 2), np.float32), 0)
+
+
+def test_selected_targets_rank_as_in_the_whole(tmp_path: Path) -> None:
+    scores = load_scores(write(tmp_path, np.random.default_rng(0).normal(size=(30, 6))))
+    few = scores.select([4, 1])
+    assert few.targets["example_id"].tolist() == ["b4", "b1"]
+    for i, target in enumerate([4, 1]):
+        pd.testing.assert_frame_equal(few.top(i, 5), scores.top(target, 5))
+        pd.testing.assert_frame_equal(few.bottom(i, 5), scores.bottom(target, 5))
+
+
+def test_a_file_of_scores_is_moved_into_the_artifact(tmp_path: Path) -> None:
+    values, file = np.arange(6, dtype=np.float32).reshape(2, 3), tmp_path / "work.npy"
+    write_matrix(file, [values[:1], values[1:]], (2, 3))
+    with pytest.raises(InputError, match="does not fit"):
+        write_scores(tmp_path / "scores", file, *tables(3, 2), {})
+    assert file.exists()
+    write_scores(tmp_path / "scores", file, *tables(2, 3), {})
+    assert not file.exists()
+    np.testing.assert_array_equal(load_scores(tmp_path / "scores").values, values)
 
 
 @pytest.mark.parametrize("target", [-1, 3])

@@ -213,6 +213,21 @@ def test_singular_gram_is_refused_with_a_remedy(features):
         assert solve(features, 0.1).isfinite().all()
 
 
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 1])
+def test_products_of_rows_whitened_in_float32_are_those_of_float64(ridge) -> None:
+    scales = torch.arange(1, 129) ** -2.0  # eigenvalues of the Gram matrix fall by 1e8
+    x = torch.randn(500, 128) * scales @ torch.linalg.qr(torch.randn(128, 128))[0]
+    computer = RidgeScoreComputer(torch.float32, "cpu", lambda_reg=ridge)
+    factor = computer.factor(computer.get_xtx(x))
+    truth = x.double() @ torch.cholesky_solve(x.double().T, factor)
+    left, right = computer.whiten(x, factor.float()), computer.whiten(x, factor).float()
+    found = torch.zeros(500, 500)
+    computer.get_scores(left, right, accumulator=found)
+    torch.testing.assert_close(found, truth.float(), rtol=0, atol=1e-5 * float(truth.std()))
+    norms = left.square().sum(1)
+    torch.testing.assert_close(norms, truth.diagonal().float(), rtol=2e-5, atol=0)
+
+
 def test_bad_values_are_refused():
     with pytest.raises(InputError, match="not finite"):
         solve(torch.full((9, 4), float("nan")), 0.1)

@@ -1,0 +1,101 @@
+"""Matrices too large for memory: read and written as .npy files in blocks of rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from attribution.errors import InputError
+
+BLOCK_ROWS = 4096  # at most: enough for a product of matrices to run at full speed
+BLOCK_BYTES = 1 << 27
+
+
+def row_slices(n: int, columns: int) -> Iterator[slice]:
+    """Divide n rows of so many float32 columns into blocks of bounded size, in order."""
+    rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * max(1, columns))))
+    for start in range(0, n, rows):
+        yield slice(start, min(start + rows, n))
+
+
+def row_blocks(*matrices: np.ndarray, columns: int = 0) -> Iterator[np.ndarray]:
+    """The rows of matrices (n, columns) that lie one below the other, a block at a time.
+
+    Args:
+        columns: of what is made of a block, where that is wider than the block.
+    """
+    for matrix in matrices:
+        for rows in row_slices(len(matrix), max(matrix.shape[1], columns)):
+            yield read_rows(matrix, rows)
+
+
+def read_rows(matrix: np.ndarray, rows: slice) -> np.ndarray:
+    """Rows of a matrix (n, columns); those of a memory-mapped file are read into new memory.
+
+    Every page of a map that was looked at would stay in this process's memory.
+    """
+    if not _is_whole_file(matrix):
+        return matrix[rows]
+    width = matrix.shape[1]
+    values = np.fromfile(
+        matrix.filename,
+        matrix.dtype,
+        count=(rows.stop - rows.start) * width,
+        offset=matrix.offset + rows.start * width * matrix.itemsize,
+    )
+    return values.reshape(-1, width)
+
+
+def _is_whole_file(matrix: np.ndarray) -> bool:
+    """Whether row i of the matrix is row i of its file: not so of a slice of a map."""
+    return (
+        isinstance(matrix, np.memmap)
+        and matrix.filename is not None
+        and matrix.mode != "c"  # its changes are in memory alone
+        and matrix.flags.c_contiguous
+        and matrix.offset + matrix.nbytes == os.path.getsize(matrix.filename)
+    )
+
+
+def open_matrix(file: Path) -> np.ndarray:
+    """Memory map of a .npy file, read only; never an archive or a pickle, unlike np.load."""
+    return np.lib.format.open_memmap(file, mode="r")
+
+
+def write_matrix(file: Path, blocks: Iterable[np.ndarray], shape: tuple[int, int]) -> None:
+    """Write float32 rows as they come; the file appears whole or not at all.
+
+    Args:
+        blocks: arrays (rows, columns) in order, each used before the next is asked for.
+        shape: of the whole matrix.
+
+    Raises:
+        InputError: a value that float32 cannot hold, or not finite. The file is not there then.
+    """
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as out:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(out, header)
+            n = sum(_write_block(out, block, file.stem, shape[1]) for block in blocks)
+        if n != shape[0]:
+            raise ValueError(f"{file.name}: {n} rows came, of {shape[0]}")
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_block(out, block: np.ndarray, name: str, columns: int) -> int:
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
+        block = np.ascontiguousarray(block, dtype="<f4")
+    if block.shape[1:] != (columns,):
+        raise ValueError(f"{name}: a block of shape {block.shape}, not (rows, {columns})")
+    if not np.isfinite(block).all():
+        raise InputError(
+            f"{name}: not all are finite; raise lambda_reg, and look for a diverged checkpoint"
+        )
+    out.write(block)
+    return len(block)
