@@ -41,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patience": 0,
         "subset_fraction": 0.5,
         "precision": "float32",
+        "feature_precision": "float32",
         "proj_dim": 512,
         "lambda_reg": 0.1,
     },
@@ -59,6 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patience": 3,
         "subset_fraction": 0.5,
         "precision": "auto",
+        "feature_precision": "auto",
         "proj_dim": 2048,
         "lambda_reg": 1.0,
     },
@@ -76,6 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patience": 0,
         "subset_fraction": 0.5,
         "precision": "auto",
+        "feature_precision": "auto",
         "proj_dim": 1024,
         "lambda_reg": 1.0,
     },
@@ -124,6 +127,7 @@ class Config:
     finetune_run_id: str = option("lineage", "score the checkpoints of this run; empty finds or makes it", "")
     proj_dim: int = option("trak", "length k of the projected gradient", at_least=1)
     projector: str = option("trak", "ours, or traker's vmap gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
+    feature_precision: str = option("trak", "of the gradients' forward and backward pass (sums and sketches are float32); auto as above", choices=("auto", "float32", "bfloat16"))
     lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the features' Gram matrix", at_least=0)
     loss_gradient_weight: str = option("trak", "multiply row i of the scores by the mean of 1 - p over checkpoints (mean) or not (none)", "mean", choices=("mean", "none"))
     trak_run_id: str = option("lineage", "take scores from this run; empty finds or makes it", "")

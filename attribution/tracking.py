@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from attribution.data import ImageData
 
 # Raised whenever a stage would compute something else from the same parameters and data.
-ESTIMATOR_VERSION = 1
+ESTIMATOR_VERSION = 2
 UPSTREAM = {"trak": "finetune", "ablation": "trak"}
 # A finished run without one of these has lost what it was kept for.
 NEEDED_ARTIFACTS = {
@@ -196,8 +196,15 @@ def _resolve_hardware(config: Config) -> Config:
     from attribution.training import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
-    precision = str(resolve_precision(config.precision, device)).removeprefix("torch.")
-    return dataclasses.replace(config, device=str(device), precision=precision)
+    resolved = {}
+    for name in ("precision", "feature_precision"):
+        dtype = resolve_precision(getattr(config, name), device, name)
+        resolved[name] = str(dtype).removeprefix("torch.")
+    if config.projector == "normal":  # traker's own gradients, which know no autocast
+        if config.feature_precision == "bfloat16":
+            raise InputError("feature_precision=bfloat16: projector=normal is float32 only")
+        resolved["feature_precision"] = "float32"
+    return dataclasses.replace(config, device=str(device), **resolved)
 
 
 def _inherit(stage: str, run_id: str) -> dict[str, Any]:

@@ -52,15 +52,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where auto finds hardware for it; asked for by name it is used wherever it runs."""
-    if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+def resolve_precision(name: str, device: torch.device, parameter: str = "precision") -> torch.dtype:
+    """What a precision stands for on a device; auto is bfloat16 where the hardware computes in it.
+
+    Raises:
+        InputError: bfloat16 by name where it would be emulated, slower than float32 and no better.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    if name == "bfloat16" and not fast:
+        raise InputError(
+            f"{parameter}=bfloat16: this {device.type} has no bfloat16 arithmetic; use auto or float32"
+        )
+    return torch.bfloat16 if fast and name != "float32" else torch.float32
 
 
 def train(

@@ -21,7 +21,7 @@ from attribution.matrices import open_matrix, row_blocks, write_matrix
 from attribution.memory import keep_freed_memory
 from attribution.parallel import Files, parallel_map, read_folder, resolve_jobs, write_folder
 from attribution.progress import progress
-from attribution.training import batches_of, derive_seed, resolve_device
+from attribution.training import batches_of, derive_seed, resolve_device, resolve_precision
 
 if TYPE_CHECKING:
     import torch
@@ -236,7 +236,10 @@ def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, d
     model = models.load(checkpoint).to(device, memory_format=torch.channels_last)
     seed = derive_seed(config.seed, "projection")
     if config.projector == "sketch":
+        precision = resolve_precision(config.feature_precision, torch.device(device))
         gradients = traker_plugins.HookGradientComputer
+        if precision == torch.bfloat16:
+            gradients = traker_plugins.BFloat16GradientComputer
         projector = traker_plugins.SketchProjector(config.proj_dim, seed, device)
     else:
         gradients = FunctionalGradientComputer

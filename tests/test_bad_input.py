@@ -123,6 +123,7 @@ def test_a_bad_value_of_a_data_or_training_parameter(place, name, value, says) -
         ("group_weights", "exploss", "exp_loss"),
         ("proj_dim", "0", "at least 1"),
         ("projector", "gauss", "sketch"),
+        ("feature_precision", "float16", "bfloat16"),
         ("lambda_reg", "-1", "at least 0"),
     ],
 )

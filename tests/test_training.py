@@ -140,6 +140,9 @@ def test_a_diverging_learning_rate_is_refused_by_name(data, schedule: str) -> No
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(
+    resolve_precision("auto", CPU) == torch.float32, reason="this processor has no bfloat16"
+)
 def test_bfloat16_trains_too(data) -> None:
     config = toy_config(epochs=5, precision="bfloat16")
     trained = train(config, data, 0, ALL)
@@ -466,7 +469,11 @@ def test_an_unknown_device_is_refused_in_one_line(name: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_precision_asked_for_by_name_is_used() -> None:
+def test_a_precision_is_what_the_hardware_computes_in(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert resolve_precision("float32", CPU) == torch.float32
-    assert resolve_precision("bfloat16", CPU) == torch.bfloat16
-    assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+    assert resolve_precision("bfloat16", CPU) == resolve_precision("auto", CPU) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert resolve_precision("auto", CPU) == torch.float32
+    with pytest.raises(InputError, match="^feature_precision=bfloat16: this cpu has no"):
+        resolve_precision("bfloat16", CPU, "feature_precision")
