@@ -97,6 +97,36 @@ def lds(values: np.ndarray, masks: np.ndarray, margins: np.ndarray) -> np.ndarra
     return _spearman(predicted, margins)
 
 
+def lds_difference(
+    values: np.ndarray,
+    control: np.ndarray,
+    masks: np.ndarray,
+    margins: np.ndarray,
+    draws: int = 1000,
+) -> Estimate:
+    """Mean LDS of scores less that of other scores of the same targets and subsets.
+
+    The 95 % interval is a percentile bootstrap over subsets and targets, both drawn anew; ranks are
+    those within the subsets drawn. p is not given (NaN).
+
+    Args:
+        values, control: (n, m) scores, positive = helpful.
+        masks, margins: as in lds.
+    """
+    rng = np.random.default_rng(0)
+    masks = masks.astype(np.float32)
+    sides, (subsets, targets) = [masks @ values, masks @ control], margins.shape
+    drawn = []
+    for _ in range(draws):
+        rows, columns = rng.integers(subsets, size=subsets), rng.integers(targets, size=targets)
+        part = np.ix_(rows, columns)
+        a, b = (_spearman(side[part], margins[part]) for side in sides)
+        drawn.append(np.nanmean(a - b))
+    a, b = (_spearman(side, margins) for side in sides)
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(np.nanmean(a - b)), float(low), float(high), np.nan)
+
+
 def noise_ceiling(margins: np.ndarray) -> np.ndarray:
     """The LDS that knowing each subset's expected margin would have, (m,), at least 0.
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-WHAT = ("features", "training", "scores", "ablation", "scaling")
+WHAT = ("features", "training", "scores", "ablation", "precision", "scaling")
 
 
 def main() -> None:

@@ -17,7 +17,11 @@ from scripts.benchmarks.common import (
 
 SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim)
     "resnet18-224": (RESNET18, 224, 16, 2048),
+    "resnet18-224-k4096": (RESNET18, 224, 16, 4096),
     "resnet18-64": (RESNET18, 64, 64, 2048),
+    "resnet18-64-k4096": (RESNET18, 64, 64, 4096),
+    "resnet18-64-b16": (RESNET18, 64, 16, 2048),
+    "mini-32": (None, 32, 64, 512),
     "mini-16": (None, 16, 64, 512),
 }
 
@@ -25,40 +29,75 @@ SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim)
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Flags of this sub-benchmark."""
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="auto", help="auto, cpu, or cuda")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both memory layouts of the step are measured, and the faster one is the denominator."""
+    from attribution.memory import keep_freed_memory
+    from attribution.training import resolve_device
+
+    keep_freed_memory()  # as every command does; the step gains by it too
+    device = resolve_device(options.device)
+    rows = []
+    for name in options.settings:
+        for precision in options.precisions:
+            rows += _compare(name, precision, device, options.repeats)
+    return rows
+
+
+def _compare(name: str, precision: str, device: Any, repeats: int) -> list[dict[str, Any]]:
     import torch
 
     from attribution.sketch import Sketch
 
-    rows = []
-    for name in options.settings:
-        config, size, batch, k = SETTINGS[name]
-        model = make_model(config).eval()
-        images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-        labels = torch.randint(0, 10, (batch,))
-        plain_model = make_model(config).eval().to(memory_format=torch.contiguous_format)
-        plain_images = images.contiguous()
-        sketch = Sketch(k)
+    config, size, batch, k = SETTINGS[name]
+    model = make_model(config).eval().to(device)
+    images = torch.randn(batch, 3, size, size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch,), device=device)
+    other = make_model(config).eval().to(device, memory_format=torch.contiguous_format)
+    other_images, sketch = images.contiguous(), Sketch(k)
 
-        def step(model: Any, images: Any, labels: Any = labels) -> None:
-            model.zero_grad(set_to_none=True)
-            torch.nn.functional.cross_entropy(model(images).logits, labels).backward()
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
-        sides = {
-            "step, channels_last": lambda m=model, x=images: step(m, x),
-            "step, contiguous": lambda m=plain_model, x=plain_images: step(m, x),
-            "features": lambda m=model, x=images, y=labels, s=sketch: s.features(m, x, y),
-        }
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(model: Any, images: Any) -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast():
+            logits = model(images).logits
+        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        wait()
+
+    def features() -> None:
+        with autocast():
+            sketch.features(model, images, labels)
+        wait()
+
+    sides = {
+        "step, channels_last": lambda: step(model, images),
+        "step, contiguous": lambda: step(other, other_images),
+        "features": features,
+    }
+    peaks = {}
+    for name_of_side, side in sides.items():
         reset_peak_memory()
-        seconds = measure(sides, options.repeats)
-        base = min(statistics.median(seconds[s]) for s in list(sides)[:2])
-        for side, values in seconds.items():
-            rows.append(
-                {"setting": f"{name}, batch {batch}, k {k}", "side": side}
-                | summary(values, batch)
-                | {"ratio": statistics.median(values) / base, "peak_mib": peak_memory_mib()}
-            )
-    return rows
+        side()
+        peaks[name_of_side] = peak_memory_mib()
+    seconds = measure(sides, repeats, warm_up=2)
+    base = min(statistics.median(seconds[s]) for s in list(sides)[:2])
+    return [
+        {
+            "setting": f"{name}, batch {batch}, k {k}, {precision}",
+            "side": side,
+            **summary(values, batch),
+            "ratio": statistics.median(values) / base,
+            "peak_mib": peaks[side],
+        }
+        for side, values in seconds.items()
+    ]
