@@ -246,7 +246,9 @@ def test_a_singular_gram_matrix_and_the_same_again(place: Place, tmp_path: Path)
     given = {"dataset": images, "lambda_reg": 0, "proj_dim": 24}
     place.done("finetune", dataset=images)
     for _ in range(2):  # what the first call left must not change the answer
-        refused(place, "trak", "singular with lambda_reg 0", "raise lambda_reg", **given)
+        result = place.run("trak", **given)  # the features are finished, and kept
+        check_refusal(result, "singular with lambda_reg 0", "raise lambda_reg")
+        assert not result.made()
 
 
 # -- runs built on ---------------------------------------------------------------------------------
