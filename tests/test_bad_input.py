@@ -240,9 +240,18 @@ def test_diverging_training(place: Place, stage: str) -> None:
     assert len(result.runs) == {"finetune": 1, "ablation": 3}[stage]
 
 
-def test_a_singular_gram_matrix_and_the_same_again(place: Place) -> None:
+def test_a_singular_gram_matrix_and_the_same_again(place: Place, tmp_path: Path) -> None:
+    """As many features as training examples, of which some are the same."""
+    images = write_images(tmp_path / "images")
+    for folder in images.iterdir():
+        for i in range(1, 6):
+            shutil.copy(folder / "00.png", folder / f"{i:02d}.png")
+    given = {"dataset": images, "lambda_reg": 0, "proj_dim": 24}
+    place.done("finetune", dataset=images)
     for _ in range(2):  # what the first call left must not change the answer
-        refused(place, "trak", "lambda_reg", "raise lambda_reg", lambda_reg=0, proj_dim=64)
+        result = place.run("trak", **given)  # the features are finished, and kept
+        check_refusal(result, "singular with lambda_reg 0", "raise lambda_reg")
+        assert not result.made()
 
 
 # -- runs built on ---------------------------------------------------------------------------------
