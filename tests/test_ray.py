@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from toy import toy_config, toy_data
 
-from attribution import comparison, ensemble, ray_backend, trak
+from attribution import comparison, ensemble, ray_backend, retraining, trak
 from attribution.config import Config, resolve
 from attribution.data import load_data
 from attribution.errors import InputError
@@ -131,10 +131,11 @@ def test_a_model_folder_of_the_driver_reaches_the_workers(on_ray, tmp_path: Path
     network = models.build("resnet-mini", ("dark", "bright"), 0)
     models.save(network, folder, 16, (0.5,) * 3, (0.25,) * 3)
     config = on_ray(model=str(folder), epochs=1)
-    task = (3, np.ones(8, dtype=bool))
-    function = far_from(tmp_path / "driver", comparison._retrain)
-    [away] = mapped(function, [task], config, shared=(config, data))
-    [here] = mapped(comparison._retrain, [task], toy_config(), shared=(config, data))
+    task = [(3, np.ones(8, dtype=bool))], "test"
+    function = far_from(tmp_path / "driver", retraining._retrain)
+    [[away]] = mapped(function, [task], config, shared=(config, data))
+    local = toy_config(model=str(folder), epochs=1)
+    [[here]] = mapped(retraining._retrain, [task], local, shared=(local, data))
     np.testing.assert_allclose(away, here, atol=1e-5)
 
 
@@ -197,8 +198,10 @@ def test_an_error_of_a_task_is_raised_as_itself_and_the_next_map_works(on_ray) -
 
 
 def recorded(folder: Path, i: int) -> int:
-    (folder / f"{i} {os.getpid()} {time.time_ns()}").touch()
+    run = folder / f"{i} {os.getpid()} {time.time_ns()}"
+    run.touch()
     time.sleep(0.5)
+    run.write_text("finished")
     return i * i
 
 
@@ -217,7 +220,9 @@ def test_a_killed_node_costs_only_what_it_had_not_finished(cluster, on_ray, tmp_
     runs = Counter(int(path.name.split()[0]) for path in tmp_path.iterdir())
     again = {i for i, count in runs.items() if count > 1}
     assert set(runs.values()) <= {1, 2} and not again & at_kill
-    assert len(again) <= 1  # what the node's only core was doing
+    # Just what the node's only core had begun and not finished.
+    cut_off = {int(p.name.split()[0]) for p in tmp_path.iterdir() if not p.read_text()}
+    assert again == cut_off and len(again) <= 1
 
 
 def dies(folder: str, task: str, times: int, size: int) -> tuple[str, int]:

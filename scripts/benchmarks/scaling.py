@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Flags of this sub-benchmark."""
     parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=list(BACKENDS))
     parser.add_argument("--tasks", type=int, default=200, help="whose overhead is averaged")
-    parser.add_argument("--retrainings", type=int, default=4, help="in a round of the speed-up")
+    parser.add_argument("--retrainings", type=int, default=8, help="in a round, two a task")
     parser.add_argument("--epochs", type=int, default=15, help="of a retraining")
     parser.add_argument("--ray_address", default="local", help="host:port of a running cluster")
     parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
@@ -27,10 +27,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     import numpy as np
     import torch
 
-    from attribution.comparison import _retrain
     from attribution.config import resolve
     from attribution.data import load_data
     from attribution.parallel import parallel_map
+    from attribution.retraining import _retrain
 
     torch.set_num_threads(1)  # what one job of this process takes; two share the cores
     given = {"cache_dir": options.cache_dir, "device": "cpu", "epochs": options.epochs}
@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         list(parallel_map(function, tasks, jobs, shared, settings))
 
     calls = [(i,) for i in range(options.tasks)]
-    retrainings = [(seed, keep) for seed in range(options.retrainings)]
+    pairs = [[(2 * i, keep), (2 * i + 1, keep)] for i in range(options.retrainings // 2)]
+    retrainings = [(pair, "test") for pair in pairs]
     empty, with_data, speed = {}, {}, {}
     for b in options.backends:
         empty[b] = lambda b=b: mapped(_nothing, calls, b, 2)
