@@ -8,16 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from attribution.config import Config
 from attribution.data import ImageData
-from attribution.parallel import ResultStore, parallel_map, resolve_jobs
-from attribution.progress import progress
 from attribution.removal import Trial
+from attribution.retraining import retrained_logits
 from attribution.statistics import Estimate, holm, mean_estimate, paired_difference
-from attribution.tracking import digest, say, training_key
-from attribution.training import classification_metrics, predict, resolve_device, train
+from attribution.training import classification_metrics
 
 CONTROLS = ("random", "none")
 METRICS = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
@@ -28,44 +25,20 @@ def retrain(
 ) -> list[np.ndarray]:
     """Retrain every trial under every seed and read the test split once for each model.
 
-    A retraining is kept under what decides it (settings, data, seed, the examples seen), so that
-    one that an earlier command finished, or that two trials share, is not done again.
-
     Args:
         work: folder of finished retrainings.
 
     Returns:
         One array a trial, (n_seeds, n_test, C) float32 test logits.
     """
-    device = resolve_device(config.device).type
-    # Models that are paired have to come from one kind of hardware and one torch.
-    settings = training_key(config, data), device, torch.__version__
-    store = ResultStore(work)
-    keeps, keys = {}, []
+    trainings = []
     for trial in trials:
-        keys.append([])
         for seed, removed in zip(seeds, trial.removed, strict=True):
             keep = np.ones(len(data.rows("train")), dtype=bool)
             keep[removed] = False
-            key = digest(*settings, seed, np.packbits(keep).tobytes().hex())
-            keys[-1].append(key)
-            keeps[key] = (seed, keep)
-    results = {key: found["logits"] for key in keeps if (found := store.get(key))}
-    missing = [key for key in keeps if key not in results]
-    say(f"ablation: {len(keeps)} models to compare, {len(missing)} of them to train")
-    jobs = resolve_jobs(config.jobs, device, len(keeps))
-    tasks = [(config, data, *keeps[key]) for key in missing]
-    with progress("ablation: retrainings", len(keeps), len(results)) as advance:
-        for index, logits in parallel_map(_retrain, tasks, jobs):
-            store.put(missing[index], {"logits": logits})
-            results[missing[index]] = logits
-            advance()
-    return [np.stack([results[key] for key in row]) for row in keys]
-
-
-def _retrain(config: Config, data: ImageData, seed: int, keep: np.ndarray) -> np.ndarray:
-    trained = train(config, data, seed, keep, validate=False)
-    return predict(config, trained.model, data, "test")
+            trainings.append((seed, keep))
+    logits = retrained_logits(config, data, trainings, "test", work, "ablation")
+    return [np.stack(logits[i : i + len(seeds)]) for i in range(0, len(logits), len(seeds))]
 
 
 @dataclass

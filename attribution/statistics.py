@@ -80,3 +80,44 @@ def detection_metrics(is_flipped: np.ndarray, rankings: dict[str, np.ndarray]) -
         metrics[f"flips_auroc_{name}"] = float(roc_auc_score(is_flipped, -values))
         metrics[f"flips_recall_10pct_{name}"] = float(is_flipped[suspects].sum() / is_flipped.sum())
     return metrics
+
+
+def lds(values: np.ndarray, masks: np.ndarray, margins: np.ndarray) -> np.ndarray:
+    """Linear datamodeling score of each target, (m,), from -1 to 1; NaN where margins are constant.
+
+    Spearman's correlation over subsets of the margin that was measured with the one predicted, the
+    sum of the scores of the examples that a subset holds (Park et al. 2023, definition 2.4).
+
+    Args:
+        values: (n, m) scores, positive = helpful.
+        masks: (S, n) bool, the subsets.
+        margins: (S, m) margins of models retrained on the subsets.
+    """
+    predicted = masks.astype(np.float32) @ values
+    return _spearman(predicted, margins)
+
+
+def noise_ceiling(margins: np.ndarray) -> np.ndarray:
+    """The LDS that knowing each subset's expected margin would have, (m,), at least 0.
+
+    The mean of R repeats correlates with its expectation by the square root of its reliability,
+    which Spearman and Brown's formula gives from the correlation of single repeats.
+
+    Args:
+        margins: (S, R, m), R at least 2.
+    """
+    repeats = margins.shape[1]
+    pairs = [(a, b) for a in range(repeats) for b in range(a)]
+    single = np.mean([_spearman(margins[:, a], margins[:, b]) for a, b in pairs], axis=0)
+    reliability = repeats * single / (1 + (repeats - 1) * single)
+    return np.sqrt(np.maximum(reliability, 0))
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Correlation of ranks down the columns of two (S, m) matrices, (m,)."""
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(x, axis=0) for x in (a, b)]
+    a, b = (r - r.mean(axis=0) for r in ranks)
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))

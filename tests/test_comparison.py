@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from toy import toy_config, toy_data
 
-from attribution import comparison
+from attribution import retraining
 from attribution.comparison import (
     compare,
     comparison_table,
@@ -192,13 +192,13 @@ def data(tmp_path: Path) -> ImageData:
 def count(monkeypatch) -> list:
     """What was really trained, as (seed, kept positions)."""
     done: list = []
-    original = comparison._retrain
+    original = retraining._retrain
 
-    def counting(config, data, seed, keep):
+    def counting(config, data, seed, keep, split):
         done.append((seed, np.flatnonzero(keep).tolist()))
-        return original(config, data, seed, keep)
+        return original(config, data, seed, keep, split)
 
-    monkeypatch.setattr(comparison, "_retrain", counting)
+    monkeypatch.setattr(retraining, "_retrain", counting)
     return done
 
 

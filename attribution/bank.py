@@ -1,0 +1,56 @@
+"""The bank that attribution is judged by: models retrained on random subsets, and their margins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from attribution.config import Config
+from attribution.data import ImageData
+from attribution.retraining import retrained_logits
+from attribution.training import derive_seed, margins
+
+TARGETS = "validation"
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Actual margins of models that saw random subsets; never the checkpoints that are scored.
+
+    Attributes:
+        masks: (S, n_train) bool, which examples each subset holds.
+        margins: (S, R, n_targets) float64, margin of each target under each of R retrainings.
+    """
+
+    masks: np.ndarray
+    margins: np.ndarray
+
+
+def build_bank(
+    config: Config,
+    data: ImageData,
+    num_subsets: int,
+    num_repeats: int,
+    alpha: float,
+    work: Path,
+) -> Bank:
+    """Train `num_repeats` models on each of `num_subsets` random subsets of share `alpha`.
+
+    The first subsets and repeats of a larger bank are those of a smaller one, and what `work`
+    holds is not trained again.
+    """
+    n = len(data.rows("train"))
+    masks = np.zeros((num_subsets, n), dtype=bool)
+    for s, mask in enumerate(masks):
+        rng = np.random.default_rng(derive_seed(config.seed, "bank", s))
+        mask[rng.permutation(n)[: round(alpha * n)]] = True
+    trainings = [
+        (derive_seed(config.seed, "bank", s, r), masks[s])
+        for s in range(num_subsets)
+        for r in range(num_repeats)
+    ]
+    logits = retrained_logits(config, data, trainings, TARGETS, work, "bank")
+    values = np.stack([margins(each, data.labels(TARGETS)) for each in logits])
+    return Bank(masks, values.reshape(num_subsets, num_repeats, -1))
