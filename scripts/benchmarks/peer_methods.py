@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from attribution.data import ImageData
 from attribution.gradients import capture, margins
 from attribution.training import batches_of
 
-QUERIES = 8  # targets of the methods that cannot featurise without any, in a measure of speed
-EIGENVALUE_SHARE = 0.1  # kronfluence's own heuristic of damping, asked for by None
+QUERY_BATCH = 128  # kronfluence keeps a gradient of each target of a batch
+QUERIES = 1  # targets, in a measure of speed, of the methods that cannot do without any
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def _captum(problem: Problem, loader: DataLoader) -> Any:
 
 def kronfluence(problem: Problem) -> Scores:
     """EK-FAC influence on minus the margin, its examples' measurement: positive = helpful."""
-    analyses = [_kronfluence(problem, folder) for folder in problem.checkpoints]
+    analyses = [EkfacAnalysis(problem, folder) for folder in problem.checkpoints]
     values = 0.0
     for analysis in analyses:
         analysis.fit()
@@ -300,7 +301,7 @@ def kronfluence(problem: Problem) -> Scores:
 
 def kronfluence_features(problem: Problem) -> Callable[[], float]:
     """Factors and the scores of a few targets; gives the seconds that do not grow with n."""
-    analysis = _kronfluence(problem, problem.checkpoints[0], QUERIES)
+    analysis = EkfacAnalysis(problem, problem.checkpoints[0], QUERIES)
 
     def run() -> float:
         fixed = analysis.fit()
@@ -308,3 +309,143 @@ def kronfluence_features(problem: Problem) -> Callable[[], float]:
         return fixed
 
     return run
+
+
+class EkfacAnalysis:
+    """kronfluence on one checkpoint."""
+
+    def __init__(self, problem: Problem, folder: Path, queries: int | None = None) -> None:
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.arguments import FactorArguments, ScoreArguments
+
+        task = _kronfluence_task()
+        self.analyzer = Analyzer(
+            analysis_name=folder.parent.name,
+            model=prepare_model(load(folder), task),
+            task=task,
+            cpu=True,
+            disable_tqdm=True,
+            output_dir=str(problem.work / "kronfluence"),
+        )
+        self.train = problem.loader("train").dataset
+        self.targets = problem.loader(trak.TARGETS, queries).dataset
+        self.batch = problem.batch
+        self.factors = FactorArguments(strategy="ekfac")
+        self.scores = ScoreArguments(damping_factor=None)
+
+    def fit(self) -> float:
+        """Fit all factors; gives the seconds of the step that does not depend on the examples."""
+        told = {"factors_name": "ekfac", "factor_args": self.factors, "overwrite_output_dir": True}
+        sized = told | {"dataset": self.train, "per_device_batch_size": self.batch}
+        self.analyzer.fit_covariance_matrices(**sized)
+        start = time.perf_counter()
+        self.analyzer.perform_eigendecomposition(**told)
+        fixed = time.perf_counter() - start
+        self.analyzer.fit_lambda_matrices(**sized)
+        return fixed
+
+    def pairwise(self) -> np.ndarray:
+        """Scores (n_train, n_targets)."""
+        self.analyzer.compute_pairwise_scores(
+            query_dataset=self.targets,
+            per_device_query_batch_size=min(QUERY_BATCH, len(self.targets)),
+            **self._told("pairwise"),
+        )
+        return self.analyzer.load_pairwise_scores("pairwise")["all_modules"].numpy().T
+
+    def self_scores(self) -> np.ndarray:
+        """Self-influence (n_train,) of the loss."""
+        self.analyzer.compute_self_scores(**self._told("self"))
+        return self.analyzer.load_self_scores("self")["all_modules"].numpy()
+
+    def _told(self, name: str) -> dict[str, Any]:
+        return {
+            "scores_name": name,
+            "factors_name": "ekfac",
+            "train_dataset": self.train,
+            "per_device_train_batch_size": self.batch,
+            "score_args": self.scores,
+            "overwrite_output_dir": True,
+        }
+
+
+def _kronfluence_task() -> Any:
+    from kronfluence.task import Task
+
+    class Classification(Task):
+        """Cross-entropy in training; minus the margin is what is measured on a target."""
+
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            images, labels = batch
+            logits = model(images)
+            if sample:  # labels that the model itself would draw: the true Fisher matrix
+                labels = logits.detach().softmax(1).multinomial(1).flatten()
+            return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            images, labels = batch
+            return -margins(model(images), labels).sum()
+
+    return Classification()
+
+
+# ---- baselines without gradients
+
+
+def random(problem: Problem) -> Scores:
+    """Numbers that know nothing."""
+    shape = [len(problem.data.rows(split)) for split in ("train", trak.TARGETS)]
+    return Scores(np.random.default_rng(0).standard_normal(shape))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method in the comparison.
+
+    Attributes:
+        scores: all of it, or None where only speed is of interest.
+        batch: images a batch in the measure of quality, the fastest of those tried.
+        note: what a reader has to know to compare it.
+        features: the part that grows with the training split, for the measure of speed.
+        speed: images a batch and in all there; each pair is a row.
+    """
+
+    scores: Callable[[Problem], Scores]
+    batch: int
+    note: str = ""
+    features: Callable[[Problem], Callable[[], float | None]] | None = None
+    speed: tuple[tuple[int, int], ...] = ()
+
+
+NOT_FLOAT16 = "float32, since its float16 default is 10 to 30 times slower on a CPU"
+METHODS = {
+    "ours": Method(ours, 64, "", ours_features, ((16, 32),)),
+    "dense": Method(dense, 64, "traker's gradients and Gaussian projection, our ridge"),
+    "traker": Method(
+        traker,
+        256,
+        f"as it comes (lambda_reg 0); {NOT_FLOAT16}",
+        traker_features,
+        ((8, 8), (32, 32)),
+    ),
+    "traker, ridge": Method(traker_ridge, 256, "lambda_reg equal to ours in its units"),
+    "dattri": Method(
+        dattri, 256, "TRAK as it comes (regularization 0)", dattri_features, ((32, 32),)
+    ),
+    "dattri, ridge": Method(dattri_ridge, 256, "regularization equal to ours in its units"),
+    "captum": Method(
+        captum,
+        2048,
+        "TracInCPFast: last layer only, loss on loss, no factor per checkpoint",
+        captum_features,
+        ((32, 32),),
+    ),
+    "kronfluence": Method(
+        kronfluence,
+        128,
+        "EK-FAC of Conv2d and Linear, BatchNorm left out; its heuristic damping",
+        kronfluence_features,
+        ((16, 16),),
+    ),
+    "random": Method(random, 1),
+}
