@@ -205,7 +205,8 @@ def dattri(problem: Problem, ridge: float = 0.0) -> Scores:
 
     def self_influence() -> np.ndarray:
         with torch.no_grad():  # without a cache: with one it fails
-            return _dattri(problem, ridge).self_attribute(problem.loader("train")).numpy()
+            found = _dattri(problem, ridge).self_attribute(problem.loader("train"))
+        return found.flatten().numpy()
 
     return Scores(values.numpy(), self_influence)
 
@@ -259,7 +260,11 @@ def captum_features(problem: Problem) -> Callable[[], None]:
     """Scores for a few targets: it keeps nothing of the training split between calls."""
     tracin = _captum(problem, problem.loader("train"))
     targets = next(iter(problem.loader(trak.TARGETS, QUERIES)))
-    return lambda: tracin.influence(tuple(targets))
+
+    def run() -> None:
+        tracin.influence(tuple(targets))
+
+    return run
 
 
 def _captum(problem: Problem, loader: DataLoader) -> Any:
@@ -430,20 +435,25 @@ METHODS = {
     ),
     "traker, ridge": Method(traker_ridge, 256, "lambda_reg equal to ours in its units"),
     "dattri": Method(
-        dattri, 256, "TRAK as it comes (regularization 0)", dattri_features, ((32, 32),)
+        dattri,
+        64,
+        "TRAKAttributor as it comes (regularization 0), on a margin that does not overflow",
+        dattri_features,
+        ((32, 32),),
     ),
-    "dattri, ridge": Method(dattri_ridge, 256, "regularization equal to ours in its units"),
+    "dattri, ridge": Method(dattri_ridge, 64, "regularization equal to ours in its units"),
     "captum": Method(
         captum,
         2048,
-        "TracInCPFast: last layer only, loss on loss, no factor per checkpoint",
+        "TracInCPFast: last layer only, loss on loss, all checkpoints weighted 1",
         captum_features,
         ((32, 32),),
     ),
     "kronfluence": Method(
         kronfluence,
         128,
-        "EK-FAC of Conv2d and Linear, BatchNorm left out; its heuristic damping",
+        "EK-FAC of Conv2d and Linear, BatchNorm left out; heuristic damping; the seconds of "
+        "its eigendecomposition are in s_per_1000 once (ResNet-18) or by n (digits)",
         kronfluence_features,
         ((16, 16),),
     ),
