@@ -26,7 +26,7 @@ SCORERS = [name for name in METHODS if name != "random"]
 
 
 def require(method: str) -> None:
-    package = method.split(",")[0]
+    package = method.split("-")[0]
     if package in PACKAGES:
         pytest.importorskip(package)
 

@@ -433,7 +433,7 @@ METHODS = {
         traker_features,
         ((8, 8), (32, 32)),
     ),
-    "traker, ridge": Method(traker_ridge, 256, "lambda_reg equal to ours in its units"),
+    "traker-ridge": Method(traker_ridge, 256, "lambda_reg equal to ours in its units"),
     "dattri": Method(
         dattri,
         64,
@@ -441,7 +441,7 @@ METHODS = {
         dattri_features,
         ((32, 32),),
     ),
-    "dattri, ridge": Method(dattri_ridge, 64, "regularization equal to ours in its units"),
+    "dattri-ridge": Method(dattri_ridge, 64, "regularization equal to ours in its units"),
     "captum": Method(
         captum,
         2048,

@@ -37,7 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--subset_repeats", type=int, default=2, help="models a subset, 2 or more")
     quality.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
     speed = parser.add_argument_group("speed: ResNet-18 of random weights, k = 2,048")
-    speed.add_argument("--sizes", type=int, nargs="*", default=[64, 224], help="of the images")
+    speed.add_argument(
+        "--sizes", type=int, nargs="*", default=[224], help="of the images, e.g. 64 224"
+    )
     speed.add_argument("--speed_dim", type=int, default=2048, help="k")
     speed.add_argument("--images", type=int, default=32, help="at most, and in a batch at most")
 
@@ -77,13 +79,17 @@ def in_turn(
 
     So the cheap ones are measured before and after the long ones, on whatever the machine does.
     """
+    from attribution.tracking import say
+
     outcomes: dict[str, Outcome] = {}
-    for _ in range(max(1, options.repeats)):
+    for number in range(max(1, options.repeats)):
         for name, (function, arguments) in tasks.items():
             known = outcomes.get(name)
             if known and (known.error or known.seconds[0] > CHEAP):
                 continue
             found = in_child(function, arguments, options.limit, options.threads)
+            result = found.error or f"{found.seconds[0]:.1f} s"
+            say(f"peers: round {number + 1}, {name}: {result}")
             if known and not found.error:
                 known.seconds += found.seconds
             elif not known:
@@ -139,13 +145,24 @@ def _child(sender: Any, function: Callable[..., Outcome], arguments: tuple, thre
     sender.send(outcome)
 
 
-def timed(prepared: Callable[[], Any]) -> tuple[Any, Outcome]:
-    """Call once; its result, with seconds and peak memory."""
-    reset_peak_memory()
-    before, start = peak_memory_mib(), time.perf_counter()
+def timed(prepared: Callable[[], Any]) -> tuple[Any, float]:
+    """Call once: its result and its seconds."""
+    start = time.perf_counter()
     result = prepared()
-    seconds, peak = time.perf_counter() - start, peak_memory_mib()
-    return result, Outcome([seconds], peak_mib=peak, added_mib=peak - before)
+    return result, time.perf_counter() - start
+
+
+class Memory:
+    """Peak resident memory from here on, and how much of it came on top of what there was."""
+
+    def __init__(self) -> None:
+        reset_peak_memory()
+        self.before = peak_memory_mib()
+
+    def read(self) -> dict[str, float]:
+        """The two figures by the names that Outcome has for them, in MiB."""
+        peak = peak_memory_mib()
+        return {"peak_mib": peak, "added_mib": peak - self.before}
 
 
 # ---- quality
@@ -155,7 +172,9 @@ def score_once(name: str, problem: Problem) -> Outcome:
     """All scores of one method, loading of the checkpoints included."""
     with tempfile.TemporaryDirectory() as folder:
         problem = dataclasses.replace(problem, work=Path(folder), batch=METHODS[name].batch)
-        scores, outcome = timed(lambda: METHODS[name].scores(problem))
+        memory = Memory()
+        scores, seconds = timed(lambda: METHODS[name].scores(problem))
+        outcome = Outcome([seconds], **memory.read())
         outcome.scores = np.asarray(scores.values, np.float32)
         outcome.self_influence = scores.self_influence and scores.self_influence()
     return outcome
@@ -268,15 +287,18 @@ def _note(method: Method, outcome: Outcome) -> dict[str, str]:
 
 
 def features_once(name: str, problem: Problem, repeats: int) -> Outcome:
-    """Featurising the training split; after a first round that warms up, where rounds are cheap."""
+    """Featurising the training split; what loads and allocates beforehand counts as memory only.
+
+    Where a run is cheap the first one warms up, and `repeats` more are measured.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        problem = dataclasses.replace(problem, work=Path(folder))
-        prepared = METHODS[name].features(problem)
-        fixed, outcome = timed(prepared)
-        if outcome.seconds[0] < CHEAP:
-            outcome.seconds = [timed(prepared)[1].seconds[0] for _ in range(repeats)]
-    outcome.fixed = fixed or 0.0
-    return outcome
+        memory = Memory()
+        prepared = METHODS[name].features(dataclasses.replace(problem, work=Path(folder)))
+        fixed, first = timed(prepared)
+        seconds = [first]
+        if first < CHEAP:
+            seconds = [timed(prepared)[1] for _ in range(repeats)]
+        return Outcome(seconds, fixed=fixed or 0.0, **memory.read())
 
 
 def measure_speed(
