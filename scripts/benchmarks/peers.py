@@ -241,7 +241,7 @@ class Judge:
         row = dict(zip(("lds", "lds_low", "lds_high"), bootstrap(each)))
         if ours is not None and ours is not outcome.scores:
             paired = bootstrap(each - lds(ours, self.masks, self.margins))
-            row |= dict(zip(("less_ours", "less_low", "less_high"), paired))
+            row |= dict(zip(("minus_ours", "minus_low", "minus_high"), paired))
         row["auroc"] = self.auroc(group_alignment(outcome.scores, self.groups, self.weights))
         if outcome.self_influence is not None:
             row["auroc_self"] = self.auroc(-outcome.self_influence)
