@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-WHAT = ("features", "training", "scores", "ablation", "precision", "scaling")
+WHAT = ("features", "scores", "training", "ablation", "precision", "peers", "scaling")
+UNTABLED = ("part", "note")
 
 
 def main() -> None:
@@ -52,17 +53,30 @@ def _log(what: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> None
 
 
 def _print(rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """A table for each `part` that rows name; a `note` is too long for a cell and comes after it."""
     from rich.console import Console
+
+    console = Console(width=160)
+    console.print(", ".join(f"{k} {v}" for k, v in machine.items()), highlight=False)
+    for part in dict.fromkeys(row.get("part", "") for row in rows):
+        chosen = [row for row in rows if row.get("part", "") == part]
+        console.print(_table(part, chosen))
+        for row in chosen:
+            if row.get("note"):
+                console.print(f"{row['method']}: {row['note']}", highlight=False, markup=False)
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table(title=", ".join(f"{k} {v}" for k, v in machine.items()))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title)
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in UNTABLED))
     for name in columns:
         table.add_column(name)
     for row in rows:
         cells = (row.get(name, "") for name in columns)
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in cells))
-    Console(width=160).print(table)
+    return table
 
 
 if __name__ == "__main__":

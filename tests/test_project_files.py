@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,15 @@ def test_requirements_name_what_is_given() -> None:
         *("mlflow", "torch", "torchvision", "transformers"),
         *("datasets", "traker", "scikit-learn", "matplotlib"),
     }
+
+
+def test_every_extra_is_the_requirements_file_of_its_name() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    files = {path.stem.removeprefix("requirements-"): path for path in ROOT.glob("requirements-*")}
+    assert extras["optional-dependencies"].keys() == files.keys()
+    for name, wanted in extras["optional-dependencies"].items():
+        lines = [line for line in files[name].read_text().splitlines() if line[:1] not in "#"]
+        assert lines == ["-r requirements.txt", *wanted]
 
 
 def test_mlruns_holds_nothing_that_turns_mlflow_back_to_the_file_store(monkeypatch) -> None:
