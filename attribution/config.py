@@ -138,7 +138,7 @@ class Config:
     group_weights: str = option("ablation", "how much a group counts in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
     device: str = option("execution", "auto, cpu, or cuda", "auto")
     jobs: int = option("execution", "tasks at a time; 0 is one a core (one on a GPU), with ray all that the cluster has room for", 0, at_least=0)
-    backend: str = option("execution", "where tasks run: processes of this machine, or a Ray cluster (pip install 'trak-ablation[ray]')", "local", choices=("local", "ray"))
+    backend: str = option("execution", "where tasks run: processes of this machine, or a Ray cluster (requirements-ray.txt)", "local", choices=("local", "ray"))
     ray_address: str = option("execution", "host:port of a running cluster, or auto; empty takes RAY_ADDRESS, or starts one on this machine", "")
     gpus_per_task: float = option("execution", "GPUs that a task reserves with backend=ray and device=cuda; 0.25 puts four tasks on a GPU", 1.0, at_least=0)
     cache_dir: str = option("execution", "decoded pixels and unfinished work", _default_cache_dir)

@@ -146,8 +146,7 @@ def connect(address: str) -> ModuleType:
         import ray
     except ImportError:
         raise InputError(
-            "backend=ray: Ray is not installed; pip install 'trak-ablation[ray]', "
-            "or pip install -r requirements-ray.txt"
+            "backend=ray: Ray is not installed; pip install -r requirements-ray.txt"
         ) from None
     if ray.is_initialized():
         return ray
