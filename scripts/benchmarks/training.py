@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.benchmarks.common import measure, peak_memory_mib, ratio, summary
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from attribution.config import Config
+    from attribution.data import ImageData
+
 EPOCHS = 3
+STACK = 10
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,11 +29,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Three epochs, both ways."""
+    """Three epochs each way; where small models are trained in stacks, of ten of them too."""
     import numpy as np
-    import torch
 
-    from attribution import models, training
+    from attribution import training
     from attribution.config import resolve
     from attribution.data import load_data
 
@@ -37,15 +44,43 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = load_data(config)
     n = min(len(data.rows("train")), options.images)
     keep = np.arange(len(data.rows("train"))) < n
-    steps = -(-n // config.batch_size)
+    sides = {
+        "bare steps": bare_epochs(config, data, keep),
+        "epochs": lambda: training.train(config, data, 0, keep, validate=False),
+    }
+    models = {"bare steps": 1, "epochs": 1, f"epochs of {STACK} as one": STACK}
+    if training.stacking_pays(config):
+        sides[f"epochs of {STACK} as one"] = lambda: training.train_stacked(
+            config, data, range(STACK), [keep] * STACK
+        )
+    seconds = measure(sides, options.repeats)
+    seconds = {side: [s / models[side] for s in values] for side, values in seconds.items()}
+    setting = f"{Path(config.dataset).name} at {config.image_size}, {n} images, {config.precision}"
+    return [
+        {"setting": setting, "side": side}
+        | summary(values, n * EPOCHS)
+        | {"ratio": ratio(values, seconds["bare steps"]), "peak_mib": peak_memory_mib()}
+        for side, values in seconds.items()
+    ]
+
+
+def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[], None]:
+    """A function that takes the steps of config.epochs epochs, on batches made beforehand."""
+    import numpy as np
+    import torch
+
+    from attribution import models, training
+
     device = torch.device("cpu")
+    steps = -(-int(keep.sum()) // config.batch_size)
     batches = list(training.Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
     model = models.build(config.model, data.class_names, 0)
     model.to(memory_format=torch.channels_last).train()
 
-    def bare() -> None:  # without the building of a model, which the epochs include
-        optimizer, scheduler = training.make_optimizer(config, model.parameters(), steps * EPOCHS)
-        for images, labels in batches * EPOCHS:
+    def bare() -> None:  # without the building of a model, which training includes
+        total = steps * config.epochs
+        optimizer, scheduler = training.make_optimizer(config, model.parameters(), total)
+        for images, labels in batches * config.epochs:
             with training.autocast(config, device):
                 logits = model(images).logits
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
@@ -54,15 +89,4 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             optimizer.step()
             scheduler.step()
 
-    sides = {
-        "bare steps": bare,
-        "epochs": lambda: training.train(config, data, 0, keep, validate=False),
-    }
-    seconds = measure(sides, options.repeats)
-    setting = f"{Path(config.dataset).name} at {config.image_size}, {n} images, {config.precision}"
-    return [
-        {"setting": setting, "side": side}
-        | summary(values, n * EPOCHS)
-        | {"ratio": ratio(values, seconds["bare steps"]), "peak_mib": peak_memory_mib()}
-        for side, values in seconds.items()
-    ]
+    return bare
