@@ -452,10 +452,10 @@ METHODS = {
     "kronfluence": Method(
         kronfluence,
         128,
-        "EK-FAC of Conv2d and Linear, BatchNorm left out; heuristic damping; the seconds of "
-        "its eigendecomposition are in s_per_1000 once (ResNet-18) or by n (digits)",
+        "EK-FAC of Conv2d and Linear, BatchNorm left out; heuristic damping; "
+        "for the ResNet-18 its eigendecomposition is counted once in s_per_1000",
         kronfluence_features,
-        ((16, 16),),
+        ((8, 8),),
     ),
     "random": Method(random, 1),
 }
