@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from attribution.config import Config
 from attribution.errors import InputError
@@ -161,6 +160,8 @@ def to_batch(
     device: str | torch.device = "cpu",
 ) -> Tensor:
     """uint8 (B, H, W, 3) as a normalised float32 (B, 3, H, W), channels_last."""
+    from torchvision.transforms.v2 import functional as F  # 4 s, which the driver need not wait
+
     if not isinstance(pixels, Tensor):
         pixels = torch.from_numpy(np.require(pixels, requirements=("C", "W")))
     batch = F.to_dtype(pixels.to(device).permute(0, 3, 1, 2), torch.float32, scale=True)
@@ -198,6 +199,8 @@ def draw_augmentation(n: int, augment: str, pad: int, generator: torch.Generator
 
 def augment_batch(batch: Tensor, augmentation: Augmentation) -> Tensor:
     """Mirror and shift each image of (B, 3, H, W) as its entry says; stays channels_last."""
+    from torchvision.transforms.v2 import functional as F
+
     if not augmentation.pad and not augmentation.flips.any():
         return batch
     flips, dy, dx = (

@@ -75,7 +75,13 @@ def _stacks(config: Config, wanted: dict[str, Training], device: str) -> list[li
     if stacking_pays(config):
         size = min(STACK, -(-len(wanted) // resolve_jobs(config.jobs, device, len(wanted))))
     runs = [list(run) for _, run in groupby(wanted, lambda key: wanted[key].keep.sum())]
-    return [run[i : i + size] for run in runs for i in range(0, len(run), size)]
+    stacks = [run[i : i + size] for run in runs for i in range(0, len(run), size)]
+    # The last ones are halved, so that no worker waits long for another.
+    jobs = resolve_jobs(config.jobs, device, len(stacks))
+    while len(stacks) % jobs and len(stacks[-1]) > 2:
+        half = len(stacks[-1]) // 2
+        stacks[-1:] = [stacks[-1][:half], stacks[-1][half:]]
+    return stacks
 
 
 def _retrain(

@@ -17,7 +17,8 @@ EPOCHS = 3  # of the bare steps
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """No flags of its own."""
+    """Flags of this sub-benchmark."""
+    parser.add_argument("--num_seeds", type=int, default=10, help="of the command")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -38,13 +39,15 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             environment |= {"TRAK_ABLATION_CACHE": folder, "PYTHONPATH": str(root)}
             start = time.perf_counter()
             command = [sys.executable, "-m", "scripts.ablation", "--frac", "0.05"]
+            command += ["--num_seeds", str(options.num_seeds)]
             subprocess.run(command, cwd=folder, env=environment, check=True)
             seconds.append(time.perf_counter() - start)
             torch.set_num_threads(1)
             per_step, steps = _bare(folder)
             torch.set_num_threads(threads)
         bare.append(per_step * steps)
-    row = {"setting": "digits preset, whole command", "side": "ablation", "steps": steps}
+    setting = f"digits preset, {options.num_seeds} seeds, whole command"
+    row = {"setting": setting, "side": "ablation", "steps": steps}
     efficiency = sorted(b / (cores * s) for b, s in zip(bare, seconds, strict=True))
     return [row | summary(seconds) | {"efficiency": efficiency[len(efficiency) // 2]}]
 
