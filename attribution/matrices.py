@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,16 @@ def row_blocks(*matrices: np.ndarray, columns: int = 0) -> Iterator[np.ndarray]:
     for matrix in matrices:
         for rows in row_slices(len(matrix), max(matrix.shape[1], columns)):
             yield read_rows(matrix, rows)
+
+
+def ahead(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same blocks, the next one made in another thread while the last one is used."""
+    iterator = iter(blocks)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, iterator, None)
+        while (block := coming.result()) is not None:
+            coming = thread.submit(next, iterator, None)
+            yield block
 
 
 def read_rows(matrix: np.ndarray, rows: slice) -> np.ndarray:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -289,14 +290,15 @@ def write_folder(folder: Path, files: Files) -> None:
     """Make a folder of these files; it appears whole or not at all, and one that is there stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    for name, content in files.items():
-        path = temporary / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content.tofile(path)
     try:
-        os.replace(temporary, folder)
-    except OSError:  # another process was first, with the same result
-        shutil.rmtree(temporary)
+        for name, content in files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content.tofile(path)
+        with suppress(OSError):  # another process was first, with the same result
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class ResultStore:

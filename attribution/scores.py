@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def write_scores(
 
     Args:
         values: (n_train, n_targets), positive = helpful, which is written by blocks; or the file
-            that matrices.write_matrix made of it, which is moved into the folder.
+            that matrices.write_matrix made of it, which the folder gets as its own (linked, or copied).
 
     Raises:
         InputError: a score is not finite, or the tables do not fit the matrix.
@@ -162,7 +163,10 @@ def write_scores(
         )
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(values, Path):
-        shutil.move(values, file)
+        try:
+            os.link(values, file)  # the caller's stays until the artifact is safe
+        except OSError:  # another file system
+            shutil.copyfile(values, file)
     else:
         write_matrix(file, row_blocks(values), values.shape)
     train.to_parquet(folder / "train.parquet", index=False)

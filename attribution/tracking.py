@@ -198,9 +198,13 @@ def _resolve_hardware(config: Config) -> Config:
     device = resolve_device(config.device)
     resolved = {}
     for name in ("precision", "feature_precision"):
+        if name == "feature_precision" and config.trak_run_id:
+            continue  # the scores are there
         dtype = resolve_precision(getattr(config, name), device, name)
         resolved[name] = str(dtype).removeprefix("torch.")
-    if config.projector == "normal":  # traker's own gradients, which know no autocast
+    if (
+        config.projector == "normal" and not config.trak_run_id
+    ):  # traker's own gradients, which know no autocast
         if config.feature_precision == "bfloat16":
             raise InputError("feature_precision=bfloat16: projector=normal is float32 only")
         resolved["feature_precision"] = "float32"

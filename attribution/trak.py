@@ -17,7 +17,7 @@ import numpy as np
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
-from attribution.matrices import open_matrix, row_blocks, write_matrix
+from attribution.matrices import ahead, open_matrix, row_blocks, write_matrix
 from attribution.memory import keep_freed_memory
 from attribution.parallel import Files, parallel_map, read_folder, resolve_jobs, write_folder
 from attribution.progress import progress
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from attribution.traker_plugins import RidgeScoreComputer
 
 TARGETS = "validation"
+SOLVED_BYTES = (
+    5 << 29
+)  # of all checkpoints' factors and targets, which else are read block by block
 SHARD_ROWS = 4096  # examples of a task: what is featurised at a time, and kept when a run is killed
 
 
@@ -85,7 +88,8 @@ class Store:
         return np.concatenate([open_matrix(file) for file in files])
 
     def _shards(self, split: str) -> list[int]:
-        return sorted(int(folder.name) for folder in (self.folder / split).iterdir())
+        names = (folder.name for folder in (self.folder / split).iterdir())
+        return sorted(int(name) for name in names if name.isdigit())
 
     @property
     def factor(self) -> Path:
@@ -207,16 +211,21 @@ def _featurize(
     size: int,
     folder: Path,
 ) -> None:
-    """Run traker over some rows of a split; batches that are in its store already are kept.
+    """Run traker over some rows of a split.
 
     `size` images a batch change the last bit of the features, and nothing else.
     """
     keep_freed_memory()
+    # A shard is whole or made anew: traker's store cannot go on with batches of another size.
+    shutil.rmtree(folder, ignore_errors=True)
     device = str(resolve_device(config.device))
     traker, state = make_traker(config, len(rows), checkpoint, folder, m, device)
     traker.load_checkpoint(state, model_id=m)
     for batch in batches_of(config, data, split, size, device, rows):
         traker.featurize(batch, num_samples=len(batch[1]))
+    (folder / str(m) / "features.mmap").unlink(
+        missing_ok=True
+    )  # as large again, for what is not done here
     (folder / "done").touch()
 
 
@@ -297,7 +306,7 @@ def combine(
         n, n_targets = (sum(map(len, stores[0].features(s))) for s in ("train", TARGETS))
         self_influence = np.zeros((n, 1))
         blocks = _score_blocks(stores, computer, weight, self_influence)
-        write_matrix(file, blocks, (n, n_targets))
+        write_matrix(file, ahead(blocks), (n, n_targets))
         write_matrix(done, [self_influence], (n, 1))
     return TrakScores(file, np.array(open_matrix(done)[:, 0]))
 
@@ -306,7 +315,7 @@ def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
     """Write the Cholesky factor of A = Phi'Phi + lambda I = L L', and the whitened targets."""
     import torch
 
-    gram = computer.gram(map(torch.from_numpy, row_blocks(*store.features("train"))))
+    gram = computer.gram(map(torch.from_numpy, ahead(row_blocks(*store.features("train")))))
     factor = computer.factor(gram)
     write_matrix(store.factor, [factor.cpu().numpy()], tuple(factor.shape))
     targets = store.features(TARGETS)
@@ -331,12 +340,14 @@ def _score_blocks(
 
     device = computer.device
 
-    @lru_cache(maxsize=2)  # of one checkpoint: all checkpoints' might not fit in memory
+    k, m = len(open_matrix(stores[0].factor)), len(open_matrix(stores[0].targets))
+    all_fit = 4 * k * (k + m) * len(stores) <= SOLVED_BYTES
+
+    @lru_cache(maxsize=2 * len(stores) if all_fit else 2)
     def load(file: Path) -> torch.Tensor:
         return torch.from_numpy(np.load(file, allow_pickle=False)).to(device)
 
-    n_targets = len(open_matrix(stores[0].targets))
-    features = [row_blocks(*store.features("train"), columns=n_targets) for store in stores]
+    features = [row_blocks(*store.features("train"), columns=m) for store in stores]
     n = len(self_influence)
     scale = np.full((n, 1), 1 / len(stores), np.float32)
     if weight == "mean":
@@ -344,7 +355,7 @@ def _score_blocks(
     start = 0
     for first in features[0]:
         rows = slice(start, start := start + len(first))
-        scores = torch.zeros(len(first), n_targets, device=device)
+        scores = torch.zeros(len(first), m, device=device)
         blocks = chain([first], map(next, features[1:]))  # of every checkpoint, read one by one
         for store, block in zip(stores, blocks):
             whitened = computer.whiten(torch.from_numpy(block), load(store.factor))

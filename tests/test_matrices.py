@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from attribution import matrices
 from attribution.errors import InputError
-from attribution.matrices import open_matrix, read_rows, row_blocks, row_slices, write_matrix
+from attribution.matrices import ahead, open_matrix, read_rows, row_blocks, row_slices, write_matrix
 
 
 def example(n: int = 7, columns: int = 3) -> np.ndarray:
@@ -130,3 +130,21 @@ write_matrix(Path(sys.argv[1]), blocks(), (1 << 17, 8))
     done = subprocess.run([sys.executable, "-c", program, str(file)], cwd=ROOT)
     assert done.returncode == 9
     assert not file.exists() and list(tmp_path.iterdir())
+
+
+def test_blocks_come_in_order_one_ahead_and_an_error_where_it_happens() -> None:
+    made = []
+
+    def blocks():
+        for i in range(4):
+            made.append(i)
+            yield np.full((2, 3), i)
+        raise InputError("the fifth")
+
+    found = []
+    with pytest.raises(InputError, match="the fifth"):
+        for block in ahead(blocks()):
+            found.append(int(block[0, 0]))
+            assert len(made) <= len(found) + 1
+    assert found == [0, 1, 2, 3]
+    assert list(ahead([])) == []

@@ -220,9 +220,9 @@ def test_a_killed_node_costs_only_what_it_had_not_finished(cluster, on_ray, tmp_
     runs = Counter(int(path.name.split()[0]) for path in tmp_path.iterdir())
     again = {i for i, count in runs.items() if count > 1}
     assert set(runs.values()) <= {1, 2} and not again & at_kill
-    # Just what the node's only core had begun and not finished.
+    # What the node's only core was doing, and what it had done and not handed over.
     cut_off = {int(p.name.split()[0]) for p in tmp_path.iterdir() if not p.read_text()}
-    assert again == cut_off and len(again) <= 1
+    assert cut_off <= again and len(again) <= 2
 
 
 def dies(folder: str, task: str, times: int, size: int) -> tuple[str, int]:

@@ -181,14 +181,16 @@ def test_selected_targets_rank_as_in_the_whole(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(few.bottom(i, 5), scores.bottom(target, 5))
 
 
-def test_a_file_of_scores_is_moved_into_the_artifact(tmp_path: Path) -> None:
+def test_a_file_of_scores_becomes_the_artifact_s_and_stays_until_that_is_safe(
+    tmp_path: Path,
+) -> None:
     values, file = np.arange(6, dtype=np.float32).reshape(2, 3), tmp_path / "work.npy"
     write_matrix(file, [values[:1], values[1:]], (2, 3))
     with pytest.raises(InputError, match="does not fit"):
         write_scores(tmp_path / "scores", file, *tables(3, 2), {})
     assert file.exists()
     write_scores(tmp_path / "scores", file, *tables(2, 3), {})
-    assert not file.exists()
+    assert file.exists()
     np.testing.assert_array_equal(load_scores(tmp_path / "scores").values, values)
 
 

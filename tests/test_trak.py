@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import toy_config
+from toy import toy_config, toy_data
 
 from attribution import matrices, trak
 from attribution.alignment import group_alignment
@@ -201,3 +201,24 @@ def test_features_longer_than_the_training_set_need_a_ridge() -> None:
     )
     check_proj_dim(toy_config(proj_dim=32, lambda_reg=0), 32)
     check_proj_dim(toy_config(proj_dim=33, lambda_reg=0.1), 32)
+
+
+def test_what_a_killed_driver_left_beside_the_shards_is_no_shard(tmp_path: Path) -> None:
+    store = store_features(tmp_path, 0, 20, 9, 8, shard=8)
+    (store.folder / "train" / "tmpab_1" / "0").mkdir(parents=True)
+    assert [len(part) for part in store.features("train")] == [8, 8, 4]
+
+
+def test_a_shard_begun_with_another_batch_size_is_made_anew(tmp_path: Path) -> None:
+    from attribution import models
+    from attribution.trak import _featurize
+
+    data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(proj_dim=16)
+    model = models.build("resnet-mini", data.class_names, 0)
+    models.save(model, tmp_path / "model", 16, *models.normalisation("resnet-mini"))
+    whole, begun = (Store(tmp_path / name, 0) for name in ("whole", "begun"))
+    for store, size, rows in ((whole, 8, range(20)), (begun, 3, range(6)), (begun, 8, range(20))):
+        folder = store.shard("train", 0)
+        _featurize(config, data, tmp_path / "model", 0, "train", rows, size, folder)
+    np.testing.assert_array_equal(*(s.features("train")[0] for s in (whole, begun)))
+    np.testing.assert_array_equal(whole.one_minus_p("train"), begun.one_minus_p("train"))

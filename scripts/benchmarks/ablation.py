@@ -25,7 +25,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds from an empty folder to the comparison, and the steps that they could have held.
 
     `efficiency` is the time of all training steps of the command, one after the other at the bare
-    single-thread rate, over cores times the command's time. Scoring and logging count as idle.
+    single-thread rate of one model, over cores times the command's time. Scoring and logging count
+    as idle; training in stacks is faster than that rate, so that 1 is not the most.
     """
     import torch
 

@@ -10,8 +10,6 @@ from scripts.benchmarks.common import (
     RESNET18,
     make_model,
     measure,
-    peak_memory_mib,
-    reset_peak_memory,
     summary,
 )
 
@@ -84,11 +82,6 @@ def _compare(name: str, precision: str, device: Any, repeats: int) -> list[dict[
         "step, contiguous": lambda: step(other, other_images),
         "features": features,
     }
-    peaks = {}
-    for name_of_side, side in sides.items():
-        reset_peak_memory()
-        side()
-        peaks[name_of_side] = peak_memory_mib()
     seconds = measure(sides, repeats, warm_up=2)
     base = min(statistics.median(seconds[s]) for s in list(sides)[:2])
     return [
@@ -97,7 +90,6 @@ def _compare(name: str, precision: str, device: Any, repeats: int) -> list[dict[
             "side": side,
             **summary(values, batch),
             "ratio": statistics.median(values) / base,
-            "peak_mib": peaks[side],
         }
         for side, values in seconds.items()
     ]

@@ -43,14 +43,19 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.data import load_data
     from attribution.ensemble import subset_masks, train_checkpoints
     from attribution.statistics import lds, lds_difference
+    from attribution.tracking import digest, training_key
+    from attribution.training import resolve_device, resolve_precision
     from attribution.trak import compute_scores
 
     config = resolve(_given(options))
+    for name in options.variants:  # refused before anything is trained
+        precision = VARIANTS[name][0]["feature_precision"]
+        resolve_precision(precision, resolve_device(config.device), "feature_precision")
     data = load_data(config)
     work = Path(options.cache_dir) / f"precision-{data.fingerprint[:12]}"
     n = len(data.rows("train"))
     masks = subset_masks(n, config.num_models, config.subset_fraction, config.seed)
-    settings = f"{options.epochs}-{Path(options.model).name}"
+    settings = digest(training_key(config, data), config.num_models)[:12]
     folders = [c.folder for c in train_checkpoints(config, data, masks, work / settings)]
     bank = build_bank(config, data, options.subsets, 1, 0.5, work / "bank")
     margins = bank.margins.mean(axis=1)

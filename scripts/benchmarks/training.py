@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.benchmarks.common import measure, peak_memory_mib, ratio, summary
+from scripts.benchmarks.common import measure, ratio, summary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {"setting": setting, "side": side}
         | summary(values, n * EPOCHS)
-        | {"ratio": ratio(values, seconds["bare steps"]), "peak_mib": peak_memory_mib()}
+        | {"ratio": ratio(values, seconds["bare steps"])}
         for side, values in seconds.items()
     ]
 
