@@ -103,6 +103,7 @@ def make_scores(work: Path, checkpoints: int) -> None:
     stores = [_store(work, model_id) for model_id in range(checkpoints)]
     for store in stores:  # of the round before
         store.targets.unlink(missing_ok=True)
+    (work / "scores.npy").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     found = combine(stores, work / "scores.npy", LAMBDA_REG, "mean", torch.device("cpu"))
     n, m = found.values.shape
