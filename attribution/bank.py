@@ -11,8 +11,7 @@ from attribution.config import Config
 from attribution.data import ImageData
 from attribution.retraining import Training, retrained_logits
 from attribution.training import derive_seed, margins
-
-TARGETS = "validation"
+from attribution.trak import TARGETS
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ COVERED = (nn.Conv2d, nn.Linear, *NORMS)
 LONG_MAP = 1000
 # Channels of one call of it, over all the samples that it takes as groups.
 GROUPED_CHANNELS = 512
+# Floats of scratch per step: 4 MiB a core stays in its caches; a GPU wants large steps instead.
+CPU_SCRATCH, GPU_SCRATCH = 2**20, 2**26
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -374,12 +376,10 @@ def _check_calls(layers: dict, paths: dict[nn.Module, str], calls: list[Call]) -
             )
 
 
-# Floats of scratch per step: 4 MiB a core stays in its caches; a GPU wants large steps instead.
-CPU_SCRATCH, GPU_SCRATCH = 2**20, 2**26
-
-
-def steps(batch: int, floats: int, like: Tensor, per_core: int = CPU_SCRATCH) -> Iterator[slice]:
+def steps(batch: int, floats: int, like: Tensor, per_core: int | None = None) -> Iterator[slice]:
     """Slices of the batch whose scratch, `floats` per sample, fits the device."""
-    scratch = per_core * torch.get_num_threads() if like.device.type == "cpu" else GPU_SCRATCH
+    scratch = (per_core or CPU_SCRATCH) * torch.get_num_threads()
+    if like.device.type != "cpu":
+        scratch = GPU_SCRATCH
     size = max(1, scratch // floats)
     return (slice(i, min(i + size, batch)) for i in range(0, batch, size))

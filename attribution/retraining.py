@@ -50,8 +50,9 @@ def retrained_logits(
     # Models that are compared have to come from one kind of hardware and one torch.
     settings = training_key(config, data), device, torch.__version__, split
     keys = [digest(*settings, t.seed, np.packbits(t.keep).tobytes().hex()) for t in trainings]
-    wanted = dict(zip(reversed(keys), reversed(trainings), strict=True))
-    wanted = {key: wanted[key] for key in dict.fromkeys(keys)}  # each once, in order
+    wanted: dict[str, Training] = {}
+    for key, training in zip(keys, trainings, strict=True):
+        wanted.setdefault(key, training)
     store = ResultStore(work)
     results = {key: found["logits"] for key in wanted if (found := store.get(key))}
     say(f"{stage}: {len(wanted)} models to compare, {len(wanted) - len(results)} of them to train")

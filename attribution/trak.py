@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from attribution.traker_plugins import RidgeScoreComputer
 
 TARGETS = "validation"
-SOLVED_BYTES = (
-    5 << 29
-)  # of all checkpoints' factors and targets, which else are read block by block
+# Of all checkpoints' factors and targets; where they are larger they are read for every block.
+SOLVED_BYTES = 5 << 29
 SHARD_ROWS = 4096  # examples of a task: what is featurised at a time, and kept when a run is killed
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from attribution.data import ImageData
 
 EPOCHS = 3
-STACK = 10
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +34,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution import training
     from attribution.config import resolve
     from attribution.data import load_data
+    from attribution.retraining import STACK
 
     given = {"epochs": EPOCHS, "cache_dir": options.cache_dir, "device": "cpu"}
     if options.dataset:
