@@ -138,7 +138,7 @@ def train_stacked(
 
     Up to rounding, that is: every model has its own weights, order, augmentation and statistics.
     For models so small that the calls of a step cost more than its arithmetic (stacking_pays).
-    What a model becomes does not depend on which others are in its stack.
+    Its place in the stack can change a model's last bits, and so, after many steps, its figures.
 
     Args:
         seeds: of each model.
