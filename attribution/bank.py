@@ -9,7 +9,7 @@ import numpy as np
 
 from attribution.config import Config
 from attribution.data import ImageData
-from attribution.retraining import Training, retrained_logits
+from attribution.retraining import Series, retrained_logits
 from attribution.training import derive_seed, margins
 from attribution.trak import TARGETS
 
@@ -45,11 +45,15 @@ def build_bank(
     for s, mask in enumerate(masks):
         rng = np.random.default_rng(derive_seed(config.seed, "bank", s))
         mask[rng.permutation(n)[: round(alpha * n)]] = True
-    trainings = [
-        Training(f"subset {s}, repeat {r}", derive_seed(config.seed, "bank", s, r), masks[s])
-        for s in range(num_subsets)
+    wanted = [
+        Series(
+            f"subsets, repeat {r}",
+            [derive_seed(config.seed, "bank", s, r) for s in range(num_subsets)],
+            masks,
+        )
         for r in range(num_repeats)
     ]
-    logits = retrained_logits(config, data, trainings, TARGETS, work, "bank")
-    values = np.stack([margins(each, data.labels(TARGETS)) for each in logits])
-    return Bank(masks, values.reshape(num_subsets, num_repeats, -1))
+    labels = data.labels(TARGETS)
+    logits = retrained_logits(config, data, wanted, TARGETS, work, "bank")
+    repeats = [np.stack([margins(each, labels) for each in repeat]) for repeat in logits]
+    return Bank(masks, np.stack(repeats, axis=1))

@@ -12,7 +12,7 @@ import pandas as pd
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.removal import Trial
-from attribution.retraining import Training, retrained_logits
+from attribution.retraining import Series, retrained_logits
 from attribution.statistics import Estimate, holm, mean_estimate, paired_difference
 from attribution.training import classification_metrics
 
@@ -31,14 +31,14 @@ def retrain(
     Returns:
         One array a trial, (n_seeds, n_test, C) float32 test logits.
     """
-    trainings = []
+    n = len(data.rows("train"))
+    wanted = []
     for trial in trials:
-        for s, (seed, removed) in enumerate(zip(seeds, trial.removed, strict=True)):
-            keep = np.ones(len(data.rows("train")), dtype=bool)
-            keep[removed] = False
-            trainings.append(Training(f"{trial.name}, seed {s}", seed, keep))
-    logits = retrained_logits(config, data, trainings, "test", work, "ablation")
-    return [np.stack(logits[i : i + len(seeds)]) for i in range(0, len(logits), len(seeds))]
+        keep = np.ones((len(seeds), n), dtype=bool)
+        for row, removed in zip(keep, trial.removed, strict=True):
+            row[removed] = False
+        wanted.append(Series(trial.name, seeds, keep))
+    return retrained_logits(config, data, wanted, "test", work, "ablation")
 
 
 @dataclass

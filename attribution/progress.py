@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-    """Yield a function that advances the line by one; it shows the rate and the time left."""
+def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yield a function that advances the line, by one unless told; it shows the rate and the time left."""
     from tqdm import tqdm
 
     with tqdm(
         total=total, initial=done, desc=name, file=sys.stderr, disable=None, leave=False
     ) as bar:
-        yield lambda: bar.update()
+        yield bar.update

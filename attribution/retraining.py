@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,27 +19,52 @@ from attribution.training import predict, resolve_device, stacking_pays, train, 
 STACK = 10  # models trained as one, at most
 
 
-class Training(NamedTuple):
-    """A model to train: its name in messages, its seed, and the examples that it sees, (n_train,)."""
+@dataclass(frozen=True)
+class Series:
+    """Models to train alike but for their seeds and what they see.
+
+    Attributes:
+        name: in messages.
+        seeds: of each model.
+        keep: (n_models, n_train) bool, what each sees; equally many in every row.
+        labels: (n_models, n_train) to train with in place of the data's own, where given.
+    """
 
     name: str
-    seed: int
+    seeds: Sequence[int]
     keep: np.ndarray
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def part(self, models: slice) -> Series:
+        """Some of its models."""
+        labels = None if self.labels is None else self.labels[models]
+        return Series(self.name, self.seeds[models], self.keep[models], labels)
+
+    def key(self) -> str:
+        """What decides the result beside settings and data."""
+        labels = None if self.labels is None else self.labels.astype("<i8").tobytes().hex()
+        return digest(list(self.seeds), np.packbits(self.keep, axis=1).tobytes().hex(), labels)
 
 
 def retrained_logits(
     config: Config,
     data: ImageData,
-    trainings: Sequence[Training],
+    wanted: Sequence[Series],
     split: str,
     work: Path,
     stage: str,
 ) -> list[np.ndarray]:
-    """Logits (n, C) float32 of each training's model on a split.
+    """Logits (n_models, n, C) float32 of each series' models on a split.
 
-    A model's logits are kept under what decides them (settings, data, seed, the examples seen,
-    kind of device, torch), so that one that an earlier command trained, or that is asked for
-    twice, is not trained again.
+    What is trained at a time, and kept, is a stack: the next STACK models of a series where small
+    models are trained as one, else one model. A stack is kept under what decides it (settings,
+    data, seeds, examples seen, labels, kind of device, torch), so that one that an earlier command
+    trained, or that is asked for twice, is not trained again. It depends on nothing else: neither
+    on what else is asked for or missing, nor on `jobs`, so that a resumed run ends with the bits of
+    an undisturbed one.
 
     Args:
         work: folder of what is finished.
@@ -49,47 +73,34 @@ def retrained_logits(
     device = resolve_device(config.device).type
     # Models that are compared have to come from one kind of hardware and one torch.
     settings = training_key(config, data), device, torch.__version__, split
-    keys = [digest(*settings, t.seed, np.packbits(t.keep).tobytes().hex()) for t in trainings]
-    wanted: dict[str, Training] = {}
-    for key, training in zip(keys, trainings, strict=True):
-        wanted.setdefault(key, training)
+    size = STACK if stacking_pays(config) else 1
+    stacks = [[s.part(slice(i, i + size)) for i in range(0, len(s), size)] for s in wanted]
+    keys = [[digest(*settings, stack.key()) for stack in series] for series in stacks]
+    distinct = dict(zip(sum(keys, []), sum(stacks, []), strict=True))
     store = ResultStore(work)
-    results = {key: found["logits"] for key in wanted if (found := store.get(key))}
-    say(f"{stage}: {len(wanted)} models to compare, {len(wanted) - len(results)} of them to train")
-    missing = [key for key in wanted if key not in results]
-    todo = _stacks(config, {key: wanted[key] for key in missing}, device)
-    jobs = resolve_jobs(config.jobs, device, len(_stacks(config, wanted, device)))
-    tasks = [([wanted[key][1:] for key in stack], split) for stack in todo]
-    names = [f"retraining of {wanted[stack[0]].name}" for stack in todo]
-    with progress(f"{stage}: retrainings", len(wanted), len(results)) as advance:
+    results = {key: found["logits"] for key in distinct if (found := store.get(key))}
+    todo = [key for key in distinct if key not in results]
+    total, left = (sum(len(distinct[key]) for key in some) for some in (distinct, todo))
+    say(f"{stage}: {total} models to compare, {left} of them to train")
+    tasks = [(distinct[key], split) for key in todo]
+    names = [f"retraining of {distinct[key].name}" for key in todo]
+    jobs = resolve_jobs(config.jobs, device, len(distinct))
+    with progress(f"{stage}: retrainings", total, total - left) as advance:
         for index, logits in parallel_map(_retrain, tasks, jobs, (config, data), config, names):
-            for key, each in zip(todo[index], logits, strict=True):
-                store.put(key, {"logits": each})
-                results[key] = np.array(each)  # Ray's own would pin its store's memory
-                advance()
-    return [results[key] for key in keys]
+            store.put(todo[index], {"logits": logits})
+            results[todo[index]] = np.array(logits)  # Ray's own would pin its store's memory
+            advance(len(logits))
+    return [np.concatenate([results[key] for key in series]) for series in keys]
 
 
-def _stacks(config: Config, wanted: dict[str, Training], device: str) -> list[list[str]]:
-    """Keys of models that are trained as one: neighbours that see equally many examples."""
-    size = 1
+def _retrain(config: Config, data: ImageData, stack: Series, split: str) -> np.ndarray:
+    labels = [None] * len(stack) if stack.labels is None else stack.labels
+    members = stack.seeds, stack.keep, labels
     if stacking_pays(config):
-        size = min(STACK, -(-len(wanted) // resolve_jobs(config.jobs, device, len(wanted))))
-    runs = [list(run) for _, run in groupby(wanted, lambda key: wanted[key].keep.sum())]
-    stacks = [run[i : i + size] for run in runs for i in range(0, len(run), size)]
-    # The last ones are halved, so that no worker waits long for another.
-    jobs = resolve_jobs(config.jobs, device, len(stacks))
-    while len(stacks) % jobs and len(stacks[-1]) > 2:
-        half = len(stacks[-1]) // 2
-        stacks[-1:] = [stacks[-1][:half], stacks[-1][half:]]
-    return stacks
-
-
-def _retrain(
-    config: Config, data: ImageData, stack: list[tuple[int, np.ndarray]], split: str
-) -> list[np.ndarray]:
-    if stacking_pays(config):
-        found = train_stacked(config, data, *zip(*stack, strict=True))
+        found = train_stacked(config, data, *members)
     else:
-        found = [train(config, data, *each, validate=False).model for each in stack]
-    return [predict(config, model, data, split) for model in found]
+        found = [
+            train(config, data, *each[:2], validate=False, labels=each[2]).model
+            for each in zip(*members, strict=True)
+        ]
+    return np.stack([predict(config, model, data, split) for model in found])

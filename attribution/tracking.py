@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from attribution.data import ImageData
 
-# Raised whenever a stage would compute something else from the same parameters and data.
+# Raised whenever training, or scoring, would compute something else from the same parameters and data.
+TRAINING_VERSION = 2
 ESTIMATOR_VERSION = 2
 UPSTREAM = {"trak": "finetune", "ablation": "trak"}
 # A finished run without one of these has lost what it was kept for.
@@ -59,14 +60,15 @@ def training_key(config: Config, data: ImageData) -> str:
     from attribution import models
 
     settings = config.group("training") | {"model": models.fingerprint(config.model)}
-    return digest(ESTIMATOR_VERSION, settings, data.fingerprint)
+    return digest(TRAINING_VERSION, settings, data.fingerprint)
 
 
 def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     """Hash of all that a stage's result depends on, its upstream stages included."""
     if stage == "finetune":
         return digest(stage, training_key(config, data), config.group("finetune"))
-    return digest(stage, fingerprint(UPSTREAM[stage], config, data), config.group(stage))
+    upstream = fingerprint(UPSTREAM[stage], config, data)
+    return digest(stage, ESTIMATOR_VERSION, upstream, config.group(stage))
 
 
 def work_folder(config: Config, *parts: str) -> Path:

@@ -76,6 +76,7 @@ def train(
     keep: np.ndarray,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     validate: bool = True,
+    labels: np.ndarray | None = None,
 ) -> Trained:
     """Train one model on the kept part of the training set.
 
@@ -87,6 +88,7 @@ def train(
         keep: (n_train,) bool, which training examples are seen.
         on_epoch: receives each epoch's metrics.
         validate: measure validation loss and accuracy each epoch even where patience is 0.
+        labels: (n_train,) to train with in place of the data's own, where given.
 
     Raises:
         InputError: the loss is not finite, or nothing is kept.
@@ -95,7 +97,7 @@ def train(
     kept, steps = np.flatnonzero(keep), _steps(config, keep)
     model = _new_model(config, data, seed, device)
     optimizer, scheduler = make_optimizer(config, model.parameters(), steps * config.epochs)
-    batches = Batches(config, data, seed, device)
+    batches = Batches(config, data, seed, device, labels)
     trained, best_loss, best_state = Trained(model), math.inf, None
     for epoch in range(config.epochs):
         model.train()
@@ -132,29 +134,39 @@ def train(
 
 
 def train_stacked(
-    config: Config, data: ImageData, seeds: Sequence[int], keeps: Sequence[np.ndarray]
+    config: Config,
+    data: ImageData,
+    seeds: Sequence[int],
+    keeps: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray | None] | None = None,
 ) -> list[nn.Module]:
     """Train one model for each (seed, keep) as a single batched model; each equals train()'s.
 
     Up to rounding, that is: every model has its own weights, order, augmentation and statistics.
     For models so small that the calls of a step cost more than its arithmetic (stacking_pays).
-    Its place in the stack can change a model's last bits, and so, after many steps, its figures.
+    The size of a stack and the place in it can change a model's last bits, and so, after many steps,
+    its figures: a stack is trained as a whole, and always of the same models.
 
     Args:
         seeds: of each model.
         keeps: (n_train,) bool each, all with equally many examples kept.
+        labels: (n_train,) of each model in place of the data's own, where given.
 
     Raises:
         InputError: as train() does.
     """
     if len(seeds) == 1:  # a stack of one would take other kernels, and differ in the last bit
-        return train_stacked(config, data, [*seeds] * 2, [*keeps] * 2)[:1]
+        twice = None if labels is None else [*labels] * 2
+        return train_stacked(config, data, [*seeds] * 2, [*keeps] * 2, twice)[:1]
     device = _prepare(config)
     steps = _steps(config, keeps[0])
     members = [_new_model(config, data, seed, device).train() for seed in seeds]
     weights, buffers = torch.func.stack_module_state(members)
     optimizer, scheduler = make_optimizer(config, weights.values(), steps * config.epochs)
-    batches = [Batches(config, data, seed, device) for seed in seeds]
+    labels = [None] * len(seeds) if labels is None else labels
+    batches = [
+        Batches(config, data, seed, device, own) for seed, own in zip(seeds, labels, strict=True)
+    ]
 
     def logits_of(weights: dict, buffers: dict, images: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(members[0], (weights, buffers), (images,)).logits
@@ -243,12 +255,20 @@ class Batches:
     leaving an example out changes nothing for the others.
     """
 
-    def __init__(self, config: Config, data: ImageData, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        seed: int,
+        device: torch.device,
+        labels: np.ndarray | None = None,
+    ) -> None:
         self.augment, self.device = config.augment, device
         self.pad = max(1, config.image_size // 8)
         self.mean, self.std = models.normalisation(config.model)
         self.pixels, self.rows = data.pixels(), data.rows("train")
-        self.labels = torch.from_numpy(data.labels("train")).to(device)
+        labels = data.labels("train") if labels is None else labels
+        self.labels = torch.from_numpy(labels).to(device)
         self.generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
 
     def __call__(self, kept: np.ndarray, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

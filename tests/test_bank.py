@@ -23,17 +23,19 @@ def test_margins_are_those_of_models_that_saw_the_subset(tmp_path: Path) -> None
     assert bank.masks.shape == (2, 20)
     assert bank.masks.sum(axis=1).tolist() == [10, 10]
     assert bank.margins.shape == (2, 2, 6)
-    (model,) = train_stacked(config, data, [derive_seed(0, "bank", 1, 0)], [bank.masks[1]])
+    seeds = [derive_seed(0, "bank", s, 0) for s in range(2)]
+    _, model = train_stacked(config, data, seeds, bank.masks)
     expected = margins(predict(config, model, data, "validation"), data.labels("validation"))
     np.testing.assert_array_equal(bank.margins[1, 0], expected)
 
 
 def test_a_larger_bank_trains_only_what_is_new(tmp_path: Path, monkeypatch) -> None:
     data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(epochs=1)
+    monkeypatch.setattr(retraining, "STACK", 2)
     small = build_bank(config, data, 2, 1, 0.5, tmp_path)
     trained, original = [], retraining._retrain
     monkeypatch.setattr(
-        retraining, "_retrain", lambda *task: trained.extend(task[2]) or original(*task)
+        retraining, "_retrain", lambda *task: trained.extend(task[2].seeds) or original(*task)
     )
     large = build_bank(config, data, 3, 2, 0.5, tmp_path)
     assert len(trained) == 4

@@ -20,6 +20,7 @@ from attribution.comparison import (
 )
 from attribution.data import ImageData
 from attribution.removal import Trial
+from attribution.retraining import Series, retrained_logits
 from attribution.training import derive_seed, predict, stacking_pays, train, train_stacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,7 +196,8 @@ def count(monkeypatch) -> list:
     original = retraining._retrain
 
     def counting(config, data, stack, split):
-        done.extend((seed, np.flatnonzero(keep).tolist()) for seed, keep in stack)
+        members = zip(stack.seeds, stack.keep, strict=True)
+        done.extend((seed, np.flatnonzero(keep).tolist()) for seed, keep in members)
         return original(config, data, stack, split)
 
     monkeypatch.setattr(retraining, "_retrain", counting)
@@ -218,13 +220,13 @@ def test_retraining_gives_what_training_on_the_rest_gives_directly(
     assert stacking_pays(config) == (batch_size == 8)
     found = retrain(config, data, [NONE, HARMFUL], SEEDS, tmp_path / "work")
     for removed, logits in zip(([], [1, 4]), found):
-        for s, seed in enumerate(SEEDS):
-            keep = np.array([i not in removed for i in range(24)])
-            if stacking_pays(config):
-                (model,) = train_stacked(config, data, [seed], [keep])
-            else:
-                model = train(config, data, seed, keep, validate=False).model
-            np.testing.assert_array_equal(logits[s], predict(config, model, data, "test"))
+        keep = np.array([i not in removed for i in range(24)])
+        if stacking_pays(config):
+            models = train_stacked(config, data, SEEDS, [keep, keep])
+        else:
+            models = [train(config, data, seed, keep, validate=False).model for seed in SEEDS]
+        for found, model in zip(logits, models, strict=True):
+            np.testing.assert_array_equal(found, predict(config, model, data, "test"))
 
 
 def test_a_second_call_trains_nothing_and_gives_the_same(data, tmp_path, count) -> None:
@@ -267,6 +269,33 @@ def test_where_it_is_computed_does_not_train_again(data, tmp_path, count) -> Non
     assert len(count) == 2
 
 
+def test_what_was_finished_before_changes_no_bit(data, tmp_path, count) -> None:
+    config, seeds = toy_config(), [derive_seed(0, "retrain", s) for s in range(13)]
+    trials = [arm("none", *[[]] * 13), arm("harmful", *[[1, 4]] * 13)]
+    whole = retrain(config, data, trials, seeds, tmp_path / "whole")
+    retrain(config, data, [arm("loss", *[[1, 4]] * 10)], seeds[:10], tmp_path / "resumed")
+    resumed = retrain(config, data, trials, seeds, tmp_path / "resumed")
+    assert len(count) == 26 + 10 + 16
+    for a, b in zip(whole, resumed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_relabelled_examples_are_seen_with_their_new_labels(data, tmp_path) -> None:
+    config, seen = toy_config(epochs=1, batch_size=65), np.ones((2, 24), dtype=bool)
+    labels = np.stack([1 - data.labels("train")] * 2)
+    relabelled, plain = retrained_logits(
+        config,
+        data,
+        [Series("relabelled", SEEDS, seen, labels), Series("plain", SEEDS, seen)],
+        "test",
+        tmp_path / "work",
+        "test",
+    )
+    model = train(config, data, SEEDS[1], seen[1], validate=False, labels=labels[1]).model
+    np.testing.assert_array_equal(relabelled[1], predict(config, model, data, "test"))
+    assert not np.array_equal(relabelled, plain)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty archive", "other compression"])
 def test_a_damaged_result_in_the_store_is_computed_again(data, tmp_path, count, damage) -> None:
     arguments = (toy_config(**CONFIG), data, [NONE], SEEDS, tmp_path / "work")
@@ -281,5 +310,5 @@ def test_a_damaged_result_in_the_store_is_computed_again(data, tmp_path, count, 
         content[content.index(b"PK\x01\x02") + 10] = 99
         file.write_bytes(content)
     second = retrain(*arguments)
-    assert len(count) == 3
+    assert len(count) == 4  # the stack of both seeds, again
     np.testing.assert_array_equal(first[0], second[0])

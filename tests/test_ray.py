@@ -131,7 +131,7 @@ def test_a_model_folder_of_the_driver_reaches_the_workers(on_ray, tmp_path: Path
     network = models.build("resnet-mini", ("dark", "bright"), 0)
     models.save(network, folder, 16, (0.5,) * 3, (0.25,) * 3)
     config = on_ray(model=str(folder), epochs=1)
-    task = [(3, np.ones(8, dtype=bool))], "test"
+    task = retraining.Series("one", [3], np.ones((1, 8), dtype=bool)), "test"
     function = far_from(tmp_path / "driver", retraining._retrain)
     [[away]] = mapped(function, [task], config, shared=(config, data))
     local = toy_config(model=str(folder), epochs=1)

@@ -42,6 +42,7 @@ def data(tmp_path_factory) -> ImageData:
 
 
 ALL = np.ones(32, dtype=bool)
+LABELS = np.arange(32) % 2
 
 
 def weights(model: torch.nn.Module) -> bytes:
@@ -196,12 +197,19 @@ def test_a_stack_of_models_is_what_training_each_alone_gives(data, augment: str)
     assert not torch.allclose(others[0], others[1]) and not torch.allclose(others[0], others[2])
 
 
-def test_a_model_of_a_stack_does_not_depend_on_the_others(data) -> None:
+def test_a_model_of_a_stack_does_not_depend_on_its_neighbours(data) -> None:
     config = toy_config()
-    first, _ = train_stacked(config, data, [1, 2], [ALL, ALL])
-    again, *_ = train_stacked(config, data, [1, 3, 4], [ALL] * 3)
-    (alone,) = train_stacked(config, data, [1], [ALL])
-    assert weights(first) == weights(again) == weights(alone)
+    _, second, _ = train_stacked(config, data, [1, 2, 3], [ALL] * 3)
+    _, again, _ = train_stacked(config, data, [4, 2, 5], [ALL] * 3, [1 - LABELS, LABELS, LABELS])
+    assert weights(second) == weights(again)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_stack_learns_the_labels_it_is_given(data) -> None:
+    config = toy_config()
+    (stacked, _) = train_stacked(config, data, [1, 2], [ALL] * 2, [1 - LABELS, LABELS])
+    alone = train(config, data, 1, ALL, validate=False, labels=1 - LABELS).model
+    torch.testing.assert_close(stacked.state_dict(), alone.state_dict(), rtol=1e-8, atol=1e-10)
 
 
 def test_a_diverging_stack_is_refused_by_name(data) -> None:

@@ -30,20 +30,20 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.config import resolve
     from attribution.data import load_data
     from attribution.parallel import parallel_map
-    from attribution.retraining import _retrain
+    from attribution.retraining import Series, _retrain
 
     torch.set_num_threads(1)  # what one job of this process takes; two share the cores
     given = {"cache_dir": options.cache_dir, "device": "cpu", "epochs": options.epochs}
     config = resolve(given | {"ray_address": options.ray_address})
     data = load_data(config)
-    keep = np.ones(len(data.rows("train")), dtype=bool)
+    keep = np.ones((2, len(data.rows("train"))), dtype=bool)
 
     def mapped(function: Any, tasks: list, backend: str, jobs: int, shared: tuple = ()) -> None:
         settings = dataclasses.replace(config, backend=backend, jobs=jobs)
         list(parallel_map(function, tasks, jobs, shared, settings))
 
     calls = [(i,) for i in range(options.tasks)]
-    pairs = [[(2 * i, keep), (2 * i + 1, keep)] for i in range(options.retrainings // 2)]
+    pairs = [Series("pair", [2 * i, 2 * i + 1], keep) for i in range(options.retrainings // 2)]
     retrainings = [(pair, "test") for pair in pairs]
     empty, with_data, speed = {}, {}, {}
     for b in options.backends:
