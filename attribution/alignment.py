@@ -9,19 +9,84 @@ from attribution.config import nearest
 from attribution.errors import InputError
 from attribution.matrices import row_blocks
 
+AUTO = "auto"
+SMALLEST_HALF = 0.05  # of a label's targets; a smaller pseudo-group is left with its label
 
-def group_ids(targets: pd.DataFrame, groups: str) -> np.ndarray:
+
+def group_ids(targets: pd.DataFrame, groups: str, scores: np.ndarray | None = None) -> np.ndarray:
     """The group of each target, (n_targets,), as whole numbers from 0.
+
+    Args:
+        groups: a column, or 'auto'.
+        scores: (n_train, n_targets), needed by 'auto' alone.
 
     Raises:
         InputError: no such column, or it has a single value.
     """
+    if groups == AUTO:
+        return auto_groups(scores, targets["label"].to_numpy())
     if groups not in targets.columns:
-        raise InputError(f"groups={groups}: no such column; {nearest(groups, list(targets))}")
+        valid = [AUTO, *targets]
+        raise InputError(f"groups={groups}: no such column; {nearest(groups, valid, limit=10)}")
     ids = pd.factorize(targets[groups], sort=True)[0]
     if ids.min() < 0 or ids.max() < 1:
         raise InputError(f"groups={groups}: the column must have two values or more, none missing")
     return ids
+
+
+def check_groups(examples: pd.DataFrame, groups: str) -> None:
+    """Refuse a column that cannot group the targets, before anything is trained.
+
+    Raises:
+        InputError: no such column, a single value, or a group without a validation example.
+    """
+    if groups == AUTO:
+        return
+    group_ids(examples[examples["split"] == "validation"], groups)
+    known = set(examples.loc[examples["split"] == "validation", groups])
+    lost = sorted(map(str, set(examples[groups].dropna()) - known))
+    if lost:
+        raise InputError(
+            f"groups={groups}: no validation example in group {lost[0]!r}, so that nothing would "
+            "be known of what helps it; merge it with another, or use groups=label"
+        )
+
+
+def auto_groups(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Pseudo-groups of targets that the training set serves differently, (n_targets,).
+
+    Each label's targets are split by the sign of the first principal component of their
+    normalised score columns (Jain et al. 2024, "Data Debiasing with Datamodels (D3M)", section 4,
+    Auto-D3M). A label stays whole where one side would hold fewer than 5 % of its targets.
+
+    Args:
+        scores: (n_train, n_targets); may be a memory map.
+        labels: (n_targets,)
+    """
+    columns = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    grams = [np.zeros((len(c), len(c))) for c in columns]
+    for block in row_blocks(scores):
+        for gram, c in zip(grams, columns, strict=True):
+            part = block[:, c].astype(np.float64)
+            gram += part.T @ part
+    ids, count = np.zeros(len(labels), dtype=np.int64), 0
+    for gram, c in zip(grams, columns, strict=True):
+        positive = _first_component(gram) > 0
+        smaller = min(positive.sum(), len(c) - positive.sum())
+        is_split = smaller >= max(2, SMALLEST_HALF * len(c))
+        ids[c] = count + (positive if is_split else 0)
+        count += 1 + is_split
+    return ids
+
+
+def _first_component(gram: np.ndarray) -> np.ndarray:
+    """First principal component of vectors of length one, (n,), from their products before scaling."""
+    lengths = np.sqrt(np.diag(gram))
+    scale = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    cosine = gram * np.outer(scale, scale)
+    centred = cosine - cosine.mean(0) - cosine.mean(1, keepdims=True) + cosine.mean()
+    values, vectors = np.linalg.eigh(centred)
+    return vectors[:, -1] if values[-1] > 1e-9 else np.zeros(len(gram))
 
 
 def group_weights(losses: np.ndarray, groups: np.ndarray, kind: str) -> np.ndarray:

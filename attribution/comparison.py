@@ -13,11 +13,19 @@ from attribution.config import Config
 from attribution.data import ImageData
 from attribution.removal import Trial
 from attribution.retraining import Series, retrained_logits
-from attribution.statistics import Estimate, holm, mean_estimate, paired_difference
+from attribution.statistics import (
+    Estimate,
+    bootstrap_interval,
+    detectable_effect,
+    holm,
+    mean_estimate,
+    paired_difference,
+)
 from attribution.training import classification_metrics
 
 CONTROLS = ("random", "none")
-METRICS = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
+# Those with p-values; worst_group_accuracy is there where `groups` is a column.
+JUDGED = ("accuracy", "worst_group_accuracy")
 
 
 def retrain(
@@ -31,14 +39,20 @@ def retrain(
     Returns:
         One array a trial, (n_seeds, n_test, C) float32 test logits.
     """
-    n = len(data.rows("train"))
-    wanted = []
-    for trial in trials:
-        keep = np.ones((len(seeds), n), dtype=bool)
+    wanted = [_series(trial, seeds, data.labels("train")) for trial in trials]
+    return retrained_logits(config, data, wanted, "test", work, "ablation")
+
+
+def _series(trial: Trial, seeds: list[int], labels: np.ndarray) -> Series:
+    keep = np.ones((len(seeds), len(labels)), dtype=bool)
+    if trial.new_labels is None:
         for row, removed in zip(keep, trial.removed, strict=True):
             row[removed] = False
-        wanted.append(Series(trial.name, seeds, keep))
-    return retrained_logits(config, data, wanted, "test", work, "ablation")
+        return Series(trial.name, seeds, keep)
+    changed = np.tile(labels, (len(seeds), 1))
+    for row, positions, new in zip(changed, trial.removed, trial.new_labels, strict=True):
+        row[positions] = new
+    return Series(trial.name, seeds, keep, changed)
 
 
 @dataclass
@@ -49,47 +63,66 @@ class Outcome:
         per_seed: metric name to (n_seeds,) test values.
         mean: metric name to the mean over seeds.
         versus: 'random' or 'none' to metric name to the paired difference from that trial (for
-            'random': the random trial of the same size).
-        holm: 'random' or 'none' to the p-value of the accuracy difference, adjusted over all
-            trials that are compared with it.
+            'random': the random trial of the same size and action).
+        bootstrap: likewise, of the JUDGED metrics, the bootstrap interval of that difference.
+        detectable: likewise, the smallest difference found with 80 % power, unadjusted.
+        holm: likewise, the p-value adjusted over all trials that are compared with it.
     """
 
     trial: Trial
     per_seed: dict[str, np.ndarray]
     mean: dict[str, Estimate] = field(default_factory=dict)
     versus: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    holm: dict[str, float] = field(default_factory=dict)
+    bootstrap: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    detectable: dict[str, dict[str, float]] = field(default_factory=dict)
+    holm: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> list[str]:
+        return [name for name in JUDGED if name in self.per_seed]
+
+    def against(self, control: Outcome, name: str) -> None:
+        """Compare with a control, seed by seed."""
+        pairs = {metric: (v, control.per_seed[metric]) for metric, v in self.per_seed.items()}
+        self.versus[name] = {metric: paired_difference(*pair) for metric, pair in pairs.items()}
+        judged = {metric: np.subtract(*pairs[metric]) for metric in self.judged}
+        self.bootstrap[name] = {metric: bootstrap_interval(d) for metric, d in judged.items()}
+        self.detectable[name] = {
+            metric: detectable_effect(float(d.std(ddof=1)), len(d)) for metric, d in judged.items()
+        }
 
 
 def compare(
-    trials: Sequence[Trial], test_logits: Sequence[np.ndarray], test_labels: np.ndarray
+    trials: Sequence[Trial],
+    test_logits: Sequence[np.ndarray],
+    test_labels: np.ndarray,
+    test_groups: np.ndarray | None = None,
 ) -> list[Outcome]:
     """Paired comparison of every trial with no removal and with random removal of the same size.
 
     Args:
         test_logits: one array a trial, (n_seeds, n_test, C); seeds in the same order.
+        test_groups: (n_test,) whole numbers, where the worst group's accuracy is asked for.
     """
     outcomes = [
-        Outcome(trial, _per_seed(logits, test_labels))
+        Outcome(trial, _per_seed(logits, test_labels, test_groups))
         for trial, logits in zip(trials, test_logits, strict=True)
     ]
     none = next(o for o in outcomes if o.trial.arm == "none")
-    random = {_size(o): o for o in outcomes if o.trial.arm == "random"}
+    random = {_choice(o): o for o in outcomes if o.trial.arm == "random"}
     for outcome in outcomes:
         outcome.mean = {name: mean_estimate(v) for name, v in outcome.per_seed.items()}
         if not _size(outcome):
             continue
-        for name, control in (("none", none), ("random", random[_size(outcome)])):
+        for name, control in (("none", none), ("random", random[_choice(outcome)])):
             if outcome.trial.arm != name:
-                outcome.versus[name] = {
-                    metric: paired_difference(outcome.per_seed[metric], control.per_seed[metric])
-                    for metric in METRICS
-                }
+                outcome.against(control, name)
     for name in CONTROLS:
         family = [o for o in outcomes if name in o.versus]
-        adjusted = holm([o.versus[name]["accuracy"].p for o in family])
-        for outcome, p in zip(family, adjusted, strict=True):
-            outcome.holm[name] = p
+        for metric in outcomes[0].judged:
+            adjusted = holm([o.versus[name][metric].p for o in family])
+            for outcome, p in zip(family, adjusted, strict=True):
+                outcome.holm.setdefault(name, {})[metric] = p
     return outcomes
 
 
@@ -97,9 +130,15 @@ def _size(outcome: Outcome) -> int:
     return len(outcome.trial.removed[0])
 
 
-def _per_seed(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    rows = [classification_metrics(each, labels) for each in logits]
-    return {name: np.array([row[name] for row in rows]) for name in METRICS}
+def _choice(outcome: Outcome) -> tuple[int, str]:
+    return _size(outcome), outcome.trial.action
+
+
+def _per_seed(
+    logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    rows = [classification_metrics(each, labels, groups=groups) for each in logits]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def summary_metrics(outcome: Outcome) -> dict[str, float]:
@@ -110,12 +149,21 @@ def summary_metrics(outcome: Outcome) -> dict[str, float]:
     for control, differences in outcome.versus.items():
         for metric, estimate in differences.items():
             figures |= _named(f"{metric}_vs_{control}", estimate)
-        figures[f"accuracy_vs_{control}_p"] = differences["accuracy"].p
-        figures[f"accuracy_vs_{control}_p_holm"] = outcome.holm[control]
+        for metric in outcome.judged:
+            name = f"{metric}_vs_{control}"
+            low, high = outcome.bootstrap[control][metric]
+            figures |= {
+                f"{name}_p": differences[metric].p,
+                f"{name}_p_holm": outcome.holm[control][metric],
+                f"{name}_bootstrap_low": low,
+                f"{name}_bootstrap_high": high,
+                f"{name}_detectable": outcome.detectable[control][metric],
+            }
     return figures
 
 
 _NOTHING = Estimate(np.nan, np.nan, np.nan, np.nan)
+_JUDGEMENTS = ("p", "p_holm", "bootstrap_low", "bootstrap_high", "detectable")
 
 
 def _named(name: str, estimate: Estimate, mean_suffix: str = "") -> dict[str, float]:
@@ -127,12 +175,13 @@ def _named(name: str, estimate: Estimate, mean_suffix: str = "") -> dict[str, fl
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """One row a trial: arm, frac, n_removed and every summary metric, NaN where none applies."""
+    """One row a trial: arm, frac, action, n_removed, every summary metric, NaN where none applies."""
     table = pd.DataFrame(
         [
             {
                 "arm": o.trial.arm,
                 "frac": round(o.trial.frac, 6),
+                "action": o.trial.action,
                 "n_removed": _size(o),
                 "n_seeds": len(o.trial.removed),
                 **summary_metrics(o),
@@ -141,13 +190,14 @@ def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
         ]
     )
     # Every column, also where nothing but baselines is compared.
-    differences = [_named(f"{m}_vs_{c}", _NOTHING) for c in CONTROLS for m in METRICS]
-    p_values = [f"accuracy_vs_{c}_p{kind}" for c in CONTROLS for kind in ("", "_holm")]
-    columns = dict.fromkeys([*table, *(name for d in differences for name in d), *p_values])
+    metrics, judged = list(outcomes[0].per_seed), outcomes[0].judged
+    differences = [_named(f"{m}_vs_{c}", _NOTHING) for c in CONTROLS for m in metrics]
+    judgements = [f"{m}_vs_{c}_{kind}" for c in CONTROLS for m in judged for kind in _JUDGEMENTS]
+    columns = dict.fromkeys([*table, *(name for d in differences for name in d), *judgements])
     return table.reindex(columns=list(columns))
 
 
-def verdict(row: pd.Series) -> str:
+def verdict(row: pd.Series, metric: str = "accuracy") -> str:
     """What a row's interval against random removal of the same size allows to say.
 
     An interval that excludes zero is not enough where many arms are compared: the p-value has to
@@ -157,9 +207,9 @@ def verdict(row: pd.Series) -> str:
         return "baseline"
     if not row["n_removed"]:
         return "removes nothing"
-    low, high = row["accuracy_vs_random_ci_low"], row["accuracy_vs_random_ci_high"]
+    low, high = row[f"{metric}_vs_random_ci_low"], row[f"{metric}_vs_random_ci_high"]
     if low <= 0 <= high:
         return "indistinguishable from random"
-    if row["accuracy_vs_random_p_holm"] >= 0.05:
+    if row[f"{metric}_vs_random_p_holm"] >= 0.05:
         return "not significant after Holm"
     return "better than random" if low > 0 else "worse than random"

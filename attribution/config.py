@@ -42,7 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "subset_fraction": 0.5,
         "precision": "float32",
         "feature_precision": "float32",
-        "proj_dim": 512,
+        "proj_dim": 256,
+        "num_blocks": 10,
         "lambda_reg": 0.1,
     },
     "food101": {
@@ -61,7 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "subset_fraction": 0.5,
         "precision": "auto",
         "feature_precision": "auto",
-        "proj_dim": 2048,
+        "proj_dim": 512,
+        "num_blocks": 10,
         "lambda_reg": 1.0,
     },
     "images": {
@@ -79,7 +81,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "subset_fraction": 0.5,
         "precision": "auto",
         "feature_precision": "auto",
-        "proj_dim": 1024,
+        "proj_dim": 256,
+        "num_blocks": 10,
         "lambda_reg": 1.0,
     },
 }
@@ -108,6 +111,8 @@ class Config:
     classes: str = option("data", "comma list of the class names to keep; empty keeps all")
     image_size: int = option("data", "side in pixels that every image is resized and cropped to", at_least=1, at_most=4096)
     label_noise: float = option("data", "share of training labels flipped on purpose, and recorded", at_least=0, below=1)
+    noise_kind: str = option("data", "flips go to any other class alike, or all to the next one in the list", "uniform", choices=("uniform", "pair"))
+    shortcut: str = option("data", "patch paints a coloured square on 95 % of the first class's training images, 5 % of the others', and half of all validation and test images", "none", choices=("none", "patch"))
     data_seed: int = option("data", "seed of the splits and of the planted noise", 0, at_least=0)
     image_column: str = option("data", "column of the Hub data set that holds the image; empty finds it", "")
     label_column: str = option("data", "column of the Hub data set that holds the label; empty finds it", "")
@@ -125,16 +130,18 @@ class Config:
     subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn per checkpoint", above=0, at_most=1)
     seed: int = option("training", "root of every seed beside data_seed", 0, at_least=0)
     finetune_run_id: str = option("lineage", "score the checkpoints of this run; empty finds or makes it", "")
-    proj_dim: int = option("trak", "length k of the projected gradient", at_least=1)
+    proj_dim: int = option("trak", "length k of a block's projected gradient", at_least=1)
+    num_blocks: int = option("trak", "layers are dealt, in order, into so many blocks, each with a projection and a Gram matrix of its own; 1 is TRAK as published, and all that projector=normal has", at_least=1)
     projector: str = option("trak", "ours, or traker's vmap gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
     feature_precision: str = option("trak", "of the gradients' forward and backward pass (sums and sketches are float32); auto as above", choices=("auto", "float32", "bfloat16"))
     lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the features' Gram matrix", at_least=0)
     loss_gradient_weight: str = option("trak", "multiply row i of the scores by the mean of 1 - p over checkpoints (mean) or not (none)", "mean", choices=("mean", "none"))
     trak_run_id: str = option("lineage", "take scores from this run; empty finds or makes it", "")
     frac: str = option("ablation", "share of the training set to remove: one value or a comma list", "0.05")
-    arms: str = option("ablation", "comma list of removal strategies", "none,random,helpful,harmful,negative,loss")
+    arms: str = option("ablation", "comma list of removal strategies (docs/results.md describes them)", "none,random,helpful,harmful,negative,loss")
+    action: str = option("ablation", "what is done with the examples that an arm chooses; relabel gives them the ensemble's out-of-sample prediction, both does each", "remove", choices=("remove", "relabel", "both"))
     num_seeds: int = option("ablation", "paired retrainings of every arm", 10, at_least=2)
-    groups: str = option("ablation", "what makes targets a group: label, or a column of the targets table", "label")
+    groups: str = option("ablation", "what makes targets a group: label, a column of the data (of a Hub-format data set; group with shortcut=patch), or auto (each label in two, by its scores)", "label")
     group_weights: str = option("ablation", "how much a group counts in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
     device: str = option("execution", "auto, cpu, or cuda", "auto")
     jobs: int = option("execution", "tasks at a time; 0 is one a core (one on a GPU), with ray all that the cluster has room for", 0, at_least=0)

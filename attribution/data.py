@@ -1,4 +1,4 @@
-"""The data of an experiment: labelled images in three disjoint splits, with planted label noise."""
+"""The data of an experiment: labelled images in three disjoint splits, with planted noise or shortcut."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ import pandas as pd
 
 from attribution.config import Config, nearest
 from attribution.errors import InputError
-from attribution.pixels import RECIPE, cached_pixels, open_pixels, short_hash, writing
+from attribution.pixels import (
+    RECIPE,
+    cached_pixels,
+    open_pixels,
+    painted_pixels,
+    short_hash,
+    writing,
+)
 from attribution.sources import VALIDATION_NAMES, Source, chunks, content_digest, find_source
 
 SPLITS = ("train", "validation", "test")
 CARVED_SHARE = 0.2
+PATCH_SHARE = {"first class": 0.95, "others": 0.05, "held out": 0.5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +35,9 @@ class ImageData:
     Attributes:
         pixels_file: .npy of uint8 (n, size, size, 3), on the disk of the process that loaded it.
         class_names: position is the label.
-        examples: example_id, file_name, split, label, label_name, true_label, is_flipped.
+        examples: example_id, file_name, split, label, label_name, true_label, is_flipped; with a
+            shortcut also has_patch and group (label and patch); and the column of the data set that
+            `groups` names, where it has that.
         fingerprint: hash of content, labels after planting, splits, class names and image size.
         skipped: names of the files left out because they cannot be decoded.
         dropped_duplicates: copies left out because the same image lies in an official part.
@@ -90,9 +100,17 @@ def load_data(config: Config) -> ImageData:
     table["split"] = _carve(table, config.data_seed)
     _check_splits(table, names, config)
     examples = _plant_noise(table, names, config)
+    if config.shortcut == "patch":
+        examples = _plant_patch(examples, config.data_seed)
+        file = painted_pixels(file, examples["has_patch"].to_numpy(), cache)
+    values = source.column(config.groups)
+    if config.groups not in examples and values is not None:
+        examples[config.groups] = np.array(values, object)[table["row"]]
+    planted = [] if config.shortcut == "none" else [str(list(examples["has_patch"]))]
     fingerprint = short_hash(
         [RECIPE, str(config.image_size), json.dumps(names), *table["digest"]]
         + [f"{label} {split}" for label, split in zip(examples["label"], examples["split"])]
+        + planted
     )
     return ImageData(file, tuple(names), examples, fingerprint, skipped, dropped)
 
@@ -220,13 +238,17 @@ def _check_splits(table: pd.DataFrame, names: list[str], config: Config) -> None
 
 
 def _plant_noise(table: pd.DataFrame, names: list[str], config: Config) -> pd.DataFrame:
-    """The public columns, with round(label_noise * n_train) training labels made wrong."""
+    """The public columns, with round(label_noise * n_train) training labels made wrong.
+
+    To any other class alike, or (noise_kind=pair: Han et al. 2018, "Co-teaching") to the next.
+    """
     true_label = table["label"].to_numpy(np.int64)
     train = np.flatnonzero(table["split"] == "train")
     generator = np.random.default_rng(config.data_seed)
     flipped = generator.choice(train, round(config.label_noise * len(train)), replace=False)
     label = true_label.copy()
-    label[flipped] += generator.integers(1, len(names), len(flipped))
+    last = len(names) if config.noise_kind == "uniform" else 2
+    label[flipped] += generator.integers(1, last, len(flipped))
     label %= len(names)
     copy = table.groupby("digest").cumcount()
     return pd.DataFrame(
@@ -240,3 +262,18 @@ def _plant_noise(table: pd.DataFrame, names: list[str], config: Config) -> pd.Da
             "is_flipped": label != true_label,
         }
     )
+
+
+def _plant_patch(examples: pd.DataFrame, data_seed: int) -> pd.DataFrame:
+    """Columns has_patch and group: a shortcut to the first class that held-out images do not keep.
+
+    Drawn within each true class and split, in exact shares.
+    """
+    generator = np.random.default_rng([data_seed, 1])
+    has_patch = np.zeros(len(examples), dtype=bool)
+    for (split, true_label), rows in examples.groupby(["split", "true_label"]).indices.items():
+        kind = "first class" if true_label == 0 else "others"
+        share = PATCH_SHARE[kind if split == "train" else "held out"]
+        has_patch[generator.choice(rows, round(share * len(rows)), replace=False)] = True
+    names = np.where(has_patch, "with patch", "without patch")
+    return examples.assign(has_patch=has_patch, group=examples["label_name"] + ", " + names)

@@ -142,10 +142,26 @@ class Ensemble:
         rank examples by how often they happened to be left out.
         """
         each = np.stack([losses(logits, labels) for logits in self.train_logits])
+        counted = self._counted()
+        return np.where(counted, each, 0).sum(axis=0) / counted.sum(axis=0)
+
+    def train_probabilities(self) -> np.ndarray:
+        """Mean probabilities of each training example, (n_train, C), of the same checkpoints."""
+        from scipy.special import softmax
+
+        counted = self._counted()
+        total = sum(
+            softmax(logits.astype(np.float64), axis=1) * used[:, None]
+            for logits, used in zip(self.train_logits, counted, strict=True)
+        )
+        return total / counted.sum(axis=0)[:, None]
+
+    def _counted(self) -> np.ndarray:
+        """Which checkpoints speak of each training example, (M, n_train) bool."""
         counted = ~self.masks if self.is_out_of_sample else self.masks
         if not counted.any(axis=0).all():  # seen by all, or by none: too few checkpoints
             counted = np.ones_like(self.masks)
-        return np.where(counted, each, 0).sum(axis=0) / counted.sum(axis=0)
+        return counted
 
     def validation_loss(self, labels: np.ndarray) -> np.ndarray:
         """Mean loss in nats of each target over the checkpoints, (n_validation,)."""
@@ -158,6 +174,20 @@ class Ensemble:
         mean = {f"validation_{k}_mean": float(np.mean([m[k] for m in each])) for k in each[0]}
         joint = classification_metrics(_mean_log_probability(self.validation_logits), labels)
         return mean | {f"ensemble_validation_{k}": v for k, v in joint.items()}
+
+
+def label_quality(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """cleanlab's label quality, (n,) in [0, 1], low = suspect (Northcutt et al. 2021).
+
+    By self-confidence, its default: subtracting class thresholds first made it worse on Food-101
+    with planted flips (AUROC .916 in place of .949).
+
+    Args:
+        probabilities: (n, C), out of sample.
+    """
+    from cleanlab.rank import get_label_quality_scores
+
+    return get_label_quality_scores(labels, probabilities, method="self_confidence")
 
 
 def _mean_log_probability(logits: np.ndarray) -> np.ndarray:

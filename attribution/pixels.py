@@ -68,6 +68,37 @@ def cached_pixels(
     return folder / "pixels.npy", bad
 
 
+PATCH_COLOUR = (255, 0, 255)
+
+
+def painted_pixels(file: Path, has_patch: np.ndarray, cache: Path) -> Path:
+    """A copy of cached pixels with a coloured square on some images, made once.
+
+    The square's side is a sixth of the image's, as is its distance from the upper left corner.
+
+    Args:
+        has_patch: (n,) bool, which images get it.
+    """
+    key = short_hash([RECIPE, "patch", file.parent.name, has_patch.tobytes().hex()])
+    folder = cache / "pixels" / key
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            shutil.copyfile(file, new / "pixels.npy")
+            pixels = np.load(new / "pixels.npy", mmap_mode="r+")
+            side = max(2, pixels.shape[1] // 6)
+            for row in np.flatnonzero(has_patch):
+                pixels[row, side : 2 * side, side : 2 * side] = PATCH_COLOUR
+            pixels.flush()
+            try:
+                os.replace(new, folder)
+            except OSError:  # fine if another process was faster
+                if not folder.exists():
+                    raise
+    return folder / "pixels.npy"
+
+
 def _read_cache(folder: Path, table: pd.DataFrame, size: int) -> set[str] | None:
     """Digests that were skipped when the cache was built; None if it has to be built."""
     try:

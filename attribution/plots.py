@@ -106,7 +106,7 @@ def removed_gallery(
 
 def comparison(table: pd.DataFrame, path: Path) -> None:
     """Left: mean test accuracy of each trial. Right: its paired difference from random removal."""
-    names = [r.arm if r.arm == "none" else f"{r.arm} {r.frac:.3g}" for r in table.itertuples()]
+    names = [_trial_name(row) for row in table.itertuples()]
     y = np.arange(len(table))[::-1]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 1.2 + 0.38 * len(table)), sharey=True, constrained_layout=True
@@ -117,6 +117,34 @@ def comparison(table: pd.DataFrame, path: Path) -> None:
     left.set_yticks(y, [_plain(name) for name in names])
     left.set(xlabel="test accuracy (mean, 95 % interval over seeds)")
     right.set(xlabel="difference from random removal of as many (paired, 95 %)")
+    _save(figure, path)
+
+
+def _trial_name(row) -> str:
+    relabelled = " relabelled" * (row.action == "relabel")
+    return row.arm if row.arm == "none" else f"{row.arm} {row.frac:.3g}{relabelled}"
+
+
+def removal_curves(table: pd.DataFrame, path: Path) -> None:
+    """Mean test accuracy of each arm by the share that it acts on, with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    none = table[table["arm"] == "none"].iloc[0]
+    axes.axhline(none["accuracy_mean"], color=NEUTRAL, linewidth=0.8, label="none")
+    axes.axhspan(none["accuracy_ci_low"], none["accuracy_ci_high"], color=NEUTRAL, alpha=0.12)
+    colours = plt.get_cmap("tab20").colors
+    acted = table[table["n_removed"] > 0]
+    for i, ((arm, action), rows) in enumerate(acted.groupby(["arm", "action"], sort=False)):
+        rows = rows.sort_values("frac")
+        mean = rows["accuracy_mean"]
+        errors = mean - rows["accuracy_ci_low"], rows["accuracy_ci_high"] - mean
+        label = arm + " relabelled" * (action == "relabel")
+        axes.errorbar(
+            100 * rows["frac"], mean, errors, marker="o", markersize=4, capsize=2, linewidth=1.2,
+            color=colours[i % len(colours)], linestyle="--" if action == "relabel" else "-",
+            label=label,
+        )  # fmt: skip
+    axes.set(xlabel="% of the training set acted on", ylabel="test accuracy (mean, 95 % interval)")
+    axes.legend(fontsize=7, ncols=2)
     _save(figure, path)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,12 +16,20 @@ from attribution.errors import InputError
 class Evidence:
     """What an arm may look at; arrays are (n_train,), in order of position.
 
-    Nothing here comes from the test split.
+    Nothing here comes from the test split. An arm that needs what is None is refused by name.
     """
 
     labels: np.ndarray
     alignment: np.ndarray  # positive = helpful
     loss: np.ndarray  # ensemble loss in nats, out of sample where the masks allow
+    label_quality: np.ndarray | None = None  # cleanlab's, low = suspect
+    self_influence: np.ndarray | None = None
+    predicted: np.ndarray | None = None  # label that the ensemble predicts, out of sample likewise
+    groups: np.ndarray | None = (
+        None  # group of each example, where groups are not found from scores
+    )
+    is_flipped: np.ndarray | None = None  # where labels were flipped on purpose
+    true_labels: np.ndarray | None = None
 
 
 Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
@@ -29,6 +37,11 @@ Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
 
 def _lowest(values: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(values, kind="stable")[:count]
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    """Place of each value among all, 0 the lowest; equal ones in order."""
+    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
 
 
 def none(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -41,13 +54,24 @@ def random(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarr
     return rng.choice(len(evidence.labels), count, replace=False)
 
 
+def random_matched(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Random, with as many of each class as `harmful` takes: what its class balance alone does."""
+    wanted = np.bincount(evidence.labels[harmful(evidence, count, rng)])
+    return np.concatenate(
+        [
+            rng.choice(np.flatnonzero(evidence.labels == label), number, replace=False)
+            for label, number in enumerate(wanted)
+        ]
+    )
+
+
 def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """Highest alignment: removing these should hurt."""
     return np.argsort(evidence.alignment, kind="stable")[::-1][:count]
 
 
 def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Lowest alignment: removing these should help."""
+    """Lowest alignment: removing these should help. With groups it is D3M (Jain et al. 2024)."""
     return _lowest(evidence.alignment, count)
 
 
@@ -61,21 +85,79 @@ def loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray
     return _lowest(-evidence.loss, count)
 
 
-ARMS: dict[str, Arm] = {f.__name__: f for f in (none, random, helpful, harmful, negative, loss)}
-FRAC_FREE = ("none", "negative")  # their size does not depend on frac
+def confident(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Lowest label quality by confident learning (cleanlab; Northcutt et al. 2021)."""
+    return _lowest(evidence.label_quality, count)
+
+
+def self_influence(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Highest influence on itself: memorised examples (Feldman and Zhang 2020 use it so)."""
+    return _lowest(-evidence.self_influence, count)
+
+
+def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Both harmful and of high loss: the `count` that come first in both orders."""
+    return _lowest(np.maximum(_rank(evidence.alignment), _rank(-evidence.loss)), count)
+
+
+def majority(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """At random from the largest group alone, of those of its label or column."""
+    largest = np.flatnonzero(evidence.groups == np.bincount(evidence.groups).argmax())
+    return rng.choice(largest, min(count, len(largest)), replace=False)
+
+
+def balanced(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """At random, one by one from the group that is then largest: balances the groups."""
+    shuffled = rng.permutation(len(evidence.groups))
+    # An example goes when its group has shrunk to its place in it: the largest places go first.
+    place = np.empty(len(shuffled), dtype=np.int64)
+    for group in np.unique(evidence.groups):
+        rows = shuffled[evidence.groups[shuffled] == group]
+        place[rows] = np.arange(len(rows))
+    return shuffled[np.argsort(-place[shuffled], kind="stable")][:count]
+
+
+def oracle(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Exactly the labels that were flipped on purpose: the ceiling. frac does not apply."""
+    return np.flatnonzero(evidence.is_flipped)
+
+
+ARMS: dict[str, Arm] = {
+    f.__name__: f
+    for f in (
+        none, random, random_matched, helpful, harmful, negative, loss, confident, self_influence,
+        harmful_loss, majority, balanced, oracle,
+    )
+}  # fmt: skip
+FRAC_FREE = ("none", "negative", "oracle")  # their size does not depend on frac
+NEEDS = {
+    "majority": ("groups", "groups=auto has none for training examples; use label or a column"),
+    "balanced": ("groups", "groups=auto has none for training examples; use label or a column"),
+    "oracle": ("is_flipped", "no label was flipped on purpose; use label_noise above 0"),
+}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One (arm, frac) of the comparison, with what it removes under each seed."""
+    """One (arm, frac, action) of the comparison, with what it removes under each seed.
+
+    With the action 'relabel' the examples stay, under `new_labels`.
+    """
 
     arm: str
     frac: float  # as asked for; the share removed where the arm decides it
     removed: tuple[np.ndarray, ...]  # one array of training positions a seed, ascending
+    new_labels: tuple[np.ndarray, ...] | None = None  # of those positions
+
+    @property
+    def action(self) -> str:
+        return "remove" if self.new_labels is None else "relabel"
 
     @property
     def name(self) -> str:
-        return self.arm if self.arm == "none" else f"{self.arm} {self.frac:.3g}"
+        if self.arm == "none":
+            return self.arm
+        return f"{self.arm} {self.frac:.3g}" + " relabelled" * (self.new_labels is not None)
 
 
 def check_arms(arms: list[str]) -> None:
@@ -90,17 +172,26 @@ def check_arms(arms: list[str]) -> None:
 
 
 def plan_trials(
-    arms: list[str], fracs: list[float], evidence: Evidence, seeds: list[int]
+    arms: list[str],
+    fracs: list[float],
+    evidence: Evidence,
+    seeds: list[int],
+    actions: Sequence[str] = ("remove",),
 ) -> list[Trial]:
-    """Every (arm, frac) to retrain, each beside `none` and a `random` of its own size.
+    """Every (arm, frac, action) to retrain, each beside `none` and a `random` of its size and action.
 
     `none` and `random` are added where they are not named: without them no difference could be
     told from chance. An arm whose size does not depend on frac appears once, at its own share.
 
     Raises:
-        InputError: an unknown arm, or a removal that empties a class or removes nothing.
+        InputError: an unknown arm, one that lacks its evidence, or a removal that empties a class
+            or removes nothing.
     """
     check_arms(arms)
+    for arm in arms:
+        field, reason = NEEDS.get(arm, ("labels", ""))
+        if getattr(evidence, field) is None:
+            raise InputError(f"arms={arm}: {reason}, or leave out the arm")
     n = len(evidence.labels)
     shares = {round(frac * n): frac for frac in sorted(fracs)}  # how many, as it was asked for
     if min(shares) < 1:
@@ -115,10 +206,13 @@ def plan_trials(
             trials.append(trial)
             if len(trial.removed[0]):
                 controls.setdefault(len(trial.removed[0]), trial.frac)
-    random_trials = [
-        _trial("random", count, controls[count], evidence, seeds) for count in sorted(controls)
+    chosen = [
+        *(_trial("random", count, controls[count], evidence, seeds) for count in sorted(controls)),
+        *trials,
     ]
-    trials = [_trial("none", 0, None, evidence, seeds), *random_trials, *trials]
+    trials = [_trial("none", 0, None, evidence, seeds)]
+    for action in actions:
+        trials += chosen if action == "remove" else [_relabelled(t, evidence) for t in chosen]
     for trial in trials:
         _check_classes(trial, evidence.labels)
     return trials
@@ -132,16 +226,27 @@ def _trial(arm: str, count: int, frac: float | None, evidence: Evidence, seeds: 
     return Trial(arm, share if frac is None else frac, removed)
 
 
+def _relabelled(trial: Trial, evidence: Evidence) -> Trial:
+    """The same choice with another action: to be seen with the label that the ensemble predicts.
+
+    The oracle knows the true one.
+    """
+    labels = evidence.true_labels if trial.arm == "oracle" else evidence.predicted
+    return replace(trial, new_labels=tuple(labels[removed] for removed in trial.removed))
+
+
 def _check_classes(trial: Trial, labels: np.ndarray) -> None:
     before = np.bincount(labels)
-    for removed in trial.removed:
+    for s, removed in enumerate(trial.removed):
         left = before - np.bincount(labels[removed], minlength=len(before))
+        if trial.new_labels is not None:
+            left = left + np.bincount(trial.new_labels[s], minlength=len(before))[: len(before)]
         emptied = np.flatnonzero((left == 0) & (before > 0))
         if len(emptied):
             label = int(emptied[0])
             raise InputError(
-                f"frac={trial.frac:.3g}: arm {trial.arm} would remove all {before[label]} training "
-                f"examples of class {label}; use a smaller frac or leave out the arm"
+                f"frac={trial.frac:.3g}: arm {trial.arm} would {trial.action} all {before[label]} "
+                f"training examples of class {label}; use a smaller frac or leave out the arm"
             )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from attribution.comparison import verdict
+from attribution.comparison import JUDGED, verdict
+from attribution.statistics import detectable_effect, seeds_needed
 
 
 def print_comparison(table: pd.DataFrame) -> None:
@@ -13,34 +14,65 @@ def print_comparison(table: pd.DataFrame) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    seeds = int(table["n_seeds"].iloc[0])
-    shown = Table(
-        title=f"Test accuracy over {seeds} paired seeds, 95 % intervals",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-    )
-    for column in ("arm", "frac", "removed", "accuracy", "vs random", "p (Holm)", ""):
-        side = "left" if column in ("arm", "") else "right"
-        shown.add_column(column, justify=side, no_wrap=bool(column))
-    for _, row in table.iterrows():
-        shown.add_row(*_cells(row))
     # A fixed width where there is no terminal, so that a log or a pipe gets whole lines.
     console = Console()
-    Console(width=max(console.width, 120) if not console.is_terminal else None).print(shown)
+    console = Console(width=None if console.is_terminal else max(console.width, 134))
+    seeds = int(table["n_seeds"].iloc[0])
+    for metric in JUDGED:
+        if f"{metric}_mean" not in table:
+            continue
+        name = metric.replace("_", " ")
+        shown = Table(
+            title=f"Test {name} over {seeds} paired seeds, 95 % intervals",
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+        )
+        for column in ("arm", "frac", "removed", name, "vs random", "p (Holm)", ""):
+            side = "left" if column in ("arm", "") else "right"
+            shown.add_column(column, justify=side, no_wrap=bool(column))
+        for _, row in table.iterrows():
+            shown.add_row(*_cells(row, metric))
+        console.print(shown)
+    console.print(power(table), soft_wrap=True, highlight=False)
 
 
-def _cells(row: pd.Series) -> list[str]:
-    compared = pd.notna(row["accuracy_vs_random"])
+def power(table: pd.DataFrame) -> str:
+    """What the run could have seen, and how many seeds its largest and smallest differences need."""
+    rows = table[table["accuracy_vs_random"].notna()]
+    if rows.empty:
+        return ""
+    seeds = int(table["n_seeds"].iloc[0])
+    detectable = rows["accuracy_vs_random_detectable"]
+    text = (
+        f"With {seeds} seeds a difference from random of {detectable.median():.4f} (median over arms; "
+        f"{detectable.min():.4f} to {detectable.max():.4f}) is found with 80 % power, before Holm."
+    )
+    unclear = [row for _, row in rows.iterrows() if verdict(row) == "indistinguishable from random"]
+    if unclear:
+        row = max(unclear, key=lambda row: abs(row["accuracy_vs_random"]))
+        effect, spread = (
+            row["accuracy_vs_random"],
+            detectable[row.name] / detectable_effect(1, seeds),
+        )
+        if effect and spread:
+            text += (
+                f" Were {effect:+.4f} of {row['arm']} {row['frac']:.3g} its true effect, "
+                f"{seeds_needed(effect, spread)} seeds would show it."
+            )
+    return text
+
+
+def _cells(row: pd.Series, metric: str) -> list[str]:
+    versus = f"{metric}_vs_random"
+    compared = pd.notna(row[versus])
     return [
-        str(row["arm"]),
+        str(row["arm"]) + " relabelled" * (row["action"] == "relabel"),
         f"{100 * row['frac']:.3g} %",
         str(int(row["n_removed"])),
-        f"{row['accuracy_mean']:.4f} {_half_width(row, 'accuracy')}",
-        f"{row['accuracy_vs_random']:+.4f} {_half_width(row, 'accuracy_vs_random')}"
-        if compared
-        else "",
-        f"{row['accuracy_vs_random_p_holm']:.2g}" if compared else "",
-        verdict(row),
+        f"{row[f'{metric}_mean']:.4f} {_half_width(row, metric)}",
+        f"{row[versus]:+.4f} {_half_width(row, versus)}" if compared else "",
+        f"{row[f'{versus}_p_holm']:.2g}" if compared else "",
+        verdict(row, metric),
     ]
 
 

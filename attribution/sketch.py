@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +21,32 @@ WAVE_SCRATCH = 2**18
 
 @dataclass
 class _Sums:
-    """What the layers add to: cells (B, k), and their Fourier transform (B, k // 2 + 1)."""
+    """What the layers of each block add to: cells (B, blocks, k), and their Fourier transform."""
 
     cells: Tensor
     waves: Tensor
+    blocks: dict[str, int]  # of a parameter
+
+    def of(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Cells (B, k) and waves (B, k // 2 + 1) of a layer's block."""
+        block = self.blocks[next(iter(call.names.values()))]
+        return self.cells[:, block], self.waves[:, block]
+
+
+def dealt(shapes: Mapping[str, Sequence[int]], num_blocks: int) -> dict[str, int]:
+    """The block of each parameter: matrices dealt in order, vectors go with the one before them.
+
+    Args:
+        shapes: of a model's parameters by name, in the order of named_parameters().
+        num_blocks: fewer where there are fewer matrices.
+    """
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+    shares = np.array_split(np.arange(len(matrices)), min(num_blocks, max(1, len(matrices))))
+    of_matrix = {matrices[i]: block for block, share in enumerate(shares) for i in share}
+    blocks, current = {}, 0
+    for name in shapes:
+        current = blocks[name] = of_matrix.get(name, current)
+    return blocks
 
 
 @dataclass
@@ -54,54 +77,69 @@ class Sketch:
     themselves, so the variance stays near that of dense random signs.
     The map depends on (seed, k, parameter names and shapes) alone; the route, on the layer's
     shape alone.
+
+    With several blocks, each block of layers has k cells of its own: the features are those of
+    the blocks side by side, and added up they are what one block would have.
     """
 
     def __init__(
-        self, proj_dim: int, seed: int | str = 0, dtype: torch.dtype = torch.float32
+        self,
+        proj_dim: int,
+        seed: int | str = 0,
+        dtype: torch.dtype = torch.float32,
+        num_blocks: int = 1,
     ) -> None:
         if proj_dim < 1:
             raise InputError(f"proj_dim is {proj_dim}; it must be at least 1")
         self.proj_dim, self.seed, self.dtype = proj_dim, seed, dtype
+        self.num_blocks = num_blocks
         self._tables: dict[tuple, object] = {}
 
     def features(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sketch of each sample's gradient, (B, proj_dim) in `dtype`, and its margin, (B,).
+        """Sketch of each sample's gradient, (B, blocks x proj_dim) in `dtype`, and margin, (B,).
 
         Layers are sketched while the backward pass is under way, so that no gradient, and no
         more of the activations than a training step needs, is ever held.
         """
-        sums = self._start(len(images), next(model.parameters()))
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        sums = self._start(len(images), next(model.parameters()), shapes)
         captured = capture(model, images, labels, lambda call: self._add(call, sums))
         return self._finish(sums), captured.margins
 
     def project(self, captured: Captured) -> Tensor:
-        """Sketch of each captured sample's gradient, (B, proj_dim) in `dtype`."""
-        sums = self._start(len(captured.margins), captured.margins)
+        """Sketch of each captured sample's gradient, (B, blocks x proj_dim) in `dtype`."""
+        sums = self._start(len(captured.margins), captured.margins, captured.shapes)
         for call in captured.calls:
             self._add(call, sums)
         return self._finish(sums)
 
-    def _start(self, batch: int, like: Tensor) -> _Sums:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        cells = torch.zeros(batch, self.proj_dim, dtype=dtype, device=like.device)
-        waves = cells.new_zeros(batch, self.proj_dim // 2 + 1, dtype=dtype.to_complex())
-        return _Sums(cells, waves)
+    def _start(self, batch: int, like: Tensor, shapes: Mapping[str, Sequence[int]]) -> _Sums:
+        blocks = dealt(shapes, self.num_blocks)
+        size, dtype = (
+            (batch, 1 + max(blocks.values())),
+            torch.promote_types(like.dtype, torch.float32),
+        )
+        cells = torch.zeros(*size, self.proj_dim, dtype=dtype, device=like.device)
+        waves = cells.new_zeros(*size, self.proj_dim // 2 + 1, dtype=dtype.to_complex())
+        return _Sums(cells, waves, blocks)
 
     def _add(self, call: Call, sums: _Sums) -> None:
+        cells, waves = sums.of(call)
         for name, values in call.vectors().items():
-            self._add_vector(name, values.to(sums.cells.dtype), sums.cells)
+            self._add_vector(name, values.to(cells.dtype), cells)
         if not call.has_matrix:
             return
         name, weight = call.names["weight"], call.module.weight
-        table = self._hash(name, weight.shape, sums.cells)
+        table = self._hash(name, weight.shape, cells)
         grouped = getattr(call.module, "groups", 1) > 1
         if not grouped and self.tensorsketches(*call.shape(), call.delta.dtype):
-            self._add_waves(call, table, sums.waves)
+            self._add_waves(call, table, waves)
         else:
-            self._add_folds(call, table, sums.cells)
+            self._add_folds(call, table, cells)
 
     def _finish(self, sums: _Sums) -> Tensor:
-        return (sums.cells + torch.fft.irfft(sums.waves, n=self.proj_dim)).to(self.dtype)
+        cells = sums.cells + torch.fft.irfft(sums.waves, n=self.proj_dim)
+        return cells.flatten(1).to(self.dtype)
 
     def tensorsketches(
         self, positions: int, outputs: int, patch: int, dtype: torch.dtype = torch.float32

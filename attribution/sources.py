@@ -34,6 +34,7 @@ class Source:
     cells: Callable[[np.ndarray], list[dict[str, Any]]]  # row numbers to {"bytes", "path"}
     open: Callable[[io.BytesIO], Image.Image] = Image.open
     root: Path | None = None  # file names are told relative to it
+    column: Callable[[str], list[Any] | None] = lambda name: None  # other values of every row
 
     def name(self, cell: dict[str, Any]) -> str:
         path = cell["path"] or ""
@@ -184,12 +185,19 @@ def _from_parts(
             labels.append(ids[own[value] if own else str(value)] if known else -1)
         images.append(part.select_columns([image]).cast_column(image, datasets.Image(decode=False)))
     merged = datasets.concatenate_datasets(images).with_format("arrow")
+
+    def column(name: str) -> list[Any] | None:
+        if not all(name in part.features for part in parts.values()):
+            return None
+        return [value for part in parts.values() for value in _values(part, name)]
+
     return Source(
         names,
         np.array(labels, np.int64),
         np.repeat(np.array(list(parts), object), [len(part) for part in images]),
         lambda rows: merged[rows][image].to_pylist(),
         root=root,
+        column=column,
     )
 
 

@@ -55,6 +55,65 @@ def paired_difference(treated: np.ndarray, control: np.ndarray) -> Estimate:
     return mean_estimate(treated - control)
 
 
+def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, float]:
+    """Bias-corrected and accelerated 95 % bootstrap interval of the mean (Efron 1987), from scipy.
+
+    Args:
+        values: (n_seeds,); without spread the interval has no width.
+    """
+    from scipy import stats
+
+    values = np.asarray(values, dtype=np.float64)
+    if np.ptp(values) <= 1e-12 * max(1.0, abs(values[0])):
+        return float(values.mean()), float(values.mean())
+    found = stats.bootstrap(
+        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=draws, rng=0
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def detectable_effect(
+    spread: float, n_seeds: int, power: float = 0.8, alpha: float = 0.05
+) -> float:
+    """The smallest mean difference that a two-sided paired t test finds with this power.
+
+    Args:
+        spread: standard deviation of the paired difference over seeds.
+    """
+    from statsmodels.stats.power import TTestPower
+
+    return spread * float(TTestPower().solve_power(None, n_seeds, alpha, power))
+
+
+def seeds_needed(effect: float, spread: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """How many paired seeds a two-sided t test needs to find a mean difference with this power.
+
+    Args:
+        effect: the difference; its sign does not matter.
+        spread: standard deviation of the paired difference over seeds.
+
+    Raises:
+        ValueError: an effect of zero, which no number of seeds would show.
+    """
+    from statsmodels.stats.power import TTestPower
+
+    if effect == 0 or not np.isfinite([effect, spread]).all():
+        raise ValueError("the effect must be a finite number other than 0")
+    if spread == 0:
+        return 2
+    size, enough = abs(effect) / spread, 2
+    while TTestPower().power(size, enough, alpha) < power:
+        enough *= 2
+    low = max(2, enough // 2)
+    while low < enough:  # power rises with the number of seeds
+        middle = (low + enough) // 2
+        if TTestPower().power(size, middle, alpha) < power:
+            low = middle + 1
+        else:
+            enough = middle
+    return enough
+
+
 def holm(p_values: list[float]) -> list[float]:
     """Holm's step-down adjustment: keeps the family-wise error rate (Holm 1979)."""
     from statsmodels.stats.multitest import multipletests

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Raised whenever training, or scoring, would compute something else from the same parameters and data.
 TRAINING_VERSION = 2
-ESTIMATOR_VERSION = 2
+ESTIMATOR_VERSION = 3
 UPSTREAM = {"trak": "finetune", "ablation": "trak"}
 # A finished run without one of these has lost what it was kept for.
 NEEDED_ARTIFACTS = {
@@ -68,7 +68,10 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     if stage == "finetune":
         return digest(stage, training_key(config, data), config.group("finetune"))
     upstream = fingerprint(UPSTREAM[stage], config, data)
-    return digest(stage, ESTIMATOR_VERSION, upstream, config.group(stage))
+    settings = config.group(stage)
+    if stage == "ablation" and config.groups in data.examples:
+        settings["groups"] = [config.groups, digest(*data.examples[config.groups])]
+    return digest(stage, ESTIMATOR_VERSION, upstream, settings)
 
 
 def work_folder(config: Config, *parts: str) -> Path:
@@ -209,7 +212,7 @@ def _resolve_hardware(config: Config) -> Config:
     ):  # traker's own gradients, which know no autocast
         if config.feature_precision == "bfloat16":
             raise InputError("feature_precision=bfloat16: projector=normal is float32 only")
-        resolved["feature_precision"] = "float32"
+        resolved |= {"feature_precision": "float32", "num_blocks": 1}
     return dataclasses.replace(config, device=str(device), **resolved)
 
 

@@ -354,14 +354,24 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def classification_metrics(
-    logits: np.ndarray, labels: np.ndarray, prefix: str = ""
+    logits: np.ndarray, labels: np.ndarray, prefix: str = "", groups: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Accuracy, log-loss, mean margin and the worst class's accuracy, as plain floats."""
+    """Accuracy, log-loss, mean margin and the worst class's accuracy, as plain floats.
+
+    Args:
+        groups: (n,) whole numbers; where given, worst_group_accuracy is told too.
+    """
     correct = logits.argmax(axis=1) == labels
-    by_class = [correct[labels == c].mean() for c in np.unique(labels)]
-    return {
-        f"{prefix}accuracy": float(correct.mean()),
-        f"{prefix}log_loss": float(losses(logits, labels).mean()),
-        f"{prefix}mean_margin": float(margins(logits, labels).mean()),
-        f"{prefix}worst_class_accuracy": float(min(by_class)),
+
+    def worst(ids: np.ndarray) -> float:
+        return float(min(correct[ids == i].mean() for i in np.unique(ids)))
+
+    found = {
+        "accuracy": float(correct.mean()),
+        "log_loss": float(losses(logits, labels).mean()),
+        "mean_margin": float(margins(logits, labels).mean()),
+        "worst_class_accuracy": worst(labels),
     }
+    if groups is not None:
+        found["worst_group_accuracy"] = worst(groups)
+    return {f"{prefix}{name}": value for name, value in found.items()}

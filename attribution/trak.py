@@ -70,7 +70,7 @@ class Store:
         return self.folder / split / f"{first:09d}"
 
     def features_file(self, split: str, first: int = 0) -> Path:
-        """Projected gradients (rows, k) float32 of a shard, as traker's saver writes them."""
+        """Projected gradients (rows, blocks k) float32 of a shard, as traker's saver writes them."""
         return self.shard(split, first) / str(self.model_id) / "grads.mmap"
 
     def one_minus_p_file(self, split: str, first: int = 0) -> Path:
@@ -92,12 +92,12 @@ class Store:
 
     @property
     def factor(self) -> Path:
-        """File of the Cholesky factor L of Phi'Phi + lambda I, (k, k)."""
+        """File of the blocks' Cholesky factors L of Phi'Phi + lambda I, (blocks k, k)."""
         return self.folder / "factor.npy"
 
     @property
     def targets(self) -> Path:
-        """File of the targets' features times L^-T, (n_targets, k); written after `factor`."""
+        """File of the targets' whitened features, (n_targets, blocks k); written after `factor`."""
         return self.folder / "targets.npy"
 
 
@@ -122,7 +122,8 @@ def compute_scores(
     tau = (1/M sum_m Phi_m (Phi_m'Phi_m + lambda_m I)^-1 phi_m(target)) * (1/M sum_m (1 - p_m,i)),
     row i scaled by the second factor where loss_gradient_weight is 'mean' (Park et al. 2023,
     "TRAK: Attributing Model Behavior at Scale", equation 17, with a ridge in place of none and
-    without the soft threshold).
+    without the soft threshold). With num_blocks above 1 Phi'Phi keeps its blocks of layers along
+    the diagonal alone, each with its own k and lambda: the sum of one such tau a block.
 
     Args:
         checkpoints: from_pretrained folders of the ensemble.
@@ -142,7 +143,12 @@ def compute_scores(
     ]
     _featurize_all(config, data, checkpoints, stores, shards)
     return combine(
-        stores, work / "scores.npy", config.lambda_reg, config.loss_gradient_weight, device
+        stores,
+        work / "scores.npy",
+        config.lambda_reg,
+        config.loss_gradient_weight,
+        device,
+        stores[0].features(TARGETS)[0].shape[1] // config.proj_dim,
     )
 
 
@@ -239,16 +245,21 @@ def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, d
     from trak.projectors import BasicProjector, ProjectionType
 
     from attribution import models, traker_plugins
+    from attribution.sketch import dealt
 
     logging.getLogger("TRAK").setLevel(logging.ERROR)
     model = models.load(checkpoint).to(device, memory_format=torch.channels_last)
     seed = derive_seed(config.seed, "projection")
+    num_blocks = 1
     if config.projector == "sketch":
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        num_blocks = 1 + max(dealt(shapes, config.num_blocks).values())
         precision = resolve_precision(config.feature_precision, torch.device(device))
         gradients = traker_plugins.HookGradientComputer
         if precision == torch.bfloat16:
             gradients = traker_plugins.BFloat16GradientComputer
-        projector = traker_plugins.SketchProjector(config.proj_dim, seed, device)
+        length = num_blocks * config.proj_dim
+        projector = traker_plugins.SketchProjector(length, seed, device, num_blocks)
     else:
         gradients = FunctionalGradientComputer
         projector = BasicProjector(
@@ -267,7 +278,7 @@ def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, d
         device=device,
         gradient_computer=gradients,
         projector=projector,
-        proj_dim=config.proj_dim,
+        proj_dim=num_blocks * config.proj_dim,
         logging_level=logging.ERROR,
         use_half_precision=False,  # its float16 default overflows and rounds
     )
@@ -275,17 +286,23 @@ def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, d
 
 
 def combine(
-    stores: list[Store], file: Path, lambda_reg: float, weight: str, device: torch.device
+    stores: list[Store],
+    file: Path,
+    lambda_reg: float,
+    weight: str,
+    device: torch.device,
+    num_blocks: int = 1,
 ) -> TrakScores:
     """Scores of featurised checkpoints, written to a file block by block.
 
-    In memory are some (k, k) matrices, one checkpoint's (n_targets, k), blocks of rows and vectors,
+    In memory are some (blocks, k, k), one checkpoint's (n_targets, blocks k), some rows and vectors,
     whatever the number of training examples and of checkpoints. What a killed run had finished is
     not computed again: each checkpoint's factor and targets, and the file.
 
     Args:
         file: becomes the score matrix, .npy.
         lambda_reg, weight: parameters `lambda_reg` and `loss_gradient_weight`.
+        num_blocks: how many there are in the features, side by side.
 
     Raises:
         InputError: a singular Gram matrix, or a value that is not finite.
@@ -294,7 +311,9 @@ def combine(
 
     from attribution.traker_plugins import RidgeScoreComputer
 
-    computer = RidgeScoreComputer(torch.float32, device, lambda_reg=lambda_reg)
+    computer = RidgeScoreComputer(
+        torch.float32, device, lambda_reg=lambda_reg, num_blocks=num_blocks
+    )
     with progress("trak: checkpoints factorised", len(stores)) as advance:
         for store in stores:
             if not store.targets.exists():
@@ -311,18 +330,19 @@ def combine(
 
 
 def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
-    """Write the Cholesky factor of A = Phi'Phi + lambda I = L L', and the whitened targets."""
+    """Write the Cholesky factors of A = Phi'Phi + lambda I = L L', and the whitened targets."""
     import torch
 
     gram = computer.gram(map(torch.from_numpy, ahead(row_blocks(*store.features("train")))))
-    factor = computer.factor(gram)
-    write_matrix(store.factor, [factor.cpu().numpy()], tuple(factor.shape))
+    factors = computer.factor(gram)
+    flat = factors.flatten(0, 1)
+    write_matrix(store.factor, [flat.cpu().numpy()], tuple(flat.shape))
     targets = store.features(TARGETS)
     blocks = (
-        computer.whiten(torch.from_numpy(block), factor).cpu().numpy()
+        computer.whiten(torch.from_numpy(block), factors).cpu().numpy()
         for block in row_blocks(*targets)
     )
-    write_matrix(store.targets, blocks, (sum(map(len, targets)), len(factor)))
+    write_matrix(store.targets, blocks, (sum(map(len, targets)), len(flat)))
 
 
 def _score_blocks(
@@ -339,8 +359,8 @@ def _score_blocks(
 
     device = computer.device
 
-    k, m = len(open_matrix(stores[0].factor)), len(open_matrix(stores[0].targets))
-    all_fit = 4 * k * (k + m) * len(stores) <= SOLVED_BYTES
+    (length, k), m = open_matrix(stores[0].factor).shape, len(open_matrix(stores[0].targets))
+    all_fit = 4 * length * (k + m) * len(stores) <= SOLVED_BYTES
 
     @lru_cache(maxsize=2 * len(stores) if all_fit else 2)
     def load(file: Path) -> torch.Tensor:
@@ -357,7 +377,8 @@ def _score_blocks(
         scores = torch.zeros(len(first), m, device=device)
         blocks = chain([first], map(next, features[1:]))  # of every checkpoint, read one by one
         for store, block in zip(stores, blocks):
-            whitened = computer.whiten(torch.from_numpy(block), load(store.factor))
+            factors = load(store.factor).view(-1, k, k)
+            whitened = computer.whiten(torch.from_numpy(block), factors)
             computer.get_scores(whitened, load(store.targets), accumulator=scores)
             norms = torch.linalg.vector_norm(whitened, dim=1, keepdim=True)
             self_influence[rows] += norms.square().cpu().numpy() / len(stores)

@@ -83,17 +83,25 @@ class BFloat16GradientComputer(HookGradientComputer):
 
 
 class SketchProjector(AbstractProjector):
-    """The sketch as traker's projector, an independent one for every model id."""
+    """The sketch as traker's projector, an independent one for every model id.
 
-    def __init__(self, proj_dim: int, seed: int = 0, device: str = "cpu") -> None:
+    Args:
+        proj_dim: length of the features, all blocks together.
+    """
+
+    def __init__(
+        self, proj_dim: int, seed: int = 0, device: str = "cpu", num_blocks: int = 1
+    ) -> None:
         super().__init__(0, proj_dim, seed, "sketch", device)
+        self.num_blocks = num_blocks
         self.free_memory()
 
     def project(self, grads: Pending, model_id: int) -> Tensor:
         """Features (B, proj_dim) float32, new memory, which traker divides in place."""
         if self._model_id != model_id:
             self._model_id = model_id
-            self._sketch = Sketch(self.proj_dim, f"{self.seed}/{model_id}")
+            size, seed = self.proj_dim // self.num_blocks, f"{self.seed}/{model_id}"
+            self._sketch = Sketch(size, seed, num_blocks=self.num_blocks)
         with torch.autocast(grads.images.device.type, torch.bfloat16, enabled=grads.bfloat16):
             features, grads.margins = self._sketch.features(grads.model, grads.images, grads.labels)
         return features
@@ -105,43 +113,56 @@ class SketchProjector(AbstractProjector):
 class RidgeScoreComputer(AbstractScoreComputer):
     """F (F^T F + l I)^-1 by Cholesky in float64, with l = lambda_reg tr(F^T F)/k and no rescaling.
 
+    Of features that are blocks side by side, each block has its own Gram matrix and l: between
+    blocks the Gram matrix is taken to be zero, as K-FAC takes it between layers.
+
     traker's own divides the inverse by its mean absolute entry, which takes the scores' unit
     away and gives each checkpoint an arbitrary weight. traker's engine has all features solved,
     and scores them against the targets; trak.py whitens both sides, block by block, so that neither
     features nor scores have to be in memory.
     """
 
-    def __init__(self, dtype, device, logging_level=logging.INFO, lambda_reg: float = 0.0) -> None:
+    def __init__(
+        self,
+        dtype,
+        device,
+        logging_level=logging.INFO,
+        lambda_reg: float = 0.0,
+        num_blocks: int = 1,
+    ) -> None:
         super().__init__(dtype, device)
         if not 0 <= lambda_reg < float("inf"):
             raise InputError(f"lambda_reg is {lambda_reg}; it must be finite and not negative")
-        self.lambda_reg = lambda_reg
+        self.lambda_reg, self.num_blocks = lambda_reg, num_blocks
 
     def get_xtx(self, grads: Tensor) -> Tensor:
-        """Gram matrix (k, k) in float64 of features (n, k), summed up from float32 blocks."""
+        """Gram matrices (blocks, k, k) in float64 of features (n, blocks k), from float32 rows."""
         return self.gram(grads.split(BLOCK))
 
-    def gram(self, blocks: Iterable[Tensor]) -> Tensor:
-        """Gram matrix (k, k) in float64 of features that come in blocks of rows (rows, k).
+    def gram(self, rows: Iterable[Tensor]) -> Tensor:
+        """Gram matrices (blocks, k, k) in float64 of features that come some rows at a time.
 
         Raises:
             InputError: a feature is not finite, or so large that its square overflows.
         """
         gram = None
-        for block in blocks:
-            block = block.to(self.device, torch.float32)
-            product = block.T @ block
-            gram = product.double() if gram is None else gram.add_(product)
+        for some in rows:
+            some = some.to(self.device, torch.float32)
+            products = torch.stack([x.T @ x for x in some.chunk(self.num_blocks, 1)])
+            gram = products.double() if gram is None else gram.add_(products)
         if not gram.isfinite().all():
             raise InputError("the training features are not finite; is the checkpoint diverged?")
         return gram
 
     def factor(self, xtx: Tensor) -> Tensor:
-        """Lower Cholesky factor (k, k) in float64 of F^T F + l I, given F^T F.
+        """Lower Cholesky factors (blocks, k, k) in float64 of F^T F + l I, given F^T F.
 
         Raises:
-            InputError: it is singular, or so nearly that its factor would be rounding noise.
+            InputError: one is singular, or so nearly that its factor would be rounding noise.
         """
+        return torch.stack([self._factor(block) for block in xtx])
+
+    def _factor(self, xtx: Tensor) -> Tensor:
         diagonal = xtx.diagonal()
         regularised = xtx.clone()
         regularised.diagonal().add_(self.lambda_reg * diagonal.mean())
@@ -156,23 +177,28 @@ class RidgeScoreComputer(AbstractScoreComputer):
         return factor
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
-        """F (F^T F + l I)^-1, (n, k) float32, for features F (n, k) and their Gram matrix."""
-        factor = self.factor(xtx)
+        """F (F^T F + l I)^-1, as long as F in float32, for features F and their Gram matrices."""
+        factors = self.factor(xtx)
         solved = torch.empty(grads.shape, dtype=torch.float32, device=self.device)
-        for block, out in zip(grads.split(BLOCK), solved.split(BLOCK)):
-            block = block.to(self.device, torch.float64)
-            out.copy_(torch.cholesky_solve(block.T, factor).T)
+        for rows, out in zip(grads.split(BLOCK), solved.split(BLOCK)):
+            parts = rows.to(self.device, torch.float64).chunk(self.num_blocks, 1)
+            each = [torch.cholesky_solve(x.T, f).T for x, f in zip(parts, factors, strict=True)]
+            out.copy_(torch.cat(each, 1))
         return solved
 
-    def whiten(self, rows: Tensor, factor: Tensor) -> Tensor:
-        """X L^-T, (n, k), for rows X (n, k) and the factor of A = L L', in the factor's precision.
+    def whiten(self, rows: Tensor, factors: Tensor) -> Tensor:
+        """X L^-T by block, (n, blocks k), for rows X and factors of A = L L', in their precision.
 
         The product of two whitened rows is x' A^-1 y. In float32, where this is as fast as a
         product of matrices, it is then as good as where one side is solved for in float64 and
         rounded: about 1e-7 times the square root of A's condition number, 1e-6 at lambda_reg 0.1.
         """
-        rows = rows.to(self.device, factor.dtype)
-        return torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False)
+        parts = rows.to(self.device, factors.dtype).chunk(self.num_blocks, 1)
+        each = [
+            torch.linalg.solve_triangular(f.T, x, upper=True, left=False)
+            for x, f in zip(parts, factors, strict=True)
+        ]
+        return each[0] if len(each) == 1 else torch.cat(each, 1)
 
     def get_scores(self, features: Tensor, target_grads: Tensor, accumulator: Tensor) -> None:
         """Add features (n, k) times target features (m, k) to accumulator (n, m), in place.

@@ -10,6 +10,8 @@ from attribution.errors import InputError
 from scripts import trak
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from attribution.comparison import Outcome
     from attribution.config import Config
     from attribution.data import ImageData
@@ -25,21 +27,23 @@ def make(config: Config, data: ImageData) -> None:
     from attribution.scores import load_scores
 
     removal.check_arms(config.arm_names)
-    alignment.group_ids(data.table("validation"), config.groups)  # refused before any training
+    alignment.check_groups(data.examples, config.groups)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
     scores = load_scores(tracking.artifact_path(trak_id, "scores"))
     evidence = gather_evidence(config, data, scores)
     seeds = [training.derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
-    trials = removal.plan_trials(config.arm_names, config.fracs, evidence, seeds)
+    actions = ("remove", "relabel") if config.action == "both" else (config.action,)
+    trials = removal.plan_trials(config.arm_names, config.fracs, evidence, seeds, actions)
     work = tracking.work_folder(config, "retrainings")
     logits = comparison.retrain(config, data, trials, seeds, work)
-    outcomes = comparison.compare(trials, logits, data.labels("test"))
+    outcomes = comparison.compare(trials, logits, data.labels("test"), test_groups(config, data))
     for outcome in outcomes:
         log_trial(outcome, data, scores, evidence)
     table = comparison.comparison_table(outcomes)
     tracking.log_table(table, "comparison")
     with tracking.artifact_folder() as folder:
         plots.comparison(table, folder / "comparison.png")
+        plots.removal_curves(table, folder / "curves.png")
     mlflow.set_tag("mlflow.note.content", describe(table, trak_id))
 
 
@@ -50,14 +54,34 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
     for table, split in ((scores.train, "train"), (scores.targets, "validation")):
         if list(table["example_id"]) != list(data.table(split)["example_id"]):
             raise InputError(f"scores: the {split} table does not have this data set's examples")
-    groups = alignment.group_ids(scores.targets, config.groups)
+    targets = data.table("validation")  # has the column that `groups` names; the scores may not
+    groups = alignment.group_ids(targets, config.groups, scores.values)
     losses = scores.targets["loss"].to_numpy()
     weights = alignment.group_weights(losses, groups, config.group_weights)
+    train, flipped = scores.train, scores.train["is_flipped"].to_numpy()
+    own_groups = None
+    if config.groups != alignment.AUTO:
+        own_groups = alignment.group_ids(data.table("train"), config.groups)
     return removal.Evidence(
         labels=data.labels("train"),
         alignment=alignment.group_alignment(scores.values, groups, weights),
-        loss=scores.train["loss"].to_numpy(),
+        loss=train["loss"].to_numpy(),
+        label_quality=train["label_quality"].to_numpy(),
+        self_influence=train["self_influence"].to_numpy(),
+        predicted=train["predicted_label"].to_numpy(),
+        groups=own_groups,
+        is_flipped=flipped if flipped.any() else None,
+        true_labels=train["true_label"].to_numpy(),
     )
+
+
+def test_groups(config: Config, data: ImageData) -> np.ndarray | None:
+    """The group of each test example, where groups are a column that is not the label itself."""
+    from attribution import alignment
+
+    if config.groups in ("label", alignment.AUTO):
+        return None
+    return alignment.group_ids(data.table("test"), config.groups)
 
 
 def log_trial(outcome: Outcome, data: ImageData, scores: Scores, evidence: Evidence) -> None:
@@ -70,7 +94,12 @@ def log_trial(outcome: Outcome, data: ImageData, scores: Scores, evidence: Evide
     with mlflow.start_run(run_name=trial.name, nested=True):
         mlflow.set_tags({"stage": "ablation_arm", "arm": trial.arm})
         mlflow.log_params(
-            {"arm": trial.arm, "frac": f"{trial.frac:.6g}", "n_removed": len(trial.removed[0])}
+            {
+                "arm": trial.arm,
+                "frac": f"{trial.frac:.6g}",
+                "action": trial.action,
+                "n_removed": len(trial.removed[0]),
+            }
         )
         tracking.log_series(
             [
@@ -97,7 +126,10 @@ def describe(table, trak_id: str) -> str:
 
     rows = table[~table["arm"].isin(["none", "random"])]
     lines = [f"Scores come from run `{trak_id}`. Select the nested runs and press Compare.", ""]
-    lines += [f"- **{r['arm']}** (frac {r['frac']:.3g}): {verdict(r)}" for _, r in rows.iterrows()]
+    lines += [
+        f"- **{r['arm']}** ({r['action']} {r['frac']:.3g}): {verdict(r)}"
+        for _, r in rows.iterrows()
+    ]
     return "\n".join(lines)
 
 

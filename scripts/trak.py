@@ -21,7 +21,7 @@ def make(config: Config, data: ImageData) -> None:
     import mlflow
 
     from attribution import alignment, plots, statistics
-    from attribution.ensemble import Ensemble
+    from attribution.ensemble import Ensemble, label_quality
     from attribution.scores import load_scores, write_scores
     from attribution.trak import check_proj_dim, compute_scores
 
@@ -43,10 +43,13 @@ def make(config: Config, data: ImageData) -> None:
     )
     groups = alignment.group_ids(targets, "label")
     weights = alignment.group_weights(targets["loss"].to_numpy(), groups, "exp_loss")
+    probabilities = members.train_probabilities()
     train = data.table("train").assign(
         alignment=alignment.group_alignment(scores.values, groups, weights),
         self_influence=scores.self_influence,
         loss=members.train_loss(data.labels("train")),
+        label_quality=label_quality(data.labels("train"), probabilities),
+        predicted_label=probabilities.argmax(axis=1),
     )
     metadata = {
         "estimator": config.group("trak") | {"num_models": config.num_models},
@@ -69,7 +72,12 @@ def make(config: Config, data: ImageData) -> None:
             "share_negative_alignment": float((train["alignment"] < 0).mean()),
             **statistics.detection_metrics(
                 train["is_flipped"].to_numpy(),
-                {"alignment": train["alignment"].to_numpy(), "loss": -train["loss"].to_numpy()},
+                {
+                    "alignment": train["alignment"].to_numpy(),
+                    "loss": -train["loss"].to_numpy(),
+                    "label_quality": train["label_quality"].to_numpy(),
+                    "self_influence": -train["self_influence"].to_numpy(),
+                },
             ),
         }
     )
