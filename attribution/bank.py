@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,10 @@ import numpy as np
 
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.errors import InputError
 from attribution.retraining import Series, retrained_logits
+from attribution.scores import local_folder
+from attribution.tracking import training_key
 from attribution.training import derive_seed, margins
 from attribution.trak import TARGETS
 
@@ -25,6 +30,61 @@ class Bank:
 
     masks: np.ndarray
     margins: np.ndarray
+
+    @property
+    def repeats(self) -> int:
+        return self.margins.shape[1]
+
+    def save(self, folder: Path, config: Config, data: ImageData, alpha: float) -> None:
+        """Write masks.npy, margins.npy and, last, spec.json, which says what it was built for."""
+        np.save(folder / "masks.npy", self.masks)
+        np.save(folder / "margins.npy", self.margins)
+        subsets, repeats, _ = self.margins.shape
+        spec = {
+            "alpha": alpha,
+            "num_subsets": subsets,
+            "num_repeats": repeats,
+            "seed": config.seed,
+            "fingerprint": fingerprint(config, data),
+            "targets": TARGETS,
+            "unit": "margin (log-odds of the target's label)",
+        }
+        (folder / "spec.json").write_text(json.dumps(spec, indent=2) + "\n")
+
+
+def fingerprint(config: Config, data: ImageData) -> str:
+    """What a bank was built for: data, labels, model and training settings, whatever the seed."""
+    return training_key(dataclasses.replace(config, seed=0), data)
+
+
+def load_bank(source: str, config: Config, data: ImageData) -> Bank:
+    """A saved bank from a folder or a run ('runs:/RUN_ID/bank'), checked against what it is for.
+
+    Raises:
+        InputError: unreadable, of another shape than it says, or built for something else.
+    """
+    folder = local_folder(source, "bank")
+    try:
+        spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+        masks, margins = (
+            np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("masks", "margins")
+        )
+        wanted = spec["fingerprint"]
+    except Exception as error:  # numpy and json raise many kinds on broken files
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"bank={source}: cannot be read ({reason})") from None
+    if wanted != fingerprint(config, data):
+        raise InputError(
+            f"bank={source}: was built for other data, labels, model or training settings; "
+            "leave it out to build one"
+        )
+    shape = len(data.rows("train")), len(data.rows(TARGETS))
+    right = masks.ndim == 2 and margins.ndim == 3 and (masks.shape[1], margins.shape[2]) == shape
+    if not right or len(masks) != len(margins) or masks.dtype != bool:
+        raise InputError(f"bank={source}: arrays {masks.shape}, {margins.shape} do not fit {shape}")
+    if not np.isfinite(margins).all():
+        raise InputError(f"bank={source}: a margin is not finite")
+    return Bank(masks, margins)
 
 
 def build_bank(

@@ -13,12 +13,13 @@ from typing import Any
 
 from attribution.errors import InputError
 
-STAGES = ("finetune", "trak", "ablation")
+STAGES = ("finetune", "trak", "ablation", "evaluate")
 # What each stage's result depends on; `execution` changes only where and how fast it is computed.
 STAGE_GROUPS = {
     "finetune": ("data", "training", "finetune"),
     "trak": ("data", "training", "finetune", "trak"),
     "ablation": ("data", "training", "finetune", "trak", "ablation"),
+    "evaluate": ("data", "training", "finetune", "trak", "evaluate"),
 }
 FOOD_CLASSES = (
     "bruschetta,garlic_bread,grilled_salmon,omelette,pancakes,"
@@ -45,6 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "proj_dim": 256,
         "num_blocks": 10,
         "lambda_reg": 0.1,
+        "num_subsets": 100,
+        "num_repeats": 3,
+        "brittleness_targets": 30,
     },
     "food101": {
         "dataset": "ethz/food101",
@@ -64,7 +68,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feature_precision": "auto",
         "proj_dim": 512,
         "num_blocks": 10,
-        "lambda_reg": 1.0,
+        "lambda_reg": 0.1,
+        "num_subsets": 50,
+        "num_repeats": 2,
+        "brittleness_targets": 0,
     },
     "images": {
         "classes": "",
@@ -83,7 +90,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feature_precision": "auto",
         "proj_dim": 256,
         "num_blocks": 10,
-        "lambda_reg": 1.0,
+        "lambda_reg": 0.1,
+        "num_subsets": 50,
+        "num_repeats": 2,
+        "brittleness_targets": 0,
     },
 }
 
@@ -143,6 +153,13 @@ class Config:
     num_seeds: int = option("ablation", "paired retrainings of every arm", 10, at_least=2)
     groups: str = option("ablation", "what makes targets a group: label, a column of the data (of a Hub-format data set; group with shortcut=patch), or auto (each label in two, by its scores)", "label")
     group_weights: str = option("ablation", "how much a group counts in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
+    num_subsets: int = option("evaluate", "random subsets of the bank that scores are judged by", at_least=10)
+    num_repeats: int = option("evaluate", "models trained on each subset; a noise ceiling needs two", at_least=1)
+    alpha: float = option("evaluate", "share of the training set in a subset", 0.5, above=0, below=1)
+    bank: str = option("evaluate", "a bank to judge by in place of a new one: a folder, or runs:/RUN_ID/bank", "")
+    methods: str = option("evaluate", "comma list of what is judged; ekfac needs kronfluence (requirements-benchmark.txt)", "trak,trak_unweighted,trak_weighted,gradient_dot,gradient_cosine,penultimate,loss,confident,self_influence,random")
+    brittleness_targets: int = option("evaluate", "targets whose most supporting examples are removed; 0 leaves that out", at_least=0)
+    brittleness_k: int = option("evaluate", "how many examples are removed for each of those", 20, at_least=1)
     device: str = option("execution", "auto, cpu, or cuda", "auto")
     jobs: int = option("execution", "tasks at a time; 0 is one a core (one on a GPU), with ray all that the cluster has room for", 0, at_least=0)
     backend: str = option("execution", "where tasks run: processes of this machine, or a Ray cluster (requirements-ray.txt)", "local", choices=("local", "ray"))
@@ -158,6 +175,10 @@ class Config:
     @property
     def arm_names(self) -> list[str]:
         return split_list(self.arms)
+
+    @property
+    def method_names(self) -> list[str]:
+        return split_list(self.methods)
 
     @property
     def wanted_classes(self) -> list[str]:

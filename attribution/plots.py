@@ -155,3 +155,33 @@ def _intervals(axes: plt.Axes, table: pd.DataFrame, y: np.ndarray, mean: str, st
         colour = colours.get(verdict(row), NEUTRAL)
         axes.plot([low.iloc[i], high.iloc[i]], [y[i], y[i]], color=colour, linewidth=2)
         axes.plot(table[mean].iloc[i], y[i], "o", color=colour)
+
+
+def evaluation(table: pd.DataFrame, brittle: pd.DataFrame | None, path: Path) -> None:
+    """LDS beside its ceiling, AUROC for planted flips, and how far targets fell, by method."""
+    panels = [("lds", "linear datamodeling score (LDS)")]
+    if "auroc" in table:
+        panels.append(("auroc", "AUROC for planted flips"))
+    count = len(panels) + (brittle is not None)
+    figure, grid = plt.subplots(
+        1, count, figsize=(4.6 * count, 1.4 + 0.32 * len(table)), squeeze=False,
+        constrained_layout=True,
+    )  # fmt: skip
+    for axes, (name, label) in zip(grid[0], panels, strict=False):
+        _bars(axes, table[table[name].notna()], "method", name, label)
+    ceiling = table["noise_ceiling"].iloc[0]
+    if np.isfinite(ceiling):
+        grid[0][0].axvline(ceiling, color=NEUTRAL, linestyle="--", linewidth=1)
+        grid[0][0].set_title("dashed: noise ceiling", fontsize=8)
+    if brittle is not None:
+        label = f"change of the margin without {brittle['k'].iloc[0]} examples"
+        _bars(grid[0][-1], brittle, "removed", "margin_change", label)
+    _save(figure, path)
+
+
+def _bars(axes: plt.Axes, rows: pd.DataFrame, name: str, figure: str, label: str) -> None:
+    y = np.arange(len(rows))[::-1]
+    errors = rows[figure] - rows[f"{figure}_ci_low"], rows[f"{figure}_ci_high"] - rows[figure]
+    axes.barh(y, rows[figure], xerr=np.maximum(errors, 0), color=NEUTRAL, alpha=0.6, capsize=2)
+    axes.set_yticks(y, [_plain(text) for text in rows[name]])
+    axes.set(xlabel=label)

@@ -2,38 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import pandas as pd
 
 from attribution.comparison import JUDGED, verdict
 from attribution.statistics import detectable_effect, seeds_needed
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def print_comparison(table: pd.DataFrame) -> None:
     """Print the comparison table with intervals, adjusted p-values and a verdict for each arm."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    # A fixed width where there is no terminal, so that a log or a pipe gets whole lines.
-    console = Console()
-    console = Console(width=None if console.is_terminal else max(console.width, 134))
+    console = _console()
     seeds = int(table["n_seeds"].iloc[0])
     for metric in JUDGED:
         if f"{metric}_mean" not in table:
             continue
         name = metric.replace("_", " ")
-        shown = Table(
-            title=f"Test {name} over {seeds} paired seeds, 95 % intervals",
-            box=box.SIMPLE_HEAD,
-            title_justify="left",
-        )
-        for column in ("arm", "frac", "removed", name, "vs random", "p (Holm)", ""):
-            side = "left" if column in ("arm", "") else "right"
-            shown.add_column(column, justify=side, no_wrap=bool(column))
-        for _, row in table.iterrows():
-            shown.add_row(*_cells(row, metric))
-        console.print(shown)
+        columns = "arm", "frac", "removed", name, "vs random", "p (Holm)", ""
+        title = f"Test {name} over {seeds} paired seeds, 95 % intervals"
+        _print(console, title, columns, [_cells(row, metric) for _, row in table.iterrows()])
     console.print(power(table), soft_wrap=True, highlight=False)
+
+
+def _console() -> Console:
+    """A fixed width where there is no terminal, so that a log or a pipe gets whole lines."""
+    from rich.console import Console
+
+    console = Console()
+    return Console(width=None if console.is_terminal else max(console.width, 134))
+
+
+def _print(console: Console, title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
+    """A table whose first and last columns are words and whose others are figures."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in columns:
+        side = "left" if column in (columns[0], "") else "right"
+        shown.add_column(column, justify=side, no_wrap=bool(column))
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def print_evaluation(table: pd.DataFrame) -> None:
+    """Print what each method is worth, with intervals."""
+    columns = "method", "LDS", "of ceiling", "slope", "AUROC of flips", "AP", "first 10 %", "20 %"
+    ceiling = table["noise_ceiling"].iloc[0]
+    title = (
+        f"Methods against retrained subsets (noise ceiling of LDS {ceiling:.3f}), 95 % intervals"
+    )
+    rows = []
+    for _, row in table.iterrows():
+        share = row["lds_share_of_ceiling"]
+        rows.append(
+            [
+                row["method"],
+                _interval(row, "lds", ".3f"),
+                f"{100 * share:.0f} %" if pd.notna(share) else "",
+                _interval(row, "calibration_slope", ".2f"),
+                _interval(row, "auroc", ".4f"),
+                _figure(row, "average_precision", ".3f"),
+                _figure(row, "recall_10pct", ".3f"),
+                _figure(row, "recall_20pct", ".3f"),
+            ]
+        )
+    _print(_console(), title, columns, rows)
+
+
+def print_brittleness(table: pd.DataFrame) -> None:
+    """Print what removing the most supporting examples of single targets did to them."""
+    first = table.iloc[0]
+    title = (
+        f"{first['targets']} targets, each retrained without {first['k']} examples, 95 % intervals"
+    )
+    rows = [
+        [row["removed"], _interval(row, "flipped", ".2f"), _interval(row, "margin_change", "+.2f")]
+        for _, row in table.iterrows()
+    ]
+    _print(_console(), title, ("removed", "predictions flipped", "change of the margin"), rows)
+
+
+def _figure(row: pd.Series, name: str, form: str) -> str:
+    return f"{row[name]:{form}}" if name in row and pd.notna(row[name]) else ""
+
+
+def _interval(row: pd.Series, name: str, form: str) -> str:
+    if not _figure(row, name, form):
+        return ""
+    low, high = (_figure(row, f"{name}_ci_{end}", form) for end in ("low", "high"))
+    return f"{_figure(row, name, form)} [{low}, {high}]"
 
 
 def power(table: pd.DataFrame) -> str:

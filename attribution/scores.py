@@ -189,7 +189,7 @@ def load_scores(source: str | Path) -> Scores:
     Raises:
         InputError: something is missing, or differs from what metadata.json promises.
     """
-    folder = _local_folder(str(source))
+    folder = local_folder(str(source))
     metadata = _read_metadata(folder, source)
     matrix = folder / "scores.npy"
     try:
@@ -212,7 +212,12 @@ def load_scores(source: str | Path) -> Scores:
     return Scores(values, *tables, metadata)
 
 
-def _local_folder(source: str) -> Path:
+def local_folder(source: str, parameter: str = "scores") -> Path:
+    """A folder that is named by its path, or as an artifact of a run ('runs:/RUN_ID/PATH').
+
+    Raises:
+        InputError: the artifact cannot be had.
+    """
     if "://" not in source and not source.startswith("runs:"):
         return Path(source)
     import mlflow
@@ -221,7 +226,7 @@ def _local_folder(source: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(source))
     except Exception as error:  # each artifact store raises its own kind
         reason = " ".join(str(error).split())[:160]
-        raise InputError(f"scores={source}: cannot be had ({reason})") from None
+        raise InputError(f"{parameter}={source}: cannot be had ({reason})") from None
 
 
 def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:

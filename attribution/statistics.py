@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from attribution.matrices import row_blocks
 
 CONFIDENCE = 0.95
 
@@ -128,17 +131,47 @@ def detection_metrics(is_flipped: np.ndarray, rankings: dict[str, np.ndarray]) -
         is_flipped: (n_train,) bool; with no flips, or nothing else, there is nothing to measure.
         rankings: name to (n_train,) values, low = suspect.
     """
-    from sklearn.metrics import roc_auc_score
+    return {
+        f"flips_{figure}_{name}": value
+        for name, values in rankings.items()
+        for figure, value in detection(is_flipped, values, draws=0).items()
+        if figure in ("auroc", "recall_10pct")
+    }
+
+
+def detection(is_flipped: np.ndarray, values: np.ndarray, draws: int = 200) -> dict[str, float]:
+    """AUROC (with a 95 % bootstrap interval), average precision, recall in the first 10 and 20 %.
+
+    Args:
+        is_flipped: (n,) bool; with no flips, or nothing else, there is nothing to measure.
+        values: (n,), low = suspect.
+        draws: of the bootstrap over examples; 0 gives no interval.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
 
     if is_flipped.all() or not is_flipped.any():
         return {}
-    first = max(1, round(0.1 * len(is_flipped)))
-    metrics = {}
-    for name, values in rankings.items():
-        suspects = np.argsort(values, kind="stable")[:first]
-        metrics[f"flips_auroc_{name}"] = float(roc_auc_score(is_flipped, -values))
-        metrics[f"flips_recall_10pct_{name}"] = float(is_flipped[suspects].sum() / is_flipped.sum())
-    return metrics
+    found = {"auroc": float(roc_auc_score(is_flipped, -values))}
+    if draws:
+        drawn = [
+            roc_auc_score(is_flipped[rows], -values[rows]) for rows in _with_both(is_flipped, draws)
+        ]
+        low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        found |= {"auroc_ci_low": float(low), "auroc_ci_high": float(high)}
+    found["average_precision"] = float(average_precision_score(is_flipped, -values))
+    order = np.argsort(values, kind="stable")
+    for percent in (10, 20):
+        first = order[: max(1, round(percent / 100 * len(order)))]
+        found[f"recall_{percent}pct"] = float(is_flipped[first].sum() / is_flipped.sum())
+    return found
+
+
+def _with_both(is_flipped: np.ndarray, draws: int) -> Iterator[np.ndarray]:
+    """Bootstrap draws of rows, flips and others each drawn from their own."""
+    rng = np.random.default_rng(0)
+    sides = np.flatnonzero(is_flipped), np.flatnonzero(~is_flipped)
+    for _ in range(draws):
+        yield np.concatenate([rng.choice(side, len(side)) for side in sides])
 
 
 def lds(values: np.ndarray, masks: np.ndarray, margins: np.ndarray) -> np.ndarray:
@@ -152,8 +185,17 @@ def lds(values: np.ndarray, masks: np.ndarray, margins: np.ndarray) -> np.ndarra
         masks: (S, n) bool, the subsets.
         margins: (S, m) margins of models retrained on the subsets.
     """
-    predicted = masks.astype(np.float32) @ values
-    return _spearman(predicted, margins)
+    return spearman(predicted_margins(values, masks), margins)
+
+
+def predicted_margins(values: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Sum of the scores of the examples that each subset holds, (S, m), by blocks of rows."""
+    predicted, start = np.zeros((len(masks), values.shape[1])), 0
+    for block in row_blocks(values):
+        held = masks[:, start : start + len(block)]
+        predicted += held.astype(block.dtype) @ block
+        start += len(block)
+    return predicted
 
 
 def lds_difference(
@@ -172,18 +214,30 @@ def lds_difference(
         values, control: (n, m) scores, positive = helpful.
         masks, margins: as in lds.
     """
-    rng = np.random.default_rng(0)
-    masks = masks.astype(np.float32)
-    sides, (subsets, targets) = [masks @ values, masks @ control], margins.shape
+    sides = [predicted_margins(side, masks) for side in (values, control)]
     drawn = []
-    for _ in range(draws):
-        rows, columns = rng.integers(subsets, size=subsets), rng.integers(targets, size=targets)
-        part = np.ix_(rows, columns)
-        a, b = (_spearman(side[part], margins[part]) for side in sides)
+    for part in resampled(*margins.shape, draws):
+        a, b = (spearman(side[part], margins[part]) for side in sides)
         drawn.append(np.nanmean(a - b))
-    a, b = (_spearman(side, margins) for side in sides)
+    a, b = (spearman(side, margins) for side in sides)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(float(np.nanmean(a - b)), float(low), float(high), np.nan)
+
+
+def resampled(rows: int, columns: int, draws: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Indices of bootstrap draws of a matrix, its rows and its columns both drawn anew."""
+    rng = np.random.default_rng(0)
+    for _ in range(draws):
+        yield np.ix_(rng.integers(rows, size=rows), rng.integers(columns, size=columns))
+
+
+def slope(predicted: np.ndarray, actual: np.ndarray) -> float:
+    """Slope of actual on predicted margins (S, m), both less their mean over subsets, pooled.
+
+    1 is calibrated; below 1, changes are predicted too large.
+    """
+    x, y = (values - values.mean(axis=0) for values in (predicted, actual))
+    return float((x * y).sum() / np.square(x).sum())
 
 
 def noise_ceiling(margins: np.ndarray) -> np.ndarray:
@@ -197,12 +251,12 @@ def noise_ceiling(margins: np.ndarray) -> np.ndarray:
     """
     repeats = margins.shape[1]
     pairs = [(a, b) for a in range(repeats) for b in range(a)]
-    single = np.mean([_spearman(margins[:, a], margins[:, b]) for a, b in pairs], axis=0)
+    single = np.mean([spearman(margins[:, a], margins[:, b]) for a, b in pairs], axis=0)
     reliability = repeats * single / (1 + (repeats - 1) * single)
     return np.sqrt(np.maximum(reliability, 0))
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Correlation of ranks down the columns of two (S, m) matrices, (m,)."""
     from scipy.stats import rankdata
 

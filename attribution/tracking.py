@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Raised whenever training, or scoring, would compute something else from the same parameters and data.
 TRAINING_VERSION = 2
 ESTIMATOR_VERSION = 3
-UPSTREAM = {"trak": "finetune", "ablation": "trak"}
+UPSTREAM = {"trak": "finetune", "ablation": "trak", "evaluate": "trak"}
 # A finished run without one of these has lost what it was kept for.
 NEEDED_ARTIFACTS = {
     "finetune": ("training/logits.npz",),
@@ -39,6 +39,7 @@ NEEDED_ARTIFACTS = {
         for name in ("scores.npy", "train.parquet", "targets.parquet", "metadata.json")
     ),
     "ablation": ("comparison.csv",),
+    "evaluate": ("evaluation.csv", "bank/spec.json"),
 }
 Make = Callable[[Config, "ImageData"], None]
 

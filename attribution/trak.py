@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -115,7 +115,7 @@ def check_proj_dim(config: Config, n: int) -> None:
 
 
 def compute_scores(
-    config: Config, data: ImageData, checkpoints: list[Path], work: Path
+    config: Config, data: ImageData, checkpoints: Sequence[Path], work: Path
 ) -> TrakScores:
     """Score every training example against every validation example.
 
@@ -133,7 +133,21 @@ def compute_scores(
     Raises:
         InputError: a singular or non-finite Gram matrix, or a layer without a gradient rule.
     """
-    device = resolve_device(config.device)
+    stores = featurize(config, data, checkpoints, work)
+    return combine(
+        stores,
+        work / "scores.npy",
+        config.lambda_reg,
+        config.loss_gradient_weight,
+        resolve_device(config.device),
+        stores[0].features(TARGETS)[0].shape[1] // config.proj_dim,
+    )
+
+
+def featurize(
+    config: Config, data: ImageData, checkpoints: Sequence[Path], work: Path
+) -> list[Store]:
+    """Projected gradients of both splits under each checkpoint; `work` keeps what is finished."""
     stores = [Store(work / "features" / f"{m:03d}", m) for m in range(len(checkpoints))]
     shards = [
         (m, split, rows)
@@ -142,14 +156,7 @@ def compute_scores(
         for rows in _shards(len(data.rows(split)))
     ]
     _featurize_all(config, data, checkpoints, stores, shards)
-    return combine(
-        stores,
-        work / "scores.npy",
-        config.lambda_reg,
-        config.loss_gradient_weight,
-        device,
-        stores[0].features(TARGETS)[0].shape[1] // config.proj_dim,
-    )
+    return stores
 
 
 def _shards(n: int) -> list[range]:
@@ -159,7 +166,7 @@ def _shards(n: int) -> list[range]:
 def _featurize_all(
     config: Config,
     data: ImageData,
-    checkpoints: list[Path],
+    checkpoints: Sequence[Path],
     stores: list[Store],
     shards: list[tuple[int, str, range]],
 ) -> None:

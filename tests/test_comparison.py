@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from attribution.training import derive_seed, predict, stacking_pays, train, tra
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N_TEST, N_SEEDS = 200, 6
+JUDGEMENTS = ("p", "p_holm", "bootstrap_low", "bootstrap_high", "detectable")
 LABELS = np.arange(N_TEST) % 4
 
 
@@ -111,7 +113,7 @@ def test_p_values_are_adjusted_over_all_trials_with_that_control(outcomes, name:
     running = 0.0
     for step, i in enumerate(np.argsort(p_values)):
         running = max(running, min(1, (len(family) - step) * p_values[i]))
-        assert family[i].holm[name] == pytest.approx(running)
+        assert family[i].holm[name] == {"accuracy": pytest.approx(running)}
 
 
 def test_summary_metrics_have_the_documented_names(outcomes) -> None:
@@ -120,8 +122,24 @@ def test_summary_metrics_have_the_documented_names(outcomes) -> None:
     for control in ("random", "none"):
         for m in metrics:
             expected |= {f"{m}_vs_{control}{end}" for end in ("", "_ci_low", "_ci_high")}
-        expected |= {f"accuracy_vs_{control}_p", f"accuracy_vs_{control}_p_holm"}
+        expected |= {f"accuracy_vs_{control}_{judgement}" for judgement in JUDGEMENTS}
     assert set(summary_metrics(outcomes["harmful", 5])) == expected
+
+
+@pytest.mark.parametrize("control", [("random", 5), ("none", 0)])
+def test_a_difference_has_its_bootstrap_interval_and_what_it_could_have_shown(
+    outcomes, control
+) -> None:
+    difference = accuracy(("harmful", 5)) - accuracy(control)
+    found, name = summary_metrics(outcomes["harmful", 5]), f"accuracy_vs_{control[0]}"
+    reference = stats.bootstrap((difference,), np.mean, n_resamples=9999, rng=1)
+    ends = [found[f"{name}_bootstrap_low"], found[f"{name}_bootstrap_high"]]
+    spread = difference.std(ddof=1)
+    np.testing.assert_allclose(ends, reference.confidence_interval, atol=0.1 * spread)
+    effect = found[f"{name}_detectable"] / spread
+    critical = stats.t.ppf(0.975, N_SEEDS - 1)
+    power = stats.nct.sf(critical, N_SEEDS - 1, effect * np.sqrt(N_SEEDS))
+    assert power == pytest.approx(0.8, abs=1e-4)
 
 
 def test_summary_metrics_are_plain_finite_numbers(outcomes) -> None:
@@ -176,6 +194,87 @@ def test_an_arm_that_removes_nothing_is_compared_with_nothing() -> None:
     table = comparison_table(found)
     assert not found[1].versus and table["accuracy_vs_random"].isna().all()
     assert [verdict(row) for _, row in table.iterrows()] == ["baseline", "removes nothing"]
+
+
+# Relabelling and groups
+
+
+GROUPS = np.where(np.arange(N_TEST) < 150, 0, 7)  # those after 150 are first to be wrong
+
+
+def relabelled(arm: str, size: int) -> Trial:
+    return replace(trial(arm, size), new_labels=(np.zeros(size, int),) * N_SEEDS)
+
+
+BOTH = {
+    ("none", 0, "remove"): CORRECT["none", 0],
+    ("random", 5, "remove"): CORRECT["random", 5],
+    ("harmful", 5, "remove"): CORRECT["harmful", 5],
+    ("random", 5, "relabel"): CORRECT["random", 9],
+    ("harmful", 5, "relabel"): CORRECT["negative", 9],
+}
+
+
+@pytest.fixture(scope="module")
+def both() -> dict:
+    """Outcomes of removal and of relabelling, with groups."""
+    trials = [
+        trial(arm, size) if action == "remove" else relabelled(arm, size)
+        for arm, size, action in BOTH
+    ]
+    return dict(zip(BOTH, compare(trials, list(map(logits_with, BOTH.values())), LABELS, GROUPS)))
+
+
+@pytest.mark.parametrize("action", ["remove", "relabel"])
+def test_random_is_matched_by_size_and_action(both, action: str) -> None:
+    arm, control = (np.array(BOTH[name, 5, action]) / N_TEST for name in ("harmful", "random"))
+    found = both["harmful", 5, action].versus["random"]["accuracy"]
+    assert found.mean == pytest.approx((arm - control).mean())
+    none = np.array(BOTH["none", 0, "remove"]) / N_TEST
+    found = both["harmful", 5, action].versus["none"]["accuracy"]
+    assert found.mean == pytest.approx((arm - none).mean())
+
+
+def test_the_table_tells_the_actions_apart(both) -> None:
+    table = comparison_table(list(both.values()))
+    assert list(zip(table["arm"], table["n_removed"], table["action"])) == list(BOTH)
+
+
+@pytest.mark.parametrize("key", BOTH)
+def test_worst_group_accuracy_is_that_of_the_worst_group(both, key) -> None:
+    expected = []
+    for count in BOTH[key]:
+        first, last = min(count, 150) / 150, max(count - 150, 0) / 50
+        expected.append(min(first, last))
+    np.testing.assert_allclose(both[key].per_seed["worst_group_accuracy"], expected)
+
+
+@pytest.mark.parametrize("control", ["random", "none"])
+@pytest.mark.parametrize("metric", ["accuracy", "worst_group_accuracy"])
+def test_each_judged_metric_is_adjusted_by_itself_over_both_actions(both, control, metric) -> None:
+    family = [o for o in both.values() if control in o.versus]
+    assert len(family) == {"random": 2, "none": 4}[control]
+    p_values = [o.versus[control][metric].p for o in family]
+    running = 0.0
+    for step, i in enumerate(np.argsort(p_values)):
+        running = max(running, min(1, (len(family) - step) * p_values[i]))
+        assert family[i].holm[control][metric] == pytest.approx(running)
+
+
+def test_worst_group_accuracy_is_judged_where_there_are_groups_alone(outcomes, both) -> None:
+    judged = {f"worst_group_accuracy_vs_{c}_{k}" for c in ("random", "none") for k in JUDGEMENTS}
+    assert judged <= set(summary_metrics(both["harmful", 5, "relabel"]))
+    assert not judged & set(summary_metrics(outcomes["harmful", 5]))
+    assert judged <= set(comparison_table(list(both.values())))
+    assert not judged & set(comparison_table(list(outcomes.values())))
+
+
+def test_a_verdict_is_that_of_the_metric_asked_for(both) -> None:
+    table = comparison_table(list(both.values()))
+    row = table[(table["arm"] == "harmful") & (table["action"] == "relabel")].iloc[0].copy()
+    row["worst_group_accuracy_vs_random_ci_low"] = -1.0
+    assert verdict(row) == "better than random"
+    assert verdict(row, "worst_group_accuracy") == "indistinguishable from random"
 
 
 # Retraining
@@ -294,6 +393,20 @@ def test_relabelled_examples_are_seen_with_their_new_labels(data, tmp_path) -> N
     model = train(config, data, SEEDS[1], seen[1], validate=False, labels=labels[1]).model
     np.testing.assert_array_equal(relabelled[1], predict(config, model, data, "test"))
     assert not np.array_equal(relabelled, plain)
+
+
+def test_a_relabelling_trial_keeps_every_example_and_changes_those_labels(data, tmp_path) -> None:
+    config = toy_config(epochs=1, batch_size=65)
+    new = (np.array([1, 1]), np.array([0, 0]))
+    given = replace(arm("harmful", [0, 4], [1, 5]), new_labels=new)
+    (found,) = retrain(config, data, [given], SEEDS, tmp_path / "work")
+    for seed, positions, labels, logits in zip(SEEDS, given.removed, new, found, strict=True):
+        changed = data.labels("train").copy()
+        assert (changed[positions] != labels).all()
+        changed[positions] = labels
+        every = np.ones(24, dtype=bool)
+        model = train(config, data, seed, every, validate=False, labels=changed).model
+        np.testing.assert_array_equal(logits, predict(config, model, data, "test"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty archive", "other compression"])

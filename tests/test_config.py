@@ -136,6 +136,7 @@ def test_the_bounds_are_the_documented_ones() -> None:
         "subset_fraction": {"above": 0, "at_most": 1},
         "seed": {"at_least": 0},
         "proj_dim": {"at_least": 1},
+        "num_blocks": {"at_least": 1},
         "lambda_reg": {"at_least": 0},
         "num_seeds": {"at_least": 2},
         "jobs": {"at_least": 0},
@@ -290,7 +291,9 @@ def test_the_help_names_every_flag_and_its_preset_values(capsys) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     assert all(f"--{name}" in shown for name in FIELDS)
-    assert "digits: 512, food101: 2048, images: 1024" in shown
+    for name in ("proj_dim", "num_blocks", "lambda_reg"):
+        values = ", ".join(f"{preset}: {given[name]}" for preset, given in PRESETS.items())
+        assert values in shown
 
 
 def test_a_config_cannot_be_changed() -> None:

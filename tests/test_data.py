@@ -396,6 +396,156 @@ def test_noise_reaches_every_other_class(load) -> None:
     assert set(offsets) == set(range(1, 10)) and offsets.value_counts().max() < 90
 
 
+@pytest.mark.parametrize("noise", [0.1, 0.33, 0.9])
+def test_pair_noise_makes_every_flip_the_next_class(load, root, noise) -> None:
+    write_classes(root, {"eel": 12}, 100)
+    uniform = load(root, label_noise=noise).examples
+    table = load(root, label_noise=noise, noise_kind="pair").examples
+    flipped = table["label"] != table["true_label"]
+    assert flipped.sum() == round(noise * (table["split"] == "train").sum())
+    assert (flipped == table["is_flipped"]).all() and (flipped == uniform["is_flipped"]).all()
+    following = {0: 1, 1: 2, 2: 0}
+    assert table["label"][flipped].tolist() == [following[t] for t in table["true_label"][flipped]]
+    assert set(table["split"][flipped]) == {"train"}
+    assert noise < 0.3 or set(table["true_label"][flipped]) == {0, 1, 2}
+    names = ("cat", "dog", "eel")
+    assert table["label_name"].tolist() == [names[i] for i in table["label"]]
+
+
+# A shortcut
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    write_classes(tmp_path / "three", {"cat": 70, "dog": 45, "eel": 33})
+    return tmp_path / "three"
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_a_patch_goes_to_exact_shares_of_each_true_class_and_split(load, three, noise) -> None:
+    loaded = load(three, shortcut="patch", label_noise=noise)
+    table, shares = loaded.examples, set()
+    for split in SPLITS:
+        for label in range(3):
+            rows = table[(table["split"] == split) & (table["true_label"] == label)]
+            share = 0.5 if split != "train" else 0.95 if label == 0 else 0.05
+            assert rows["has_patch"].sum() == round(share * len(rows)), (split, label)
+            shares.add(rows["has_patch"].mean() > 0)
+    assert shares == {True}
+    named = {True: "with patch", False: "without patch"}
+    expected = [
+        f"{name}, {named[has]}" for name, has in zip(table["label_name"], table["has_patch"])
+    ]
+    assert table["group"].tolist() == expected and len(set(expected)) == 6
+    plain = load(three, label_noise=noise).examples
+    assert not {"has_patch", "group"} & set(plain)
+    assert table[list(plain)].equals(plain)
+
+
+@pytest.mark.parametrize(("size", "side"), [(8, 2), (12, 2), (18, 3), (31, 5)])
+def test_a_patch_is_a_square_and_nothing_else_changes(load, three, size, side) -> None:
+    plain = load(three, image_size=size)
+    expected, before = np.array(plain.pixels()), plain.pixels_file.read_bytes()
+    loaded = load(three, image_size=size, shortcut="patch")
+    for row in np.flatnonzero(loaded.examples["has_patch"]):
+        for y in range(side, 2 * side):
+            for x in range(side, 2 * side):
+                expected[row, y, x] = (255, 0, 255)
+    assert (loaded.pixels() == expected).all()
+    assert loaded.pixels_file != plain.pixels_file and plain.pixels_file.read_bytes() == before
+    assert (load(three, image_size=size).pixels() == plain.pixels()).all()
+
+
+def test_a_patch_is_painted_once_and_by_the_seed(load, three, monkeypatch, decodes) -> None:
+    first = load(three, shortcut="patch")
+    written = first.pixels_file.stat().st_mtime_ns
+    again = load(three, shortcut="patch")
+    assert again.examples.equals(first.examples) and again.pixels_file == first.pixels_file
+    assert again.pixels_file.stat().st_mtime_ns == written and len(decodes) == 148
+    assert again.fingerprint == first.fingerprint
+    other = load(three, shortcut="patch", data_seed=1)
+    id_patched = [set(d.examples["example_id"][d.examples["has_patch"]]) for d in (first, other)]
+    assert id_patched[0] != id_patched[1]
+    folders = [p.name for p in first.pixels_file.parent.parent.iterdir()]
+    assert len(folders) == 3  # plain, and one a seed: no leftovers
+
+
+def test_the_fingerprint_tells_patched_data_and_noise_kinds_apart(load, three) -> None:
+    given = [{}, {"shortcut": "patch"}, {"label_noise": 0.3}]
+    given += [{"label_noise": 0.3, "noise_kind": "pair"}, {"label_noise": 0.3, "shortcut": "patch"}]
+    assert len({load(three, **each).fingerprint for each in given}) == len(given)
+    assert load(three, noise_kind="pair").fingerprint == load(three).fingerprint  # of no flips
+
+
+# A column that groups
+
+
+def with_column(first: int, counts: list[int], **columns: Callable[[int], Any]) -> Any:
+    """A data set whose row of image i has column(i)."""
+    part = hub_dataset(first, counts)
+    for name, value in columns.items():
+        part = part.add_column(name, [value(first + i) for i in range(sum(counts))])
+    return part
+
+
+def camera(i: int) -> str:
+    return "abc"[(i * i) % 7 % 3] + str(i)
+
+
+def test_the_column_that_groups_name_stays_with_its_image(load, tmp_path) -> None:
+    folder = write_parquet(
+        tmp_path / "hub",
+        train=with_column(0, [14, 9], camera=camera, year=lambda i: 1990 + i),
+        test=with_column(50, [5, 4], camera=camera, year=lambda i: 1990 + i),
+    )
+    plain = load(folder)
+    assert not {"camera", "year"} & set(plain.examples)
+    for groups, value in (("camera", camera), ("year", lambda i: 1990 + i)):
+        loaded = load(folder, groups=groups)
+        numbers = [int(name.removesuffix(".png")) for name in loaded.examples["file_name"]]
+        assert sorted(numbers) == [*range(23), *range(50, 59)] != numbers
+        assert loaded.examples[groups].tolist() == [value(i) for i in numbers]
+        assert loaded.examples.drop(columns=groups).equals(plain.examples)
+        assert loaded.fingerprint == plain.fingerprint
+
+
+def test_the_column_stays_with_its_image_where_rows_are_left_out(load, tmp_path) -> None:
+    import datasets
+
+    train = with_column(0, [12, 12], camera=camera)
+    cells = train.with_format("arrow")[:]["image"].to_pylist()
+    cells[4] = {"bytes": b"no image", "path": "4.png"}
+    columns = {"image": cells, "label": train["label"][:], "camera": train["camera"][:]}
+    train = datasets.Dataset.from_dict(columns, features=train.features)
+    copies = with_column(6, [2, 0], camera=lambda i: f"copy of {i}")  # images 6 and 7 again
+    test = datasets.concatenate_datasets([copies, with_column(50, [5, 4], camera=camera)])
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "saved")
+    loaded = load(tmp_path / "saved", groups="camera", on_bad_image="skip")
+    assert loaded.dropped_duplicates == 2 and loaded.skipped == ("4.png",)
+    table = loaded.examples
+    numbers = [int(name.removesuffix(".png")) for name in table["file_name"]]
+    expected = [f"copy of {i}" if i in (6, 7) else camera(i) for i in numbers]
+    assert table["camera"].tolist() == expected
+    assert set(table["split"][table["camera"].str.startswith("copy")]) == {"test"}
+
+
+def test_a_column_that_some_part_lacks_is_not_taken(load, tmp_path) -> None:
+    parts = {"train": with_column(0, [12, 12], camera=camera), "test": hub_dataset(50, [3, 3])}
+    import datasets
+
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert "camera" not in load(tmp_path / "saved", groups="camera").examples
+
+
+@pytest.mark.parametrize("name", ["split", "file_name", "label"])
+def test_a_column_of_the_data_set_does_not_take_the_place_of_ours(load, tmp_path, name) -> None:
+    part = hub_dataset(0, [12, 12])
+    if name != "label":
+        part = part.add_column(name, ["theirs"] * 24)
+    folder = write_parquet(tmp_path / "hub", train=part)
+    assert load(folder, groups=name).examples.equals(load(folder).examples)
+
+
 # Fingerprint
 
 

@@ -16,7 +16,7 @@ from toy import toy_config, toy_data
 from attribution import ensemble, models
 from attribution.config import Config
 from attribution.data import ImageData
-from attribution.ensemble import Ensemble, subset_masks, train_checkpoints
+from attribution.ensemble import Ensemble, label_quality, subset_masks, train_checkpoints
 from attribution.training import predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,6 +128,52 @@ def test_where_an_example_was_seen_by_all_the_loss_is_over_those_that_saw_it() -
     ]
     np.testing.assert_allclose(joint.train_loss(labels), expected)
     assert not joint.is_out_of_sample
+
+
+MASKS = {
+    "each left out by some": subset_masks(12, 4, 0.5, 0),
+    "one seen by all": subset_masks(12, 4, 0.5, 0) | (np.arange(12) == 5),
+    "one seen by none, one by all": (np.arange(12) != 3) & (np.arange(24).reshape(2, 12) != 7),
+    "all seen by all": np.ones((3, 12), bool),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_train_probabilities_are_means_over_the_checkpoints_whose_loss_counts(name: str) -> None:
+    masks = MASKS[name]
+    joint = made(masks)
+    if not masks.all(axis=0).any():
+        counted = ~masks
+    elif masks.any(axis=0).all():
+        counted = masks
+    else:
+        counted = np.ones_like(masks)
+    found = joint.train_probabilities()
+    for i in range(12):
+        rows = [
+            [math.exp(-loss_by_loops(joint.train_logits[m, i], label)) for label in range(3)]
+            for m in range(len(masks))
+            if counted[m, i]
+        ]
+        np.testing.assert_allclose(found[i], np.mean(rows, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
+def test_label_quality_is_the_probability_of_the_given_label() -> None:
+    probabilities = made(MASKS["each left out by some"]).train_probabilities()
+    labels = np.arange(12) % 3
+    expected = [probabilities[i, label] for i, label in enumerate(labels)]
+    np.testing.assert_allclose(label_quality(labels, probabilities), expected, rtol=1e-9)
+
+
+def test_label_quality_puts_planted_flips_first() -> None:
+    rng = np.random.default_rng(0)
+    true, flipped = np.arange(200) % 4, rng.permutation(200) < 30
+    logits = rng.normal(size=(200, 4)) + 6 * (np.arange(4) == true[:, None])
+    odds = np.exp(logits)
+    quality = label_quality((true + flipped) % 4, odds / odds.sum(axis=1, keepdims=True))
+    assert ((quality >= 0) & (quality <= 1)).all()
+    assert flipped[np.argsort(quality)[:30]].mean() > 0.95
 
 
 def test_validation_loss_is_the_mean_over_checkpoints() -> None:

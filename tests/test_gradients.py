@@ -11,7 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from attribution.errors import InputError
 from attribution.gradients import Call, capture, margins
-from attribution.sketch import Sketch
+from attribution.sketch import Sketch, dealt
 
 torch.set_num_threads(1)  # the tensors are tiny; threads would only wait for each other
 
@@ -495,6 +495,46 @@ def test_autocast_is_accumulated_in_float32():
     full = Sketch(64).project(capture(model, images.float(), labels))
     cosine = torch.cosine_similarity(half, full)
     assert half.dtype == torch.float32 and cosine.min() > 0.9
+
+
+@given(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=30), st.integers(1, 12))
+def test_matrices_are_dealt_evenly_in_order_and_vectors_follow_them(dimensions, num_blocks):
+    shapes = {f"p{i}": (3,) * d for i, d in enumerate(dimensions)}
+    blocks = dealt(shapes, num_blocks)
+    assert list(blocks) == list(shapes)
+    of_matrices = [blocks[name] for name, shape in shapes.items() if len(shape) > 1]
+    assert of_matrices == sorted(of_matrices)
+    sizes = [of_matrices.count(b) for b in range(1 + max(blocks.values()))]
+    if of_matrices:
+        assert len(sizes) == min(num_blocks, len(of_matrices))
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0
+    current = 0
+    for name, shape in shapes.items():
+        current = blocks[name] if len(shape) > 1 else current
+        assert blocks[name] == current
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
+@pytest.mark.parametrize("num_blocks", [1, 2, 4, 99])
+def test_each_block_is_the_sketch_of_its_own_parameters(num_blocks, route):
+    model, (images, labels) = small_resnet(), batch(3, (3, 20, 20))
+    captured = capture(model, images, labels)
+    sketch = Sketch(31, 5, dtype=torch.float64, num_blocks=num_blocks)
+    sketch.tensorsketches = route
+    blocks = dealt(captured.shapes, num_blocks)
+    gradients = captured.per_sample()
+    expected = []
+    for block in range(1 + max(blocks.values())):
+        own = [g * (blocks[name] == block) for name, g in gradients.items()]
+        assert any(g.any() for g in own)
+        own = torch.cat([g.flatten(1) for g in own], dim=1)
+        expected.append(own @ explicit(routed(31, 5), captured).T)
+    truth = torch.cat(expected, 1)
+    found = sketch.project(captured)
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sketch.features(model, images, labels)[0], truth)
+    one = routed(31, 5, route).project(captured)
+    torch.testing.assert_close(found.unflatten(1, (-1, 31)).sum(1), one, rtol=1e-9, atol=1e-9)
 
 
 def test_refuses_an_empty_projection():

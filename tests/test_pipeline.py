@@ -231,7 +231,7 @@ def check_metrics(place: Place, run: Any, row: dict[str, Any]) -> None:
         assert metrics[f"{metric}_ci_low"] <= mean <= metrics[f"{metric}_ci_high"]
         assert row[f"{metric}_mean"] == pytest.approx(mean)
     for control in ("random", "none"):
-        compared = row["arm"] not in ("none", control)
+        compared = row["arm"] not in ("none", control) and row["n_removed"] > 0
         names = [f"accuracy_vs_{control}{end}" for end in ("", "_ci_low", "_ci_high", "_p_holm")]
         assert all((name in metrics) == compared for name in names)
         if compared:
@@ -341,9 +341,9 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
     other = {
         "augment": "flip", "model": str(model), "epochs": 3, "learning_rate": 0.02,
         "batch_size": 4, "weight_decay": 0.1, "schedule": "cosine", "patience": 1,
-        "precision": "bfloat16", "num_models": 3, "subset_fraction": 0.7, "seed": 1, "proj_dim": 8,
+        "precision": "bfloat16", "num_models": 3, "subset_fraction": 0.7, "seed": 1, "proj_dim": 8, "num_blocks": 2,
         "projector": "normal", "feature_precision": "bfloat16", "lambda_reg": 0.2, "loss_gradient_weight": "none", "frac": "0.3",
-        "arms": "none", "num_seeds": 3, "groups": "is_flipped", "group_weights": "loss",
+        "arms": "none", "action": "relabel", "num_seeds": 3, "groups": "is_flipped", "group_weights": "loss",
     }  # fmt: skip
     for name, f in FIELDS.items():
         group = f.metadata["group"]
@@ -352,6 +352,31 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
             for stage in STAGES:
                 same = fingerprint(stage, plain, data) == fingerprint(stage, changed, data)
                 assert same == (group not in STAGE_GROUPS[stage]), (name, stage)
+
+
+def test_the_values_of_the_column_that_groups_change_the_ablation_alone(tmp_path) -> None:
+    import dataclasses
+
+    from toy import toy_config, toy_data
+
+    from attribution.tracking import fingerprint
+
+    plain, n = toy_data(tmp_path), 64
+
+    def prints(config, **columns: list) -> list[str]:
+        data = dataclasses.replace(plain, examples=plain.examples.assign(**columns))
+        return [fingerprint(stage, config, data) for stage in ("finetune", "trak", "ablation")]
+
+    grouped, values = toy_config(groups="camera"), ["a", "b"] * (n // 2)
+    first = prints(grouped, camera=values)
+    assert prints(grouped, camera=list(values)) == first
+    assert prints(grouped, camera=values, other=[1] * n) == first
+    changed = prints(grouped, camera=[*values[:-1], "a"])
+    assert changed[:2] == first[:2] and changed[2] != first[2]
+    moved = prints(grouped, camera=[*values[1:], values[0]])
+    assert len({first[2], changed[2], moved[2]}) == 3
+    by_label = toy_config()
+    assert prints(by_label, camera=values) == prints(by_label, camera=values[::-1])
 
 
 def test_changed_image_content_recomputes_everything(chain, tmp_path: Path) -> None:
@@ -629,7 +654,7 @@ def exact_gradients(folder: Path, files: list[Path], labels: np.ndarray) -> tupl
 def precise(chain) -> tuple[Place, dict[str, Any]]:
     """Scores with a long sketch, and with a shorter one and traker's own path beside it."""
     place, _ = chain
-    settings = {"precision": "float32", "epochs": 6, "lambda_reg": 0.1}
+    settings = {"precision": "float32", "epochs": 6, "lambda_reg": 0.1, "num_blocks": 1}
     runs = {
         "long": place.done("trak", proj_dim=4096, **settings),
         "sketch": place.done("trak", proj_dim=512, **settings),

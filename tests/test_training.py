@@ -485,3 +485,20 @@ def test_a_precision_is_what_the_hardware_computes_in(monkeypatch) -> None:
     assert resolve_precision("auto", CPU) == torch.float32
     with pytest.raises(InputError, match="^feature_precision=bfloat16: this cpu has no"):
         resolve_precision("bfloat16", CPU, "feature_precision")
+
+
+@pytest.mark.parametrize("prefix", ["", "test_"])
+def test_worst_group_accuracy_is_told_where_groups_are_given(prefix: str) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(60, 3)), np.arange(60) % 3
+    groups = rng.choice([2, 5, 9], 60, p=[0.6, 0.3, 0.1])
+    right: dict[int, list[bool]] = {}
+    for row, label, group in zip(logits, labels, groups):
+        right.setdefault(int(group), []).append(max(range(3), key=lambda c: row[c]) == label)
+    worst = min(sum(each) / len(each) for each in right.values())
+    plain = classification_metrics(logits, labels, prefix)
+    found = classification_metrics(logits, labels, prefix, groups=groups)
+    assert found == plain | {f"{prefix}worst_group_accuracy": pytest.approx(worst)}
+    assert worst not in plain.values()
+    by_label = classification_metrics(logits, labels, groups=labels)
+    assert by_label["worst_group_accuracy"] == by_label["worst_class_accuracy"]

@@ -42,17 +42,22 @@ def put(file: Path, values: np.ndarray) -> None:
     write_matrix(file, [values], values.shape)
 
 
-def formula(stores: list[Store], lambda_reg: float, weight: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and self-influence as the design writes them, in float64."""
+def formula(
+    stores: list[Store], lambda_reg: float, weight: str, num_blocks: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and self-influence as the design writes them, in float64, summed over the blocks."""
     scores = self_influence = one_minus_p = 0
     for store in stores:
         phi, targets = (
             np.concatenate(store.features(split)).astype(np.float64) for split in ("train", TARGETS)
         )
-        gram = phi.T @ phi
-        inverse = np.linalg.inv(gram + lambda_reg * gram.trace() / len(gram) * np.eye(len(gram)))
-        scores = scores + phi @ inverse @ targets.T / len(stores)
-        self_influence = self_influence + ((phi @ inverse) * phi).sum(1) / len(stores)
+        width = phi.shape[1] // num_blocks
+        for start in range(0, phi.shape[1], width):
+            x, y = phi[:, start : start + width], targets[:, start : start + width]
+            gram = x.T @ x
+            inverse = np.linalg.inv(gram + lambda_reg * gram.trace() / width * np.eye(width))
+            scores = scores + x @ inverse @ y.T / len(stores)
+            self_influence = self_influence + ((x @ inverse) * x).sum(1) / len(stores)
         one_minus_p = one_minus_p + store.one_minus_p("train") / len(stores)
     return scores * one_minus_p if weight == "mean" else scores, self_influence
 
@@ -64,9 +69,11 @@ def blocks_of(rows: int):
         yield
 
 
-def check(stores: list[Store], folder: Path, lambda_reg: float, weight: str) -> np.ndarray:
-    found = combine(stores, folder / "scores.npy", lambda_reg, weight, CPU)
-    scores, self_influence = formula(stores, lambda_reg, weight)
+def check(
+    stores: list[Store], folder: Path, lambda_reg: float, weight: str, num_blocks: int = 1
+) -> np.ndarray:
+    found = combine(stores, folder / "scores.npy", lambda_reg, weight, CPU, num_blocks)
+    scores, self_influence = formula(stores, lambda_reg, weight, num_blocks)
     assert found.values.dtype == np.float32
     np.testing.assert_allclose(found.values, scores, rtol=0, atol=2e-5 * np.abs(scores).max())
     np.testing.assert_allclose(found.self_influence, self_influence, rtol=2e-4)
@@ -82,6 +89,18 @@ def test_scores_and_self_influence_are_those_of_the_formula(
     stores = [store_features(tmp_path, m, 90, 11, 16) for m in range(checkpoints)]
     with blocks_of(32):  # of 90: the last block is shorter
         check(stores, tmp_path, lambda_reg, weight)
+
+
+@pytest.mark.parametrize("lambda_reg", [0.0, 0.1])
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_scores_of_several_blocks_are_the_sum_of_one_formula_a_block(
+    tmp_path: Path, num_blocks: int, lambda_reg: float
+) -> None:
+    stores = [store_features(tmp_path, m, 90, 11, 16, shard=40) for m in range(2)]
+    with blocks_of(32):
+        found = check(stores, tmp_path, lambda_reg, "mean", num_blocks)
+    whole, _ = formula(stores, lambda_reg, "mean")
+    assert np.abs(found - whole).max() > 0.05 * np.abs(whole).max()  # and not one for them all
 
 
 @settings(max_examples=20, deadline=None)
@@ -222,3 +241,27 @@ def test_a_shard_begun_with_another_batch_size_is_made_anew(tmp_path: Path) -> N
         _featurize(config, data, tmp_path / "model", 0, "train", rows, size, folder)
     np.testing.assert_array_equal(*(s.features("train")[0] for s in (whole, begun)))
     np.testing.assert_array_equal(whole.one_minus_p("train"), begun.one_minus_p("train"))
+
+
+@pytest.mark.parametrize("asked", [1, 3, 99])
+def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: int) -> None:
+    from attribution import models
+    from attribution.trak import _featurize
+
+    data = toy_data(tmp_path / "data", n_train=12, n_other=6)
+    model = models.build("resnet-mini", data.class_names, 0)
+    matrices = sum(p.dim() > 1 for p in model.parameters())
+    models.save(model, tmp_path / "model", 16, *models.normalisation("resnet-mini"))
+    features = []
+    for num_blocks in (1, asked):
+        config, store = toy_config(proj_dim=16, num_blocks=num_blocks), Store(tmp_path / "s", 0)
+        folder = store.shard("train", 0)
+        _featurize(config, data, tmp_path / "model", 0, "train", range(12), 12, folder)
+        features.append(np.array(store.features("train")[0]))
+    one, several = features
+    blocks = min(asked, matrices)
+    assert one.shape == (12, 16) and several.shape == (12, blocks * 16)
+    # traker divides by the square root of the number of parameters, in both alike.
+    np.testing.assert_allclose(
+        several.reshape(12, blocks, 16).sum(1), one, rtol=1e-4, atol=1e-5 * np.abs(one).max()
+    )

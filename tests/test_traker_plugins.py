@@ -205,6 +205,64 @@ def test_ridge_is_relative_blockwise_and_not_rescaled(monkeypatch):
     assert solve(x, 0.0).dtype == torch.float32
 
 
+def by_blocks(x, ridge, blocks):
+    """A = F'F with zeros outside blocks along the diagonal, and a ridge of each block's own."""
+    width = x.shape[1] // blocks
+    a = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for start in range(0, x.shape[1], width):
+        rows = slice(start, start + width)
+        gram = x[:, rows].double().T @ x[:, rows].double()
+        a[rows, rows] = gram + ridge * gram.trace() / width * torch.eye(width)
+    return a
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("ridge", [0.0, 0.1, 2.0])
+def test_blocks_have_a_gram_matrix_and_a_ridge_of_their_own(monkeypatch, blocks, ridge):
+    monkeypatch.setattr("attribution.traker_plugins.BLOCK", 7)
+    g = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1.0, 8.0, 0.5, 3.0]).repeat_interleave(4)
+    x = torch.randn(50, 16, generator=g) * scales
+    x += 0.3 * x.flip(1)  # so that blocks are correlated
+    y = torch.randn(9, 16, generator=g) * scales
+    computer = RidgeScoreComputer(torch.float32, "cpu", lambda_reg=ridge, num_blocks=blocks)
+    gram = computer.get_xtx(x)
+    assert gram.shape == (blocks, 16 // blocks, 16 // blocks) and gram.dtype == torch.float64
+    inverse = torch.linalg.inv(by_blocks(x, ridge, blocks))
+    solved = computer.get_x_xtx_inv(x, gram)
+    truth = x.double() @ inverse
+    torch.testing.assert_close(
+        solved, truth.float(), rtol=1e-3, atol=1e-5 * float(truth.abs().max())
+    )
+    factors = computer.factor(gram)
+    products = torch.zeros(50, 9)
+    left, right = (computer.whiten(rows, factors).float() for rows in (x, y))
+    computer.get_scores(left, right, accumulator=products)
+    truth = truth @ y.double().T
+    torch.testing.assert_close(
+        products, truth.float(), rtol=1e-3, atol=1e-5 * float(truth.abs().max())
+    )
+
+
+def test_one_singular_block_among_others_is_refused():
+    x = torch.randn(20, 8)
+    x[:, 5] = x[:, 4]
+    computer = RidgeScoreComputer(torch.float32, "cpu", num_blocks=2)
+    with pytest.raises(InputError, match="singular with lambda_reg 0"):
+        computer.get_x_xtx_inv(x, computer.get_xtx(x))
+
+
+def test_projected_blocks_lie_side_by_side_and_add_up_to_one(data):
+    model = network(1)
+    pending = HookGradientComputer(model, MarginOutput()).compute_per_sample_grad(data[1])
+    one = SketchProjector(16, seed=1).project(pending, 2)
+    three = SketchProjector(48, seed=1, num_blocks=3).project(pending, 2)
+    assert three.shape == (TARGETS, 48)
+    torch.testing.assert_close(three.view(-1, 3, 16).sum(1), one, rtol=1e-4, atol=1e-4)
+    expected = Sketch(16, "1/2", num_blocks=3).project(capture(model, *data[1]))
+    torch.testing.assert_close(three, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("features", [torch.randn(5, 8), torch.zeros(20, 8), torch.ones(20, 8)])
 def test_singular_gram_is_refused_with_a_remedy(features):
     with pytest.raises(InputError, match="singular with lambda_reg 0.0"):
@@ -219,7 +277,8 @@ def test_products_of_rows_whitened_in_float32_are_those_of_float64(ridge) -> Non
     x = torch.randn(500, 128) * scales @ torch.linalg.qr(torch.randn(128, 128))[0]
     computer = RidgeScoreComputer(torch.float32, "cpu", lambda_reg=ridge)
     factor = computer.factor(computer.get_xtx(x))
-    truth = x.double() @ torch.cholesky_solve(x.double().T, factor)
+    assert factor.shape == (1, 128, 128)
+    truth = x.double() @ torch.cholesky_solve(x.double().T, factor[0])
     left, right = computer.whiten(x, factor.float()), computer.whiten(x, factor).float()
     found = torch.zeros(500, 500)
     computer.get_scores(left, right, accumulator=found)

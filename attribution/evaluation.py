@@ -1,0 +1,124 @@
+"""Is the attribution right? What methods predict, against models that were really retrained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from attribution.bank import Bank
+from attribution.config import Config
+from attribution.data import ImageData
+from attribution.methods import Attribution
+from attribution.retraining import Series, retrained_logits
+from attribution.statistics import (
+    detection,
+    mean_estimate,
+    noise_ceiling,
+    predicted_margins,
+    resampled,
+    slope,
+    spearman,
+)
+from attribution.training import derive_seed, margins
+from attribution.trak import TARGETS
+
+DRAWS = 500
+
+
+def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray) -> pd.DataFrame:
+    """One row a method: LDS, its share of the noise ceiling, calibration, detection of flips.
+
+    Intervals (95 %) are percentile bootstraps over subsets and targets at once (LDS, ceiling,
+    slope) or over training examples (AUROC), the same draws for every method. What a method does
+    not offer is NaN.
+    """
+    actual = bank.margins.mean(axis=1)
+    predicted = {
+        name: predicted_margins(method.values, bank.masks)
+        for name, method in methods.items()
+        if method.values is not None
+    }
+    ceiling = float(np.nanmean(noise_ceiling(bank.margins))) if bank.repeats > 1 else np.nan
+    rows = {name: {"method": name} for name in methods}
+    for name, values in predicted.items():
+        lds = float(np.nanmean(spearman(values, actual)))
+        rows[name] |= {"lds": lds, "lds_share_of_ceiling": lds / ceiling if ceiling else np.nan}
+        rows[name]["calibration_slope"] = slope(values, actual)
+    drawn: dict[str, list[tuple[float, float]]] = {name: [] for name in predicted}
+    for part in resampled(*actual.shape, draws=DRAWS):
+        for name, values in predicted.items():
+            pair = values[part], actual[part]
+            drawn[name].append((float(np.nanmean(spearman(*pair))), slope(*pair)))
+    for name, values in drawn.items():
+        low, high = np.nanquantile(values, (0.025, 0.975), axis=0)
+        for i, figure in enumerate(("lds", "calibration_slope")):
+            rows[name] |= {f"{figure}_ci_low": low[i], f"{figure}_ci_high": high[i]}
+    for name, method in methods.items():
+        rows[name] |= detection(is_flipped, method.trust)
+    columns = ["method", "lds", "lds_ci_low", "lds_ci_high", "lds_share_of_ceiling"]
+    table = pd.DataFrame(list(rows.values())).assign(noise_ceiling=ceiling)
+    return table[columns + [c for c in table if c not in columns]]
+
+
+def brittleness(
+    config: Config, data: ImageData, supports: Mapping[str, np.ndarray], work: Path
+) -> pd.DataFrame:
+    """Retrain without the k training examples that support a target most; does its prediction flip?
+
+    Targets are drawn at random among those that the same model trained on everything classifies
+    correctly, so that one seed serves both sides of each pair.
+
+    Args:
+        supports: name to (n_train, n_targets) values, of which the highest k of a target's column
+            are removed; 'random' is added.
+
+    Returns:
+        One row a choice: share of flipped predictions with a Wilson interval, and the mean change
+        of the margin with Student's t interval, over targets.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    k, labels = config.brittleness_k, data.labels(TARGETS)
+    seed = derive_seed(config.seed, "brittleness")
+    n = len(data.rows("train"))
+    whole = Series("everything", [seed], np.ones((1, n), dtype=bool))
+    (before,) = retrained_logits(config, data, [whole], TARGETS, work, "brittleness")
+    rng = np.random.default_rng(seed)
+    correct = np.flatnonzero(before[0].argmax(axis=1) == labels)
+    targets = rng.permutation(correct)[: config.brittleness_targets]
+    choices = {
+        name: [np.argsort(-values[:, t], kind="stable")[:k] for t in targets]
+        for name, values in supports.items()
+    }
+    choices["random"] = [rng.choice(n, k, replace=False) for _ in targets]
+    series = []
+    for name, removed in choices.items():
+        keep = np.ones((len(targets), n), dtype=bool)
+        for row, gone in zip(keep, removed, strict=True):
+            row[gone] = False
+        series.append(Series(f"without {name}", [seed] * len(targets), keep))
+    after = retrained_logits(config, data, series, TARGETS, work, "brittleness")
+    old = margins(before[0], labels)[targets]
+    rows = []
+    for name, logits in zip(choices, after, strict=True):
+        own = logits[np.arange(len(targets)), targets]
+        flips = int((own.argmax(axis=1) != labels[targets]).sum())
+        low, high = proportion_confint(flips, len(targets), method="wilson")
+        change = mean_estimate(margins(own, labels[targets]) - old)
+        rows.append(
+            {
+                "removed": name,
+                "k": k,
+                "targets": len(targets),
+                "flipped": flips / len(targets),
+                "flipped_ci_low": low,
+                "flipped_ci_high": high,
+                "margin_change": change.mean,
+                "margin_change_ci_low": change.ci_low,
+                "margin_change_ci_high": change.ci_high,
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,107 @@
+"""Is the attribution right? Scores against models that were really retrained on random subsets."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from attribution import tracking
+from scripts import finetune, trak
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from attribution.bank import Bank
+    from attribution.config import Config
+    from attribution.data import ImageData
+
+
+def make(config: Config, data: ImageData) -> None:
+    """Find or compute scores and a bank, judge every method by it, and log table and figure."""
+    import shutil
+
+    import mlflow
+    import numpy as np
+
+    from attribution import evaluation, methods, plots
+    from attribution.scores import load_scores
+
+    methods.check_methods(config.method_names)
+    given = known_bank(config, data)  # refused before any training
+    trak_id = tracking.obtain("trak", config, data, trak.make)
+    finetune_id = mlflow.get_run(trak_id).data.tags["finetune_run_id"]
+    mlflow.set_tag("finetune_run_id", finetune_id)
+    bank = given or new_bank(config, data)
+    work = tracking.work_folder(config, tracking.fingerprint("evaluate", config, data)[:16])
+    subject = methods.Subject(
+        config,
+        data,
+        finetune.checkpoint_folders(finetune_id, config.num_models),
+        load_scores(tracking.artifact_path(trak_id, "scores")),
+        work,
+    )
+    found = {name: methods.METHODS[name](subject) for name in config.method_names}
+    table = evaluation.judge(found, bank, subject.scores.train["is_flipped"].to_numpy())
+    brittle = None
+    if config.brittleness_targets:
+        nearest = np.concatenate(list(methods.penultimate_similarity(subject, signed=False)))
+        supports = {"trak": subject.scores.values, "nearest of the same label": nearest}
+        retrainings = tracking.work_folder(config, "retrainings")
+        brittle = evaluation.brittleness(config, data, supports, retrainings)
+        tracking.log_table(brittle, "brittleness")
+    for _, row in table.iterrows():
+        log_method(row)
+    tracking.log_table(table, "evaluation")
+    with tracking.artifact_folder("bank") as folder:
+        bank.save(folder, config, data, config.alpha)
+    with tracking.artifact_folder() as folder:
+        plots.evaluation(table, brittle, folder / "evaluation.png")
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def known_bank(config: Config, data: ImageData) -> Bank | None:
+    """The bank that the caller names, if any."""
+    from attribution.bank import load_bank
+
+    return load_bank(config.bank, config, data) if config.bank else None
+
+
+def new_bank(config: Config, data: ImageData) -> Bank:
+    """A bank of this size; of what an earlier command trained for it nothing is trained again."""
+    from attribution.bank import build_bank
+
+    work = tracking.work_folder(config, "retrainings")
+    return build_bank(config, data, config.num_subsets, config.num_repeats, config.alpha, work)
+
+
+def log_method(row: pd.Series) -> None:
+    """One nested run a method, so that they can be picked and compared in MLflow."""
+    import mlflow
+    import pandas as pd
+
+    with mlflow.start_run(run_name=row["method"], nested=True):
+        mlflow.set_tags({"stage": "evaluate_method", "method": row["method"]})
+        mlflow.log_param("method", row["method"])
+        mlflow.log_metrics(
+            {name: float(v) for name, v in row.items() if name != "method" and pd.notna(v)}
+        )
+
+
+def show(run_id: str) -> None:
+    """Print the table of methods, and what the removal for single targets did."""
+    import pandas as pd
+
+    from attribution import report
+    from attribution.errors import InputError
+
+    report.print_evaluation(pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")))
+    try:
+        report.print_brittleness(pd.read_csv(tracking.artifact_path(run_id, "brittleness.csv")))
+    except InputError:  # none was asked for
+        pass
+    print(f"evaluate run: {run_id}")
+    tracking.say(f"bank: runs:/{run_id}/bank   # --bank takes it for other scores of the same data")
+
+
+if __name__ == "__main__":
+    tracking.run_entry_point("evaluate", make, show, sys.argv[1:])
