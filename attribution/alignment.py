@@ -42,9 +42,11 @@ def check_groups(examples: pd.DataFrame, groups: str) -> None:
     """
     if groups == AUTO:
         return
-    group_ids(examples[examples["split"] == "validation"], groups)
-    known = set(examples.loc[examples["split"] == "validation", groups])
-    lost = sorted(map(str, set(examples[groups].dropna()) - known))
+    splits = {name: part for name, part in examples.groupby("split")}
+    for part in (splits["validation"], *splits.values()):
+        group_ids(part, groups)
+    known = set(splits["validation"][groups])
+    lost = sorted(map(str, set(examples[groups]) - known))
     if lost:
         raise InputError(
             f"groups={groups}: no validation example in group {lost[0]!r}, so that nothing would "

@@ -102,7 +102,12 @@ def load_data(config: Config) -> ImageData:
     examples = _plant_noise(table, names, config)
     if config.shortcut == "patch":
         examples = _plant_patch(examples, config.data_seed)
-        file = painted_pixels(file, examples["has_patch"].to_numpy(), cache)
+        if config.image_size < 8:
+            raise InputError(
+                f"image_size={config.image_size}: too small for shortcut=patch; use 8 or more"
+            )
+        with writing(config):
+            file = painted_pixels(file, examples["has_patch"].to_numpy(), cache)
     values = source.column(config.groups)
     if config.groups not in examples and values is not None:
         examples[config.groups] = np.array(values, object)[table["row"]]

@@ -81,22 +81,32 @@ def painted_pixels(file: Path, has_patch: np.ndarray, cache: Path) -> Path:
     """
     key = short_hash([RECIPE, "patch", file.parent.name, has_patch.tobytes().hex()])
     folder = cache / "pixels" / key
-    if not folder.exists():
+    shape = open_pixels(file).shape
+    if not _is_whole(folder / "pixels.npy", shape):
+        shutil.rmtree(folder, ignore_errors=True)
+        open_pixels.cache_clear()
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             new = Path(temporary) / "new"
             new.mkdir()
             shutil.copyfile(file, new / "pixels.npy")
             pixels = np.load(new / "pixels.npy", mmap_mode="r+")
-            side = max(2, pixels.shape[1] // 6)
+            side = max(1, shape[1] // 6)
             for row in np.flatnonzero(has_patch):
                 pixels[row, side : 2 * side, side : 2 * side] = PATCH_COLOUR
             pixels.flush()
             try:
                 os.replace(new, folder)
             except OSError:  # fine if another process was faster
-                if not folder.exists():
+                if not _is_whole(folder / "pixels.npy", shape):
                     raise
     return folder / "pixels.npy"
+
+
+def _is_whole(file: Path, shape: tuple[int, ...]) -> bool:
+    try:
+        return np.load(file, mmap_mode="r").shape == shape
+    except (OSError, ValueError):
+        return False
 
 
 def _read_cache(folder: Path, table: pd.DataFrame, size: int) -> set[str] | None:

@@ -130,9 +130,13 @@ ARMS: dict[str, Arm] = {
     )
 }  # fmt: skip
 FRAC_FREE = ("none", "negative", "oracle")  # their size does not depend on frac
+NO_GROUPS = "groups", "groups=auto has none for training examples; use label or a column"
+OLD_SCORES = "the scores do not say; make them anew"
 NEEDS = {
-    "majority": ("groups", "groups=auto has none for training examples; use label or a column"),
-    "balanced": ("groups", "groups=auto has none for training examples; use label or a column"),
+    "confident": ("label_quality", OLD_SCORES),
+    "self_influence": ("self_influence", OLD_SCORES),
+    "majority": NO_GROUPS,
+    "balanced": NO_GROUPS,
     "oracle": ("is_flipped", "no label was flipped on purpose; use label_noise above 0"),
 }
 
@@ -192,6 +196,9 @@ def plan_trials(
         field, reason = NEEDS.get(arm, ("labels", ""))
         if getattr(evidence, field) is None:
             raise InputError(f"arms={arm}: {reason}, or leave out the arm")
+        labels = evidence.true_labels if arm == "oracle" else evidence.predicted
+        if "relabel" in actions and arm != "none" and labels is None:
+            raise InputError(f"arms={arm}: to relabel, {OLD_SCORES}, or use action=remove")
     n = len(evidence.labels)
     shares = {round(frac * n): frac for frac in sorted(fracs)}  # how many, as it was asked for
     if min(shares) < 1:
@@ -203,6 +210,8 @@ def plan_trials(
             continue
         for count in [0] if arm in FRAC_FREE else shares:
             trial = _trial(arm, count, shares.get(count), evidence, seeds)
+            if any(t.arm == arm and t.frac == trial.frac for t in trials):
+                continue  # it had no more to give at a smaller share already
             trials.append(trial)
             if len(trial.removed[0]):
                 controls.setdefault(len(trial.removed[0]), trial.frac)
@@ -222,8 +231,9 @@ def _trial(arm: str, count: int, frac: float | None, evidence: Evidence, seeds: 
     removed = tuple(
         np.sort(ARMS[arm](evidence, count, np.random.default_rng([seed, count]))) for seed in seeds
     )
-    share = len(removed[0]) / len(evidence.labels)
-    return Trial(arm, share if frac is None else frac, removed)
+    if frac is None or len(removed[0]) != count:  # the arm decides, or has no more to give
+        frac = len(removed[0]) / len(evidence.labels)
+    return Trial(arm, frac, removed)
 
 
 def _relabelled(trial: Trial, evidence: Evidence) -> Trial:

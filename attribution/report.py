@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -117,7 +118,7 @@ def power(table: pd.DataFrame) -> str:
             row["accuracy_vs_random"],
             detectable[row.name] / detectable_effect(1, seeds),
         )
-        if effect and spread:
+        with suppress(ValueError):  # an effect of zero
             text += (
                 f" Were {effect:+.4f} of {row['arm']} {row['frac']:.3g} its true effect, "
                 f"{seeds_needed(effect, spread)} seeds would show it."

@@ -75,20 +75,37 @@ def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, fl
     return float(found.low), float(found.high)
 
 
+def power(effect: float, n_seeds: int, alpha: float = 0.05) -> float:
+    """Chance that a two-sided paired t test finds a mean difference of so many standard deviations.
+
+    The noncentral t distribution as a mean over the spread's own distribution, chi with n - 1
+    degrees of freedom: scipy's, and with it statsmodels', is NaN where the effect is large.
+    """
+    from scipy import stats
+
+    df, shift = n_seeds - 1, abs(effect) * np.sqrt(n_seeds)
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    spread = np.sqrt(stats.chi2.ppf((nodes + 1) / 2, df) / df)
+    bound = stats.t.ppf(1 - alpha / 2, df) * spread
+    found = stats.norm.sf(bound - shift) + stats.norm.sf(bound + shift)
+    return float(weights @ found / 2)
+
+
 def detectable_effect(
-    spread: float, n_seeds: int, power: float = 0.8, alpha: float = 0.05
+    spread: float, n_seeds: int, at_power: float = 0.8, alpha: float = 0.05
 ) -> float:
     """The smallest mean difference that a two-sided paired t test finds with this power.
 
     Args:
         spread: standard deviation of the paired difference over seeds.
     """
-    from statsmodels.stats.power import TTestPower
+    from scipy.optimize import brentq
 
-    return spread * float(TTestPower().solve_power(None, n_seeds, alpha, power))
+    size = brentq(lambda x: power(x, n_seeds, alpha) - at_power, 0, 1e4 / np.sqrt(n_seeds))
+    return spread * float(size)
 
 
-def seeds_needed(effect: float, spread: float, power: float = 0.8, alpha: float = 0.05) -> int:
+def seeds_needed(effect: float, spread: float, at_power: float = 0.8, alpha: float = 0.05) -> int:
     """How many paired seeds a two-sided t test needs to find a mean difference with this power.
 
     Args:
@@ -96,25 +113,22 @@ def seeds_needed(effect: float, spread: float, power: float = 0.8, alpha: float 
         spread: standard deviation of the paired difference over seeds.
 
     Raises:
-        ValueError: an effect of zero, which no number of seeds would show.
+        ValueError: an effect of zero, or so small that more than a million seeds would be needed.
     """
-    from statsmodels.stats.power import TTestPower
-
     if effect == 0 or not np.isfinite([effect, spread]).all():
         raise ValueError("the effect must be a finite number other than 0")
     if spread == 0:
         return 2
-    size, enough = abs(effect) / spread, 2
-    while TTestPower().power(size, enough, alpha) < power:
-        enough *= 2
-    low = max(2, enough // 2)
-    while low < enough:  # power rises with the number of seeds
-        middle = (low + enough) // 2
-        if TTestPower().power(size, middle, alpha) < power:
+    size, low, high = abs(effect) / spread, 2, 10**6
+    if power(size, high, alpha) < at_power:
+        raise ValueError(f"an effect of {effect:.3g} would need more than {high} seeds")
+    while low < high:  # power rises with the number of seeds
+        middle = (low + high) // 2
+        if power(size, middle, alpha) < at_power:
             low = middle + 1
         else:
-            enough = middle
-    return enough
+            high = middle
+    return low
 
 
 def holm(p_values: list[float]) -> list[float]:

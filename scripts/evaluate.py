@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from attribution import tracking
@@ -95,10 +96,8 @@ def show(run_id: str) -> None:
     from attribution.errors import InputError
 
     report.print_evaluation(pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")))
-    try:
+    with suppress(InputError):  # none was asked for
         report.print_brittleness(pd.read_csv(tracking.artifact_path(run_id, "brittleness.csv")))
-    except InputError:  # none was asked for
-        pass
     print(f"evaluate run: {run_id}")
     tracking.say(f"bank: runs:/{run_id}/bank   # --bank takes it for other scores of the same data")
 

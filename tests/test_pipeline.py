@@ -344,10 +344,12 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
         "precision": "bfloat16", "num_models": 3, "subset_fraction": 0.7, "seed": 1, "proj_dim": 8, "num_blocks": 2,
         "projector": "normal", "feature_precision": "bfloat16", "lambda_reg": 0.2, "loss_gradient_weight": "none", "frac": "0.3",
         "arms": "none", "action": "relabel", "num_seeds": 3, "groups": "is_flipped", "group_weights": "loss",
+        "num_subsets": 11, "num_repeats": 1, "alpha": 0.4, "bank": "folder", "methods": "trak",
+        "brittleness_targets": 7, "brittleness_k": 3,
     }  # fmt: skip
     for name, f in FIELDS.items():
         group = f.metadata["group"]
-        if group in ("training", "finetune", "trak", "ablation"):
+        if group in ("training", "finetune", "trak", "ablation", "evaluate"):
             changed = toy_config(**{name: other[name]})
             for stage in STAGES:
                 same = fingerprint(stage, plain, data) == fingerprint(stage, changed, data)

@@ -260,9 +260,6 @@ def test_an_arm_without_its_evidence_is_refused_by_name(arm, field, words) -> No
     assert all(word in message for word in words) and "\n" not in message
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only what NEEDS lists is refused: numpy fails, or sorts None"
-)
 @pytest.mark.parametrize(
     ("arm", "field", "action"),
     [
@@ -277,9 +274,6 @@ def test_whatever_evidence_is_missing_the_arm_is_refused_by_name(arm, field, act
         plan_trials([arm], [0.1], replace(full_evidence(), **{field: None}), SEEDS, [action])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="its control is named after a frac that has a control already"
-)
 def test_trials_have_different_names_where_the_majority_is_smaller_than_asked_for() -> None:
     trials = plan("majority", [0.3, 0.6], full_evidence())
     assert [len(t.removed[0]) for t in trials if t.arm == "majority"] == [12, 20]

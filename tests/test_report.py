@@ -93,7 +93,6 @@ def test_power_asks_for_no_seeds_where_there_is_no_difference_at_all() -> None:
     assert "0.0000 to 0.0000" in text and "true effect" not in text
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="seeds_needed of a difference of 1e-17")
 def test_power_takes_a_difference_that_is_rounding_noise_in_its_stride() -> None:
     table = table_of(only("loss"))
     table.loc[table["arm"] == "loss", "accuracy_vs_random"] = 2.2e-17
