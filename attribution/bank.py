@@ -35,16 +35,15 @@ class Bank:
     def repeats(self) -> int:
         return self.margins.shape[1]
 
-    def save(self, folder: Path, config: Config, data: ImageData, alpha: float) -> None:
+    def save(self, folder: Path, config: Config, data: ImageData) -> None:
         """Write masks.npy, margins.npy and, last, spec.json, which says what it was built for."""
         np.save(folder / "masks.npy", self.masks)
         np.save(folder / "margins.npy", self.margins)
         subsets, repeats, _ = self.margins.shape
         spec = {
-            "alpha": alpha,
+            "alpha": round(float(self.masks.mean()), 6),
             "num_subsets": subsets,
             "num_repeats": repeats,
-            "seed": config.seed,
             "fingerprint": fingerprint(config, data),
             "targets": TARGETS,
             "unit": "margin (log-odds of the target's label)",

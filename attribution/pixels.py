@@ -90,7 +90,7 @@ def painted_pixels(file: Path, has_patch: np.ndarray, cache: Path) -> Path:
             new.mkdir()
             shutil.copyfile(file, new / "pixels.npy")
             pixels = np.load(new / "pixels.npy", mmap_mode="r+")
-            side = max(1, shape[1] // 6)
+            side = max(2, shape[1] // 6)
             for row in np.flatnonzero(has_patch):
                 pixels[row, side : 2 * side, side : 2 * side] = PATCH_COLOUR
             pixels.flush()

@@ -1,4 +1,4 @@
-"""Measure speed and memory; every comparison runs its sides in turn and reports ratios of medians."""
+"""Measure speed and memory (sides in turn, ratios of medians), and what the settings are chosen by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-WHAT = ("features", "scores", "training", "ablation", "precision", "peers", "scaling")
+WHAT = (
+    "features", "scores", "training", "ablation", "precision", "peers", "scaling", "defaults", "null",
+)  # fmt: skip
 UNTABLED = ("part", "note")
 
 

@@ -54,7 +54,7 @@ def make(config: Config, data: ImageData) -> None:
         log_method(row)
     tracking.log_table(table, "evaluation")
     with tracking.artifact_folder("bank") as folder:
-        bank.save(folder, config, data, config.alpha)
+        bank.save(folder, config, data)
     with tracking.artifact_folder() as folder:
         plots.evaluation(table, brittle, folder / "evaluation.png")
     shutil.rmtree(work, ignore_errors=True)

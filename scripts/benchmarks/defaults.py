@@ -1,0 +1,181 @@
+"""The estimator's settings by evidence: chosen on half of the targets and subsets, told of the others."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from attribution.config import Config
+    from attribution.data import ImageData
+    from attribution.ensemble import Checkpoint
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of this sub-benchmark."""
+    parser.add_argument("--dataset", default="", help="a folder, in place of the digits")
+    parser.add_argument("--model", default="resnet-mini", help="with --dataset")
+    parser.add_argument("--epochs", type=int, default=3, help="with --dataset")
+    parser.add_argument("--subsets", type=int, default=100, help="of half the training set")
+    parser.add_argument("--subset_repeats", type=int, default=3, help="models on each")
+    parser.add_argument("--fractions", type=float, nargs="*", default=[0.5, 0.8, 1.0])
+    parser.add_argument("--checkpoints", type=int, nargs="*", default=[1, 3, 5, 10, 20])
+    parser.add_argument("--proj_dims", type=int, nargs="*", default=[64, 256, 512])
+    parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2, 5, 10])
+    parser.add_argument("--lambdas", type=float, nargs="*", default=[0.001, 0.01, 0.1, 1, 10])
+    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every setting around the default one: one of them moved at a time, but blocks with lambda.
+
+    `choice` is the LDS on even targets and even subsets, `lds` on the odd ones, which no choice has
+    seen; AUROC is of the planted flips, by minus the mean score over targets.
+    """
+    from attribution.bank import build_bank
+    from attribution.config import resolve
+    from attribution.data import load_data
+    from attribution.statistics import noise_ceiling
+
+    most = max(options.checkpoints)
+    config = resolve(_given(options) | {"num_models": most})
+    data = load_data(config)
+    work = Path(options.cache_dir) / f"defaults-{data.fingerprint[:12]}"
+    bank = build_bank(config, data, options.subsets, options.subset_repeats, 0.5, work / "bank")
+    usual = min(10, most)
+    rows: list[dict[str, Any]] = []
+
+    for fraction in options.fractions:
+        count = most if fraction == config.subset_fraction else usual
+        own = dataclasses.replace(config, subset_fraction=fraction, num_models=count)
+        grid = _Grid(own, data, _checkpoints(own, data, work))
+        k, blocks, reg = config.proj_dim, config.num_blocks, config.lambda_reg
+        points = [(usual, k, blocks, reg)]
+        if fraction == config.subset_fraction:
+            points += [(c, k, blocks, reg) for c in options.checkpoints]
+            points += [
+                (usual, k, *both) for both in itertools.product(options.blocks, options.lambdas)
+            ]
+            points += [(usual, d, blocks, reg) for d in options.proj_dims]
+        for c, d, b, r in dict.fromkeys(points):
+            settings = {"fraction": fraction, "checkpoints": c, "k": d, "blocks": b, "lambda": r}
+            rows += [
+                {**settings, "1 - p": name} | _figures(values, bank, data)
+                for name, values in grid.scores(c, d, b, r).items()
+            ]
+    ceiling = float(np.nanmean(noise_ceiling(bank.margins))) if bank.repeats > 1 else np.nan
+    return sorted(({**row, "ceiling": ceiling} for row in rows), key=lambda row: -row["choice"])
+
+
+class _Grid:
+    """Scores of an ensemble under any settings, from features of every layer on its own.
+
+    A block's sketch is the sum of its layers', so that one pass serves every number of blocks.
+    """
+
+    def __init__(self, config: Config, data: ImageData, members: list[Checkpoint]) -> None:
+        from attribution.ensemble import subset_masks
+
+        self.config, self.data, self.members = config, data, members
+        labels, n = data.labels("train"), len(data.rows("train"))
+        masks = subset_masks(n, len(members), config.subset_fraction, config.seed)
+        each = np.stack([_one_minus_p(m.train_logits, labels) for m in members])
+        self.each, self.unseen = each, ~masks
+        self._features: dict[tuple[int, int], np.ndarray] = {}
+
+    def scores(self, count: int, k: int, blocks: int, reg: float) -> dict[str, np.ndarray]:
+        """Scores of the first checkpoints: without 1 - p, with its mean, with it out of sample."""
+        plain = sum(self._one(m, k, blocks, reg) for m in range(count)) / count
+        found = {"none": plain, "mean": plain * self.each[:count].mean(axis=0)[:, None]}
+        unseen = self.unseen[:count]
+        if unseen.any(axis=0).all():
+            weight = (self.each[:count] * unseen).sum(axis=0) / unseen.sum(axis=0)
+            found["out of sample"] = plain * weight[:, None]
+        return found
+
+    def _one(self, m: int, k: int, blocks: int, reg: float) -> np.ndarray:
+        """Scores (n_train, n_targets) of one checkpoint."""
+        layers, n = self._layers(m, k), len(self.data.rows("train"))
+        total: Any = 0.0
+        for share in np.array_split(np.arange(layers.shape[1]), min(blocks, layers.shape[1])):
+            features = layers[:, share].sum(axis=1).astype(np.float64)
+            train, targets = features[:n], features[n:]
+            gram = train.T @ train
+            gram[np.diag_indices(k)] += reg * gram.trace() / k
+            total = total + train @ np.linalg.solve(gram, targets.T)
+        return total
+
+    def _layers(self, m: int, k: int) -> np.ndarray:
+        """Features (n, layers, k) of train and targets under a checkpoint."""
+        import torch
+
+        from attribution import models
+        from attribution.sketch import Sketch
+        from attribution.training import batches_of, derive_seed, resolve_device
+        from attribution.trak import TARGETS, feature_batch_size
+
+        if (m, k) not in self._features:
+            if any(known != k for _, known in self._features):
+                self._features.clear()  # one length at a time: they are large
+            device = resolve_device(self.config.device)
+            model = models.load(self.members[m].folder)
+            model = model.to(device, memory_format=torch.channels_last)
+            seed = derive_seed(self.config.seed, "projection")
+            sketch, parts = Sketch(k, f"{seed}/{m}", num_blocks=1 << 20), []
+            size = feature_batch_size(self.config.image_size)
+            for split in ("train", TARGETS):
+                for batch in batches_of(self.config, self.data, split, size, device):
+                    parts.append(sketch.features(model, *batch)[0].cpu().numpy())
+            whole = np.concatenate(parts)
+            self._features[m, k] = whole.reshape(len(whole), -1, k)
+        return self._features[m, k]
+
+
+def _figures(values: np.ndarray, bank: Any, data: ImageData) -> dict[str, float]:
+    from attribution.statistics import detection, lds
+
+    margins = bank.margins.mean(axis=1)
+
+    def half(first: int) -> float:
+        targets = slice(first, None, 2)
+        part = values[:, targets], bank.masks[targets], margins[targets, targets]
+        return float(np.nanmean(lds(*part)))
+
+    found = {"choice": half(0), "lds": half(1)}
+    flipped = data.table("train")["is_flipped"].to_numpy()
+    figures = detection(flipped, values.mean(axis=1), draws=0)
+    return found | {name: figures[name] for name in figures if name != "recall_20pct"}
+
+
+def _one_minus_p(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
+    from attribution.training import margins
+
+    return expit(-margins(logits, labels))
+
+
+def _checkpoints(config: Config, data: ImageData, work: Path) -> list[Checkpoint]:
+    from attribution.ensemble import subset_masks, train_checkpoints
+    from attribution.tracking import training_key
+
+    n, fraction = len(data.rows("train")), config.subset_fraction
+    masks = subset_masks(n, config.num_models, fraction, config.seed)
+    return train_checkpoints(
+        config, data, masks, work / f"{training_key(config, data)[:12]}-{fraction:g}"
+    )
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    given: dict[str, Any] = {"cache_dir": options.cache_dir}
+    if options.dataset:
+        given |= {"preset": "food101", "dataset": options.dataset, "model": options.model}
+        given |= {"image_size": 64, "patience": 0, "epochs": options.epochs}
+        given |= {"learning_rate": 5e-4, "label_noise": 0.1}
+    return given
