@@ -111,7 +111,7 @@ def test_mlflow_run_finishes_every_entry_point_and_logs_resolved_parameters(proj
         assert params["weight_decay"] == "0.0005" and params["subset_fraction"] == "0.5"
         assert params["precision"] in ("float32", "bfloat16") and params["device"] == "cpu"
     main = place.client().get_run(run_ids["main"]).data.params
-    assert main["frac"] == "0.2" and main["num_seeds"] == "2" and main["lambda_reg"] == "1.0"
+    assert main["frac"] == "0.2" and main["num_seeds"] == "2" and main["lambda_reg"] == "0.1"
 
 
 def test_mlflow_run_benchmark_logs_its_table_to_its_own_run(projects) -> None:
