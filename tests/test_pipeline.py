@@ -66,12 +66,14 @@ def projects(new_place: NewPlace) -> tuple[Place, dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in child_environment(place).items():
             patch.setenv(name, value)
-        for entry_point in (*STAGES, "main"):
+        for entry_point in (*STAGES, "evaluate", "main"):
             parameters = {k: str(v) for k, v in given.items()}
-            if entry_point in ("finetune", "trak"):
+            if entry_point in ("finetune", "trak", "evaluate"):
                 parameters = {k: v for k, v in parameters.items() if k not in ablation_only}
             if entry_point == "finetune":
                 del parameters["proj_dim"]
+            if entry_point == "evaluate":
+                parameters |= {"num_subsets": "10", "num_repeats": "1"}
             if entry_point == "ablation":
                 parameters["arms"] = "none,random,helpful,harmful,negative,loss"
             if entry_point == "main":  # what is not said comes from the run that is named
