@@ -141,7 +141,7 @@ def test_mlflow_run_builds_each_stage_on_the_one_before(projects) -> None:
     for entry_point in ("ablation", "main"):
         assert tag(place, run_ids[entry_point], "trak_run_id") == run_ids["trak"]
     runs = [place.client().get_run(run_id) for run_id in run_ids.values()]
-    assert len({run.data.tags["fingerprint"] for run in runs}) == 4
+    assert len({run.data.tags["fingerprint"] for run in runs}) == 5
     assert len({run.data.tags["data_fingerprint"] for run in runs}) == 1
     assert all("mlflow.parentRunId" not in run.data.tags for run in runs)
     for run in runs:
