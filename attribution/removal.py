@@ -164,15 +164,21 @@ class Trial:
         return f"{self.arm} {self.frac:.3g}" + " relabelled" * (self.new_labels is not None)
 
 
-def check_arms(arms: list[str]) -> None:
-    """Refuse unknown names.
+def check_arms(arms: list[str], lacking: Sequence[str] = ()) -> None:
+    """Refuse unknown names, and arms that need what is lacking.
+
+    Args:
+        lacking: fields of Evidence that will be None.
 
     Raises:
-        InputError: with the nearest valid names.
+        InputError: with the nearest valid names, or with what the arm needs.
     """
     for arm in arms:
         if arm not in ARMS:
             raise InputError(f"arms={arm}: unknown; {nearest(arm, list(ARMS), limit=20)}")
+        field, reason = NEEDS.get(arm, ("", ""))
+        if field in lacking:
+            raise InputError(f"arms={arm}: {reason}, or leave out the arm")
 
 
 def plan_trials(
@@ -191,11 +197,8 @@ def plan_trials(
         InputError: an unknown arm, one that lacks its evidence, or a removal that empties a class
             or removes nothing.
     """
-    check_arms(arms)
+    check_arms(arms, [name for name, value in vars(evidence).items() if value is None])
     for arm in arms:
-        field, reason = NEEDS.get(arm, ("labels", ""))
-        if getattr(evidence, field) is None:
-            raise InputError(f"arms={arm}: {reason}, or leave out the arm")
         labels = evidence.true_labels if arm == "oracle" else evidence.predicted
         if "relabel" in actions and arm != "none" and labels is None:
             raise InputError(f"arms={arm}: to relabel, {OLD_SCORES}, or use action=remove")

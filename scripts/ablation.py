@@ -26,7 +26,9 @@ def make(config: Config, data: ImageData) -> None:
     from attribution import alignment, comparison, plots, removal, training
     from attribution.scores import load_scores
 
-    removal.check_arms(config.arm_names)
+    lacking = ["groups"] * (config.groups == alignment.AUTO)
+    lacking += ["is_flipped"] * (not data.examples["is_flipped"].any())
+    removal.check_arms(config.arm_names, lacking)
     alignment.check_groups(data.examples, config.groups)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
     scores = load_scores(tracking.artifact_path(trak_id, "scores"))

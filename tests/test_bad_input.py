@@ -24,6 +24,21 @@ def place(new_place: Callable[..., Place]) -> Place:
     return place
 
 
+@pytest.mark.parametrize(
+    ("given", "fragments"),
+    [
+        ({"arms": "oracle"}, ["arms=oracle", "label_noise above 0"]),
+        ({"arms": "balanced", "groups": "auto"}, ["arms=balanced", "use label or a column"]),
+        ({"groups": "camera"}, ["groups=camera: no such column"]),
+        ({"action": "keep"}, ["action=keep", "relabel"]),
+        ({"shortcut": "path"}, ["shortcut=path", "patch"]),
+        ({"shortcut": "patch", "image_size": 4}, ["image_size=4", "shortcut=patch"]),
+    ],
+)
+def test_what_the_arms_lack_is_told_before_anything_is_trained(place, given, fragments) -> None:
+    refused(place, "ablation", *fragments, **given, seed=9)  # whose checkpoints are not there yet
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Images that a test may spoil."""
