@@ -44,15 +44,12 @@ def retrain(
 
 
 def _series(trial: Trial, seeds: list[int], labels: np.ndarray) -> Series:
-    keep = np.ones((len(seeds), len(labels)), dtype=bool)
     if trial.new_labels is None:
-        for row, removed in zip(keep, trial.removed, strict=True):
-            row[removed] = False
-        return Series(trial.name, seeds, keep)
+        return Series.without(trial.name, seeds, len(labels), trial.removed)
     changed = np.tile(labels, (len(seeds), 1))
     for row, positions, new in zip(changed, trial.removed, trial.new_labels, strict=True):
         row[positions] = new
-    return Series(trial.name, seeds, keep, changed)
+    return Series(trial.name, seeds, np.ones(changed.shape, dtype=bool), changed)
 
 
 @dataclass

@@ -108,8 +108,7 @@ def load_data(config: Config) -> ImageData:
             )
         with writing(config):
             file = painted_pixels(file, examples["has_patch"].to_numpy(), cache)
-    values = source.column(config.groups)
-    if config.groups not in examples and values is not None:
+    if config.groups not in examples and (values := source.column(config.groups)) is not None:
         examples[config.groups] = np.array(values, object)[table["row"]]
     planted = [] if config.shortcut == "none" else [str(list(examples["has_patch"]))]
     fingerprint = short_hash(

@@ -11,12 +11,14 @@ import pandas as pd
 from attribution.bank import Bank
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.errors import InputError
 from attribution.methods import Attribution
 from attribution.retraining import Series, retrained_logits
 from attribution.statistics import (
     detection,
     mean_estimate,
     noise_ceiling,
+    percentile_interval,
     predicted_margins,
     resampled,
     slope,
@@ -53,7 +55,7 @@ def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray
             pair = values[part], actual[part]
             drawn[name].append((float(np.nanmean(spearman(*pair))), slope(*pair)))
     for name, values in drawn.items():
-        low, high = np.nanquantile(values, (0.025, 0.975), axis=0)
+        low, high = percentile_interval(values)
         for i, figure in enumerate(("lds", "calibration_slope")):
             rows[name] |= {f"{figure}_ci_low": low[i], f"{figure}_ci_high": high[i]}
     for name, method in methods.items():
@@ -61,6 +63,20 @@ def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray
     columns = ["method", "lds", "lds_ci_low", "lds_ci_high", "lds_share_of_ceiling"]
     table = pd.DataFrame(list(rows.values())).assign(noise_ceiling=ceiling)
     return table[columns + [c for c in table if c not in columns]]
+
+
+def check_brittleness(config: Config, n_train: int) -> None:
+    """Refuse, before anything is trained, what `brittleness` could make nothing of.
+
+    Raises:
+        InputError: one target, which has no interval, or more to remove than there is.
+    """
+    if config.brittleness_targets == 1:
+        raise InputError("brittleness_targets=1: an interval needs at least 2; 0 leaves it out")
+    if config.brittleness_targets and config.brittleness_k >= n_train:
+        raise InputError(
+            f"brittleness_k={config.brittleness_k}: must be below the {n_train} training examples"
+        )
 
 
 def brittleness(
@@ -78,6 +94,9 @@ def brittleness(
     Returns:
         One row a choice: share of flipped predictions with a Wilson interval, and the mean change
         of the margin with Student's t interval, over targets.
+
+    Raises:
+        InputError: the model classifies fewer than two targets correctly.
     """
     from statsmodels.stats.proportion import proportion_confint
 
@@ -88,18 +107,21 @@ def brittleness(
     (before,) = retrained_logits(config, data, [whole], TARGETS, work, "brittleness")
     rng = np.random.default_rng(seed)
     correct = np.flatnonzero(before[0].argmax(axis=1) == labels)
+    if len(correct) < 2:
+        raise InputError(
+            f"brittleness_targets={config.brittleness_targets}: the model classifies {len(correct)} "
+            "targets correctly, and an interval needs 2; train it longer, or use 0"
+        )
     targets = rng.permutation(correct)[: config.brittleness_targets]
     choices = {
         name: [np.argsort(-values[:, t], kind="stable")[:k] for t in targets]
         for name, values in supports.items()
     }
     choices["random"] = [rng.choice(n, k, replace=False) for _ in targets]
-    series = []
-    for name, removed in choices.items():
-        keep = np.ones((len(targets), n), dtype=bool)
-        for row, gone in zip(keep, removed, strict=True):
-            row[gone] = False
-        series.append(Series(f"without {name}", [seed] * len(targets), keep))
+    series = [
+        Series.without(f"without {name}", [seed] * len(targets), n, removed)
+        for name, removed in choices.items()
+    ]
     after = retrained_logits(config, data, series, TARGETS, work, "brittleness")
     old = margins(before[0], labels)[targets]
     rows = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from attribution.errors import InputError
 from attribution.matrices import open_matrix, row_blocks, row_slices, write_matrix
 from attribution.scores import Scores
 from attribution.training import batches_of, resolve_device
-from attribution.trak import TARGETS, Store, combine, featurize
+from attribution.trak import TARGETS, Store, featurize, score
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,19 @@ class Subject:
     checkpoints: Sequence[Path]
     scores: Scores
     work: Path
-    _stores: list[Store] | None = None
 
-    @property
+    @cached_property
     def stores(self) -> list[Store]:
         """Features of every checkpoint, made once for all methods that need them."""
-        if self._stores is None:
-            self._stores = featurize(self.config, self.data, self.checkpoints, self.work)
-        return self._stores
+        return featurize(self.config, self.data, self.checkpoints, self.work)
+
+    @cached_property
+    def penultimate(self) -> list[list[np.ndarray]]:
+        """What each checkpoint's last layer receives of train and targets, in unit length."""
+        return [
+            [_unit(_penultimate(self, folder, split)) for split in ("train", TARGETS)]
+            for folder in self.checkpoints
+        ]
 
     def write(self, name: str, blocks: Iterator[np.ndarray]) -> np.ndarray:
         """A score matrix from its rows, as a memory map."""
@@ -79,13 +85,10 @@ def trak_weighted(subject: Subject) -> Attribution:
 
 
 def _trak(subject: Subject, weight: str) -> Attribution:
-    config, file = subject.config, subject.work / weight / "scores.npy"
+    file = subject.work / weight / "scores.npy"
     file.parent.mkdir(exist_ok=True)
-    device = resolve_device(config.device)
-    length = subject.stores[0].features(TARGETS)[0].shape[1]
-    blocks = length // config.proj_dim
-    found = combine(subject.stores, file, config.lambda_reg, weight, device, blocks)
-    return Attribution.of(found.values)
+    config = replace(subject.config, loss_gradient_weight=weight)
+    return Attribution.of(score(config, subject.stores, file).values)
 
 
 def gradient_dot(subject: Subject) -> Attribution:
@@ -117,10 +120,7 @@ def penultimate(subject: Subject) -> Attribution:
 
 def penultimate_similarity(subject: Subject, signed: bool = True) -> Iterator[np.ndarray]:
     """Rows (b, n_targets) of the similarity; unsigned, examples of other labels count 0."""
-    sides = [
-        [_unit(_penultimate(subject, folder, split)) for split in ("train", TARGETS)]
-        for folder in subject.checkpoints
-    ]
+    sides = subject.penultimate
     labels, own = subject.data.labels("train"), subject.data.labels(TARGETS)
     for rows in row_slices(len(labels), len(own)):
         same = labels[rows, None] == own

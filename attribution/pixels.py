@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from attribution.config import Config
 from attribution.errors import InputError
 from attribution.sources import Source, chunks, content
 
+PATCH_COLOUR = (255, 0, 255)
 RECIPE = "1"  # raise when the same file would be decoded to other pixels
 
 
@@ -68,9 +69,6 @@ def cached_pixels(
     return folder / "pixels.npy", bad
 
 
-PATCH_COLOUR = (255, 0, 255)
-
-
 def painted_pixels(file: Path, has_patch: np.ndarray, cache: Path) -> Path:
     """A copy of cached pixels with a coloured square on some images, made once.
 
@@ -83,23 +81,30 @@ def painted_pixels(file: Path, has_patch: np.ndarray, cache: Path) -> Path:
     folder = cache / "pixels" / key
     shape = open_pixels(file).shape
     if not _is_whole(folder / "pixels.npy", shape):
-        shutil.rmtree(folder, ignore_errors=True)
-        open_pixels.cache_clear()
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            new = Path(temporary) / "new"
-            new.mkdir()
+        with _remade(folder, lambda: _is_whole(folder / "pixels.npy", shape)) as new:
             shutil.copyfile(file, new / "pixels.npy")
             pixels = np.load(new / "pixels.npy", mmap_mode="r+")
             side = max(2, shape[1] // 6)
             for row in np.flatnonzero(has_patch):
                 pixels[row, side : 2 * side, side : 2 * side] = PATCH_COLOUR
             pixels.flush()
-            try:
-                os.replace(new, folder)
-            except OSError:  # fine if another process was faster
-                if not _is_whole(folder / "pixels.npy", shape):
-                    raise
     return folder / "pixels.npy"
+
+
+@contextmanager
+def _remade(folder: Path, is_whole: Callable[[], bool]) -> Iterator[Path]:
+    """A new folder that takes the place of what may lie there, broken, once it is filled."""
+    shutil.rmtree(folder, ignore_errors=True)
+    open_pixels.cache_clear()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        yield new
+        try:
+            os.replace(new, folder)
+        except OSError:  # fine if another process was faster
+            if not is_whole():
+                raise
 
 
 def _is_whole(file: Path, shape: tuple[int, ...]) -> bool:
@@ -121,19 +126,10 @@ def _read_cache(folder: Path, table: pd.DataFrame, size: int) -> set[str] | None
 
 
 def _build_cache(folder: Path, source: Source, table: pd.DataFrame, size: int) -> set[str]:
-    shutil.rmtree(folder, ignore_errors=True)  # what may lie there is broken
-    open_pixels.cache_clear()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
+    with _remade(folder, lambda: _read_cache(folder, table, size) is not None) as new:
         good = _decode_all(new / "pixels.npy", source, table["row"].to_numpy(), size)
         bad = set(table["digest"][~good])
         (new / "skipped.json").write_text(json.dumps(sorted(bad)))
-        try:
-            os.replace(new, folder)
-        except OSError:  # fine if another process was faster
-            if _read_cache(folder, table, size) is None:
-                raise
     return bad
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from attribution.comparison import verdict
 from attribution.data import ImageData
+from attribution.removal import trial_name
 from attribution.scores import Scores
 
 matplotlib.use("Agg")
@@ -106,7 +107,7 @@ def removed_gallery(
 
 def comparison(table: pd.DataFrame, path: Path) -> None:
     """Left: mean test accuracy of each trial. Right: its paired difference from random removal."""
-    names = [_trial_name(row) for row in table.itertuples()]
+    names = [trial_name(row.arm, row.action, row.frac) for row in table.itertuples()]
     y = np.arange(len(table))[::-1]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 1.2 + 0.38 * len(table)), sharey=True, constrained_layout=True
@@ -118,11 +119,6 @@ def comparison(table: pd.DataFrame, path: Path) -> None:
     left.set(xlabel="test accuracy (mean, 95 % interval over seeds)")
     right.set(xlabel="difference from random removal of as many (paired, 95 %)")
     _save(figure, path)
-
-
-def _trial_name(row) -> str:
-    relabelled = " relabelled" * (row.action == "relabel")
-    return row.arm if row.arm == "none" else f"{row.arm} {row.frac:.3g}{relabelled}"
 
 
 def removal_curves(table: pd.DataFrame, path: Path) -> None:
@@ -137,11 +133,10 @@ def removal_curves(table: pd.DataFrame, path: Path) -> None:
         rows = rows.sort_values("frac")
         mean = rows["accuracy_mean"]
         errors = mean - rows["accuracy_ci_low"], rows["accuracy_ci_high"] - mean
-        label = arm + " relabelled" * (action == "relabel")
         axes.errorbar(
             100 * rows["frac"], mean, errors, marker="o", markersize=4, capsize=2, linewidth=1.2,
             color=colours[i % len(colours)], linestyle="--" if action == "relabel" else "-",
-            label=label,
+            label=trial_name(arm, action),
         )  # fmt: skip
     axes.set(xlabel="% of the training set acted on", ylabel="test accuracy (mean, 95 % interval)")
     axes.legend(fontsize=7, ncols=2)

@@ -25,9 +25,7 @@ class Evidence:
     label_quality: np.ndarray | None = None  # cleanlab's, low = suspect
     self_influence: np.ndarray | None = None
     predicted: np.ndarray | None = None  # label that the ensemble predicts, out of sample likewise
-    groups: np.ndarray | None = (
-        None  # group of each example, where groups are not found from scores
-    )
+    groups: np.ndarray | None = None  # of each example, where they are not found from scores
     is_flipped: np.ndarray | None = None  # where labels were flipped on purpose
     true_labels: np.ndarray | None = None
 
@@ -159,9 +157,13 @@ class Trial:
 
     @property
     def name(self) -> str:
-        if self.arm == "none":
-            return self.arm
-        return f"{self.arm} {self.frac:.3g}" + " relabelled" * (self.new_labels is not None)
+        return trial_name(self.arm, self.action, self.frac)
+
+
+def trial_name(arm: str, action: str, frac: float | None = None) -> str:
+    """What an arm is called in runs, tables and pictures; with its share where that is given."""
+    share = "" if frac is None or arm == "none" else f" {frac:.3g}"
+    return arm + share + " relabelled" * (action == "relabel")
 
 
 def check_arms(arms: list[str], lacking: Sequence[str] = ()) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from attribution.comparison import JUDGED, verdict
+from attribution.removal import trial_name
 from attribution.statistics import detectable_effect, seeds_needed
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _cells(row: pd.Series, metric: str) -> list[str]:
     versus = f"{metric}_vs_random"
     compared = pd.notna(row[versus])
     return [
-        str(row["arm"]) + " relabelled" * (row["action"] == "relabel"),
+        trial_name(row["arm"], row["action"]),
         f"{100 * row['frac']:.3g} %",
         str(int(row["n_removed"])),
         f"{row[f'{metric}_mean']:.4f} {_half_width(row, metric)}",

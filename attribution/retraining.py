@@ -35,6 +35,16 @@ class Series:
     keep: np.ndarray
     labels: np.ndarray | None = None
 
+    @classmethod
+    def without(
+        cls, name: str, seeds: Sequence[int], n_train: int, removed: Sequence[np.ndarray]
+    ) -> Series:
+        """Models that see all but what `removed` lists for each."""
+        keep = np.ones((len(seeds), n_train), dtype=bool)
+        for row, gone in zip(keep, removed, strict=True):
+            row[gone] = False
+        return cls(name, seeds, keep)
+
     def __len__(self) -> int:
         return len(self.seeds)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,7 +170,7 @@ def detection(is_flipped: np.ndarray, values: np.ndarray, draws: int = 200) -> d
         drawn = [
             roc_auc_score(is_flipped[rows], -values[rows]) for rows in _with_both(is_flipped, draws)
         ]
-        low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        low, high = percentile_interval(drawn)
         found |= {"auroc_ci_low": float(low), "auroc_ci_high": float(high)}
     found["average_precision"] = float(average_precision_score(is_flipped, -values))
     order = np.argsort(values, kind="stable")
@@ -234,7 +234,7 @@ def lds_difference(
         a, b = (spearman(side[part], margins[part]) for side in sides)
         drawn.append(np.nanmean(a - b))
     a, b = (spearman(side, margins) for side in sides)
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = percentile_interval(drawn)
     return Estimate(float(np.nanmean(a - b)), float(low), float(high), np.nan)
 
 
@@ -243,6 +243,12 @@ def resampled(rows: int, columns: int, draws: int) -> Iterator[tuple[np.ndarray,
     rng = np.random.default_rng(0)
     for _ in range(draws):
         yield np.ix_(rng.integers(rows, size=rows), rng.integers(columns, size=columns))
+
+
+def percentile_interval(drawn: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95 % interval of bootstrap draws, along their first axis; NaN ones do not count."""
+    low, high = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return low, high
 
 
 def slope(predicted: np.ndarray, actual: np.ndarray) -> float:

@@ -208,9 +208,8 @@ def _resolve_hardware(config: Config) -> Config:
             continue  # the scores are there
         dtype = resolve_precision(getattr(config, name), device, name)
         resolved[name] = str(dtype).removeprefix("torch.")
-    if (
-        config.projector == "normal" and not config.trak_run_id
-    ):  # traker's own gradients, which know no autocast
+    # traker's own gradients know no autocast.
+    if config.projector == "normal" and not config.trak_run_id:
         if config.feature_precision == "bfloat16":
             raise InputError("feature_precision=bfloat16: projector=normal is float32 only")
         resolved |= {"feature_precision": "float32", "num_blocks": 1}

@@ -133,10 +133,14 @@ def compute_scores(
     Raises:
         InputError: a singular or non-finite Gram matrix, or a layer without a gradient rule.
     """
-    stores = featurize(config, data, checkpoints, work)
+    return score(config, featurize(config, data, checkpoints, work), work / "scores.npy")
+
+
+def score(config: Config, stores: list[Store], file: Path) -> TrakScores:
+    """combine() under the settings that the stores were featurised with."""
     return combine(
         stores,
-        work / "scores.npy",
+        file,
         config.lambda_reg,
         config.loss_gradient_weight,
         resolve_device(config.device),

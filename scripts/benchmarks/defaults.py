@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scripts.benchmarks.common import data_settings
+
 if TYPE_CHECKING:
     from attribution.config import Config
     from attribution.data import ImageData
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.statistics import noise_ceiling
 
     most = max(options.checkpoints)
-    config = resolve(_given(options) | {"num_models": most})
+    config = resolve(data_settings(options) | {"num_models": most})
     data = load_data(config)
     work = Path(options.cache_dir) / f"defaults-{data.fingerprint[:12]}"
     bank = build_bank(config, data, options.subsets, options.subset_repeats, 0.5, work / "bank")
@@ -170,12 +172,3 @@ def _checkpoints(config: Config, data: ImageData, work: Path) -> list[Checkpoint
     return train_checkpoints(
         config, data, masks, work / f"{training_key(config, data)[:12]}-{fraction:g}"
     )
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    given: dict[str, Any] = {"cache_dir": options.cache_dir}
-    if options.dataset:
-        given |= {"preset": "food101", "dataset": options.dataset, "model": options.model}
-        given |= {"image_size": 64, "patience": 0, "epochs": options.epochs}
-        given |= {"learning_rate": 5e-4, "label_noise": 0.1}
-    return given

@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """How often 95 % intervals hold the true difference, and how often a family finds anything.
 
     The learner is a linear head on frozen features (the digits' pixels, least squares on one-hot
-    labels with a tenth flipped), so that a comparison of 4 arms over 10 seeds takes milliseconds.
+    labels with a tenth flipped), so that a comparison of 4 arms over 10 seeds takes half a second.
     Each seed draws its own training set of 300 out of 1,200 and its own removals: an arm ranks by
     scores that are permuted anew, so that its expected difference from random is zero. Every other
     part is what `ablation` uses: paired differences, Student's t, bootstrap, Holm.

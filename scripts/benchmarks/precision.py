@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from scripts.benchmarks.common import data_settings
+
 # Name: (what differs from the first, whether it has the same random signs).
 VARIANTS = {
     "sketch, float32": ({"feature_precision": "float32", "projector": "sketch"}, True),
@@ -47,7 +49,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.training import resolve_device, resolve_precision
     from attribution.trak import compute_scores
 
-    config = resolve(_given(options))
+    sizes = {"num_models": options.checkpoints, "proj_dim": options.proj_dim}
+    config = resolve(data_settings(options) | sizes)
     for name in options.variants:  # refused before anything is trained
         precision = VARIANTS[name][0]["feature_precision"]
         resolve_precision(precision, resolve_device(config.device), "feature_precision")
@@ -83,16 +86,3 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    given = {
-        "cache_dir": options.cache_dir,
-        "num_models": options.checkpoints,
-        "proj_dim": options.proj_dim,
-    }
-    if options.dataset:
-        given |= {"preset": "food101", "dataset": options.dataset, "model": options.model}
-        given |= {"image_size": 64, "patience": 0, "epochs": options.epochs}
-        given |= {"learning_rate": 5e-4, "label_noise": 0.1}
-    return given
