@@ -28,6 +28,7 @@ def make(config: Config, data: ImageData) -> None:
     from attribution.scores import load_scores
 
     methods.check_methods(config.method_names)
+    evaluation.check_brittleness(config, len(data.rows("train")))
     given = known_bank(config, data)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
     finetune_id = mlflow.get_run(trak_id).data.tags["finetune_run_id"]

@@ -142,6 +142,16 @@ def test_brittleness_retrains_without_what_supports_a_target(tmp_path: Path) -> 
     assert table.loc["mine", "flipped_ci_low"] <= flips <= table.loc["mine", "flipped_ci_high"]
 
 
+def test_brittleness_needs_two_targets_that_are_right(tmp_path: Path, monkeypatch) -> None:
+    data = toy_data(tmp_path / "data", n_train=24, n_other=10)
+    config = toy_config(brittleness_targets=4, brittleness_k=5, epochs=1)
+    labels = data.labels("validation")
+    wrong = np.eye(len(data.class_names), dtype=np.float32)[(labels + 1) % len(data.class_names)]
+    monkeypatch.setattr("attribution.evaluation.retrained_logits", lambda *_: [wrong[None]])
+    with pytest.raises(InputError, match="classifies 0 targets correctly"):
+        brittleness(config, data, {}, tmp_path / "work")
+
+
 # The bank on disk
 
 
@@ -241,6 +251,11 @@ def test_evaluate_judges_reuses_and_takes_a_bank(new_place) -> None:
         ({"alpha": 1}, "alpha=1.0: must be below 1"),
         ({"num_subsets": 3}, "num_subsets=3: must be at least 10"),
         ({"bank": "/nowhere"}, "bank=/nowhere: cannot be read"),
+        ({"brittleness_targets": 1}, "brittleness_targets=1: an interval needs at least 2"),
+        (
+            {"brittleness_targets": 2, "brittleness_k": 10**6},
+            "brittleness_k=1000000: must be below the",
+        ),
     ],
 )
 def test_bad_input_is_told_before_anything_is_trained(new_place, given, message) -> None:
