@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import nearest
+from attribution.data import SPLITS
 from attribution.errors import InputError
 from attribution.matrices import row_blocks
 
@@ -42,6 +43,7 @@ def check_groups(examples: pd.DataFrame, groups: str) -> None:
     """
     if groups == AUTO:
         return
+    examples = examples[examples["split"].isin(SPLITS)]
     splits = {name: part for name, part in examples.groupby("split")}
     for part in (splits["validation"], *splits.values()):
         group_ids(part, groups)

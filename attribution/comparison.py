@@ -26,6 +26,10 @@ from attribution.training import classification_metrics
 CONTROLS = ("random", "none")
 # Those with p-values; worst_group_accuracy is there where `groups` is a column.
 JUDGED = ("accuracy", "worst_group_accuracy")
+CLASS_COLUMNS = [
+    "arm", "action", "frac", "label_name", "n_test",
+    "accuracy_vs_random", "accuracy_vs_random_ci_low", "accuracy_vs_random_ci_high",
+]  # fmt: skip
 
 
 def retrain(
@@ -106,7 +110,7 @@ def compare(
         for trial, logits in zip(trials, test_logits, strict=True)
     ]
     none = next(o for o in outcomes if o.trial.arm == "none")
-    random = {_choice(o): o for o in outcomes if o.trial.arm == "random"}
+    random = _random_controls(outcomes)
     for outcome in outcomes:
         outcome.mean = {name: mean_estimate(v) for name, v in outcome.per_seed.items()}
         if not _size(outcome):
@@ -121,6 +125,45 @@ def compare(
             for outcome, p in zip(family, adjusted, strict=True):
                 outcome.holm.setdefault(name, {})[metric] = p
     return outcomes
+
+
+def _random_controls(outcomes: Sequence[Outcome]) -> dict[tuple[int, str], Outcome]:
+    return {_choice(o): o for o in outcomes if o.trial.arm == "random"}
+
+
+def class_effects(
+    outcomes: Sequence[Outcome],
+    test_logits: Sequence[np.ndarray],
+    test_labels: np.ndarray,
+    class_names: Sequence[str],
+) -> pd.DataFrame:
+    """What each trial did to each class's test accuracy, against random removal of as many.
+
+    Returns:
+        One row a trial and class: arm, action, frac, label_name, n_test, and the paired difference
+        `accuracy_vs_random` with its unadjusted 95 % interval.
+    """
+    correct = [logits.argmax(axis=2) == test_labels for logits in test_logits]
+    of = {id(outcome): hits for outcome, hits in zip(outcomes, correct, strict=True)}
+    random, rows = _random_controls(outcomes), []
+    for outcome in outcomes:
+        if outcome.trial.arm in CONTROLS or not _size(outcome):
+            continue
+        pair = of[id(outcome)], of[id(random[_choice(outcome)])]
+        for label, name in enumerate(class_names):
+            own = test_labels == label
+            difference = paired_difference(*(hits[:, own].mean(axis=1) for hits in pair))
+            rows.append(
+                {
+                    "arm": outcome.trial.arm,
+                    "action": outcome.trial.action,
+                    "frac": round(outcome.trial.frac, 6),
+                    "label_name": name,
+                    "n_test": int(own.sum()),
+                    **_named("accuracy_vs_random", difference),
+                }
+            )
+    return pd.DataFrame(rows, columns=CLASS_COLUMNS)
 
 
 def _size(outcome: Outcome) -> int:

@@ -7,20 +7,24 @@ import dataclasses
 import difflib
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from attribution.errors import InputError
 
-STAGES = ("finetune", "trak", "ablation", "evaluate")
+STAGES = ("finetune", "trak", "ablation", "evaluate", "explain")
 # What each stage's result depends on; `execution` changes only where and how fast it is computed.
 STAGE_GROUPS = {
     "finetune": ("data", "training", "finetune"),
     "trak": ("data", "training", "finetune", "trak"),
     "ablation": ("data", "training", "finetune", "trak", "ablation"),
     "evaluate": ("data", "training", "finetune", "trak", "evaluate"),
+    "explain": ("data", "training", "finetune", "trak", "explain"),
 }
+# What a stage writes beside its run, where a person wants it.
+OUTPUT_GROUPS = {"ablation": ("export", "output"), "explain": ("output",)}
 FOOD_CLASSES = (
     "bruschetta,garlic_bread,grilled_salmon,omelette,pancakes,"
     "pizza,pork_chop,spaghetti_bolognese,spaghetti_carbonara,steak"
@@ -123,6 +127,7 @@ class Config:
     label_noise: float = option("data", "share of training labels flipped on purpose, and recorded", at_least=0, below=1)
     noise_kind: str = option("data", "flips go to any other class alike, or all to the next one in the list", "uniform", choices=("uniform", "pair"))
     shortcut: str = option("data", "patch paints a coloured square on 95 % of the first class's training images, 5 % of the others', and half of all validation and test images", "none", choices=("none", "patch"))
+    keep: str = option("data", "file with the example_ids of the training examples to keep (a list, or a table such as export_arm writes); empty keeps all", "")
     data_seed: int = option("data", "seed of the splits and of the planted noise", 0, at_least=0)
     image_column: str = option("data", "column of the Hub data set that holds the image; empty finds it", "")
     label_column: str = option("data", "column of the Hub data set that holds the label; empty finds it", "")
@@ -146,6 +151,7 @@ class Config:
     feature_precision: str = option("trak", "of the gradients' forward and backward pass (sums and sketches are float32); auto as above", choices=("auto", "float32", "bfloat16"))
     lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the features' Gram matrix", at_least=0)
     loss_gradient_weight: str = option("trak", "multiply row i of the scores by the mean of 1 - p over checkpoints (mean) or not (none)", "mean", choices=("mean", "none"))
+    keep_features: str = option("trak", "keep what `explain` needs for pictures that are not targets (num_models x n_train x num_blocks x proj_dim x 2 bytes); auto does up to 2 GiB", "auto", choices=("auto", "yes", "no"))
     trak_run_id: str = option("lineage", "take scores from this run; empty finds or makes it", "")
     frac: str = option("ablation", "share of the training set to remove: one value or a comma list", "0.05")
     arms: str = option("ablation", "comma list of removal strategies (docs/results.md describes them)", "none,random,helpful,harmful,negative,loss")
@@ -160,6 +166,14 @@ class Config:
     methods: str = option("evaluate", "comma list of what is judged; ekfac needs kronfluence (requirements-benchmark.txt)", "trak,trak_unweighted,trak_weighted,gradient_dot,gradient_cosine,penultimate,loss,confident,self_influence,random")
     brittleness_targets: int = option("evaluate", "targets whose most supporting examples are removed; 0 leaves that out", at_least=0)
     brittleness_k: int = option("evaluate", "how many examples are removed for each of those", 20, at_least=1)
+    target: str = option("explain", "comma list of targets: columns of the scores, by number", "")
+    image: str = option("explain", "a picture to explain the prediction of; needs a trak run with features", "")
+    label: str = option("explain", "class whose margin is explained for that picture; empty takes the predicted one", "")
+    errors: int = option("explain", "so many of the most confident mistakes on targets; without target and image, 0 means 6", 0, at_least=0)
+    num_examples: int = option("explain", "how many helpful, and how many harmful, examples are shown", 6, at_least=1)
+    export_arm: str = option("export", "write which training examples this arm keeps, a file a frac, as `keep` takes it", "")
+    output: str = option("output", "folder where that is saved too (an exported arm: cleaned, if empty)", "")
+    overwrite: str = option("output", "whether files that are there may be replaced; the flag alone means yes", "no", choices=("no", "yes"))
     device: str = option("execution", "auto, cpu, or cuda", "auto")
     jobs: int = option("execution", "tasks at a time; 0 is one a core (one on a GPU), with ray all that the cluster has room for", 0, at_least=0)
     backend: str = option("execution", "where tasks run: processes of this machine, or a Ray cluster (requirements-ray.txt)", "local", choices=("local", "ray"))
@@ -179,6 +193,13 @@ class Config:
     @property
     def method_names(self) -> list[str]:
         return split_list(self.methods)
+
+    @property
+    def target_numbers(self) -> list[int]:
+        try:
+            return [int(part) for part in split_list(self.target)]
+        except ValueError:
+            raise InputError(f"target={self.target}: not a comma list of whole numbers") from None
 
     @property
     def wanted_classes(self) -> list[str]:
@@ -211,7 +232,7 @@ def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
 
 def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The parameters that the caller gave, by name; argparse ends the process on an unknown flag."""
-    groups = (*STAGE_GROUPS[stage], "lineage", "execution")
+    groups = (*STAGE_GROUPS[stage], *OUTPUT_GROUPS.get(stage, ()), "lineage", "execution")
     unknown = {f"{later}_run_id" for later in STAGES[STAGES.index(stage) :]}
     command = f"python -m scripts.{stage}"
     parser = _Parser(command, f"{command} [--NAME VALUE ...]", allow_abbrev=False)
@@ -222,9 +243,20 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
                 f"--{name}",
                 metavar=f.type.upper(),
                 default=argparse.SUPPRESS,
+                **({"nargs": "?", "const": "yes"} if name == "overwrite" else {}),
                 help=_help(f).replace("%", "%%"),
             )
-    return {name: convert(name, text) for name, text in vars(parser.parse_args(argv)).items()}
+    words = sys.argv[1:] if argv is None else argv
+    found = vars(parser.parse_args([_underscored(word) for word in words]))
+    return {name: convert(name, text) for name, text in found.items()}
+
+
+def _underscored(word: str) -> str:
+    """--num-seeds=3 as --num_seeds=3: people type either."""
+    flag, equals, value = word.partition("=")
+    return (
+        flag.replace("-", "_").replace("__", "--", 1) + equals + value if word[:2] == "--" else word
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -297,6 +329,7 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
     for f in FIELDS.values():
         _check(f, getattr(config, f.name))
     _check_fracs(config.frac)
+    _ = config.target_numbers
     return config
 
 

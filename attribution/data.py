@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from attribution.pixels import (
 from attribution.sources import VALIDATION_NAMES, Source, chunks, content_digest, find_source
 
 SPLITS = ("train", "validation", "test")
+LEFT_OUT = "left out"  # the split of training examples that `keep` does not name
 CARVED_SHARE = 0.2
 PATCH_SHARE = {"first class": 0.95, "others": 0.05, "held out": 0.5}
 
@@ -35,9 +37,9 @@ class ImageData:
     Attributes:
         pixels_file: .npy of uint8 (n, size, size, 3), on the disk of the process that loaded it.
         class_names: position is the label.
-        examples: example_id, file_name, split, label, label_name, true_label, is_flipped; with a
-            shortcut also has_patch and group (label and patch); and the column of the data set that
-            `groups` names, where it has that.
+        examples: example_id, file_name, split (with `keep` also 'left out'), label, label_name,
+            true_label, is_flipped; with a shortcut also has_patch and group (label and patch); and
+            the column of the data set that `groups` names, where it has that.
         fingerprint: hash of content, labels after planting, splits, class names and image size.
         skipped: names of the files left out because they cannot be decoded.
         dropped_duplicates: copies left out because the same image lies in an official part.
@@ -108,6 +110,8 @@ def load_data(config: Config) -> ImageData:
             )
         with writing(config):
             file = painted_pixels(file, examples["has_patch"].to_numpy(), cache)
+    if config.keep:
+        examples["split"] = _kept(examples, names, config)
     if config.groups not in examples and (values := source.column(config.groups)) is not None:
         examples[config.groups] = np.array(values, object)[table["row"]]
     planted = [] if config.shortcut == "none" else [str(list(examples["has_patch"]))]
@@ -266,6 +270,44 @@ def _plant_noise(table: pd.DataFrame, names: list[str], config: Config) -> pd.Da
             "is_flipped": label != true_label,
         }
     )
+
+
+def read_ids(file: str) -> list[str]:
+    """The example_ids in a file: the column of that name of a .csv table, or one a line.
+
+    Raises:
+        InputError: it cannot be read, or holds none.
+    """
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"keep={file}: cannot be read ({error})") from None
+    rows = [row for row in csv.reader(lines) if row]
+    column = 0
+    if rows and "example_id" in rows[0]:
+        column, rows = rows[0].index("example_id"), rows[1:]
+    ids = [row[column].strip() for row in rows if len(row) > column]
+    if not ids:
+        raise InputError(f"keep={file}: holds no example_ids")
+    return ids
+
+
+def _kept(examples: pd.DataFrame, names: list[str], config: Config) -> np.ndarray:
+    """The splits, with the training examples that `keep` does not name left out."""
+    ids = set(read_ids(config.keep))
+    split = examples["split"].to_numpy(object).copy()
+    train = split == "train"
+    unknown = sorted(ids - set(examples["example_id"][train]))
+    if unknown:
+        raise InputError(
+            f"keep={config.keep}: {len(unknown)} of its {len(ids)} example_ids are not in this "
+            f"training set, e.g. {unknown[0][:40]!r}; is it of other data or another data_seed?"
+        )
+    split[train & ~examples["example_id"].isin(ids)] = LEFT_OUT
+    for label, name in enumerate(names):
+        if not ((split == "train") & (examples["label"] == label)).any():
+            raise InputError(f"keep={config.keep}: no training example of class {name!r} is left")
+    return split
 
 
 def _plant_patch(examples: pd.DataFrame, data_seed: int) -> pd.DataFrame:

@@ -163,6 +163,10 @@ class Ensemble:
             counted = np.ones_like(self.masks)
         return counted
 
+    def validation_probabilities(self) -> np.ndarray:
+        """Mean probabilities of each target over the checkpoints, (n_validation, C)."""
+        return np.exp(_mean_log_probability(self.validation_logits))
+
     def validation_loss(self, labels: np.ndarray) -> np.ndarray:
         """Mean loss in nats of each target over the checkpoints, (n_validation,)."""
         return np.mean([losses(logits, labels) for logits in self.validation_logits], axis=0)
@@ -188,6 +192,19 @@ def label_quality(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     from cleanlab.rank import get_label_quality_scores
 
     return get_label_quality_scores(labels, probabilities, method="self_confidence")
+
+
+def label_issues(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """What confident learning takes for label errors, (n,) bool (Northcutt et al. 2021).
+
+    Those that are counted off the diagonal of the confident joint, pruned by noise rate.
+
+    Args:
+        probabilities: (n, C), out of sample.
+    """
+    from cleanlab.filter import find_label_issues
+
+    return find_label_issues(labels, probabilities, n_jobs=1)
 
 
 def _mean_log_probability(logits: np.ndarray) -> np.ndarray:

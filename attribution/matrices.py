@@ -76,22 +76,25 @@ def open_matrix(file: Path) -> np.ndarray:
     return np.lib.format.open_memmap(file, mode="r")
 
 
-def write_matrix(file: Path, blocks: Iterable[np.ndarray], shape: tuple[int, int]) -> None:
-    """Write float32 rows as they come; the file appears whole or not at all.
+def write_matrix(
+    file: Path, blocks: Iterable[np.ndarray], shape: tuple[int, int], dtype: str = "<f4"
+) -> None:
+    """Write rows as they come, by default as float32; the file appears whole or not at all.
 
     Args:
         blocks: arrays (rows, columns) in order, each used before the next is asked for.
         shape: of the whole matrix.
+        dtype: as numpy spells it in a file.
 
     Raises:
-        InputError: a value that float32 cannot hold, or not finite. The file is not there then.
+        InputError: a value that the type cannot hold, or not finite. The file is not there then.
     """
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as out:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(out, header)
-            n = sum(_write_block(out, block, file.stem, shape[1]) for block in blocks)
+            n = sum(_write_block(out, block, file.stem, shape[1], dtype) for block in blocks)
         if n != shape[0]:
             raise ValueError(f"{file.name}: {n} rows came, of {shape[0]}")
         os.replace(unfinished, file)
@@ -99,9 +102,9 @@ def write_matrix(file: Path, blocks: Iterable[np.ndarray], shape: tuple[int, int
         unfinished.unlink(missing_ok=True)
 
 
-def _write_block(out, block: np.ndarray, name: str, columns: int) -> int:
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
-        block = np.ascontiguousarray(block, dtype="<f4")
+def _write_block(out, block: np.ndarray, name: str, columns: int, dtype: str) -> int:
+    with np.errstate(over="ignore"):  # what the type cannot hold becomes inf, and is refused
+        block = np.ascontiguousarray(block, dtype=dtype)
     if block.shape[1:] != (columns,):
         raise ValueError(f"{name}: a block of shape {block.shape}, not (rows, {columns})")
     if not np.isfinite(block).all():

@@ -11,6 +11,7 @@ import pandas as pd
 
 from attribution.comparison import verdict
 from attribution.data import ImageData
+from attribution.explanation import Explanation
 from attribution.removal import trial_name
 from attribution.scores import Scores
 
@@ -77,6 +78,27 @@ def score_gallery(
         for tile in axes[1 + k + len(sides[1][0]) :]:
             tile.axis("off")
     figure.suptitle("green: raises the target's margin, red: lowers it", fontsize=9)
+    _save(figure, path)
+
+
+def explanation(data: ImageData, found: Explanation, path: Path) -> None:
+    """What was predicted, with the examples that raised (above) and lowered (below) its margin."""
+    columns = 1 + max(len(found.helpful), len(found.harmful))
+    figure, grid = plt.subplots(2, columns, figsize=(1.25 * columns, 3.6), squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    pixels, train = data.pixels(), data.rows("train")
+    own = f"{found.predicted} {found.probability:.2f}"
+    if not found.is_right:
+        own += f"\n({found.label} {found.label_probability:.2f})"
+    grid[0, 0].axis("on")
+    _tile(grid[0, 0], found.pixels, own, HELPFUL if found.is_right else HARMFUL)
+    for line, table, colour in ((0, found.helpful, HELPFUL), (1, found.harmful, HARMFUL)):
+        for axes, row in zip(grid[line, 1:], table.itertuples(), strict=False):
+            axes.axis("on")
+            _tile(axes, pixels[train[row.position]], _caption(row, row.score), colour)
+    title = f"{found.name}: green raised the margin of {found.label}, red lowered it"
+    figure.suptitle(_plain(title), fontsize=9)
     _save(figure, path)
 
 

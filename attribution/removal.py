@@ -128,6 +128,7 @@ ARMS: dict[str, Arm] = {
     )
 }  # fmt: skip
 FRAC_FREE = ("none", "negative", "oracle")  # their size does not depend on frac
+DRAWN = ("random", "random_matched", "majority", "balanced")  # another choice for every seed
 NO_GROUPS = "groups", "groups=auto has none for training examples; use label or a column"
 OLD_SCORES = "the scores do not say; make them anew"
 NEEDS = {
@@ -274,6 +275,33 @@ def removed_table(trial: Trial, train: pd.DataFrame, evidence: Evidence) -> pd.D
     positions, seeds = np.unique(np.concatenate(trial.removed), return_counts=True)
     table = train.iloc[positions].assign(alignment=evidence.alignment[positions], seeds=seeds)
     return table.reset_index(drop=True)
+
+
+def kept_table(trial: Trial, train: pd.DataFrame) -> pd.DataFrame:
+    """The training examples that a trial keeps under its first seed, as parameter `keep` takes them."""
+    kept = np.delete(np.arange(len(train)), trial.removed[0])
+    return train.iloc[kept][["example_id", "label_name", "file_name"]]
+
+
+def export_files(
+    arm: str, arms: list[str], fracs: list[float], action: str
+) -> dict[str, float | None]:
+    """The names of the files that parameter `export_arm` asks for, each with its frac if it has one.
+
+    Raises:
+        InputError: not an arm of this comparison, or one that has no one choice to export.
+    """
+    if not arm:
+        return {}
+    if arm not in arms:
+        raise InputError(f"export_arm={arm}: not among arms={','.join(arms)}")
+    if arm in ("none", *DRAWN):
+        raise InputError(f"export_arm={arm}: makes no one choice of its own; name another arm")
+    if action == "relabel":
+        raise InputError(f"export_arm={arm}: with action=relabel every example is kept; use remove")
+    if arm in FRAC_FREE:
+        return {f"{arm}.csv": None}
+    return {f"{arm}_{frac:g}.csv": frac for frac in fracs}
 
 
 def removal_metrics(table: pd.DataFrame, n_flipped: int, n_seeds: int) -> dict[str, float]:

@@ -45,7 +45,7 @@ def _print(console: Console, title: str, columns: Sequence[str], rows: list[list
 
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in columns:
-        side = "left" if column in (columns[0], "") else "right"
+        side = "left" if column in (columns[0], "example", "") else "right"
         shown.add_column(column, justify=side, no_wrap=bool(column))
     for row in rows:
         shown.add_row(*row)
@@ -65,10 +65,10 @@ def print_evaluation(table: pd.DataFrame) -> None:
         rows.append(
             [
                 row["method"],
-                _interval(row, "lds", ".3f"),
+                interval(row, "lds", ".3f"),
                 f"{100 * share:.0f} %" if pd.notna(share) else "",
-                _interval(row, "calibration_slope", ".2f"),
-                _interval(row, "auroc", ".4f"),
+                interval(row, "calibration_slope", ".2f"),
+                interval(row, "auroc", ".4f"),
                 _figure(row, "average_precision", ".3f"),
                 _figure(row, "recall_10pct", ".3f"),
                 _figure(row, "recall_20pct", ".3f"),
@@ -84,17 +84,40 @@ def print_brittleness(table: pd.DataFrame) -> None:
         f"{first['targets']} targets, each retrained without {first['k']} examples, 95 % intervals"
     )
     rows = [
-        [row["removed"], _interval(row, "flipped", ".2f"), _interval(row, "margin_change", "+.2f")]
+        [row["removed"], interval(row, "flipped", ".2f"), interval(row, "margin_change", "+.2f")]
         for _, row in table.iterrows()
     ]
     _print(_console(), title, ("removed", "predictions flipped", "change of the margin"), rows)
+
+
+def print_explanations(table: pd.DataFrame) -> None:
+    """Print the three strongest training examples for and against each prediction."""
+    columns = "explained", "predicted", "examples that", "score", "example", "label", ""
+    rows = []
+    for _, row in table[table["rank"] <= 3].iterrows():
+        is_first = row["rank"] == 1
+        helps = row["side"] == "helpful"
+        rows.append(
+            [
+                f"{row['explained']}: {row['explained_label']}" if is_first and helps else "",
+                f"{row['predicted']} {row['probability']:.2f}" if is_first and helps else "",
+                ("raised it" if helps else "lowered it") if is_first else "",
+                f"{row['score']:+.3g}",
+                str(row["file_name"] if pd.notna(row["file_name"]) else row["example_id"]),
+                str(row["label_name"]),
+                "flipped on purpose" if row["is_flipped"] else "",
+            ]
+        )
+    title = "What raised, and what lowered, the margin of each label most"
+    _print(_console(), title, columns, rows)
 
 
 def _figure(row: pd.Series, name: str, form: str) -> str:
     return f"{row[name]:{form}}" if name in row and pd.notna(row[name]) else ""
 
 
-def _interval(row: pd.Series, name: str, form: str) -> str:
+def interval(row: pd.Series, name: str, form: str) -> str:
+    """A figure with its interval, '0.574 [0.547, 0.589]'; empty where there is none."""
     if not _figure(row, name, form):
         return ""
     low, high = (_figure(row, f"{name}_ci_{end}", form) for end in ("low", "high"))

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
@@ -30,16 +30,20 @@ if TYPE_CHECKING:
 # Raised whenever training, or scoring, would compute something else from the same parameters and data.
 TRAINING_VERSION = 2
 ESTIMATOR_VERSION = 3
-UPSTREAM = {"trak": "finetune", "ablation": "trak", "evaluate": "trak"}
+UPSTREAM = {"trak": "finetune", "ablation": "trak", "evaluate": "trak", "explain": "trak"}
 # A finished run without one of these has lost what it was kept for.
 NEEDED_ARTIFACTS = {
     "finetune": ("training/logits.npz",),
-    "trak": tuple(
-        f"scores/{name}"
-        for name in ("scores.npy", "train.parquet", "targets.parquet", "metadata.json")
+    "trak": (
+        "suspects.csv",
+        *(
+            f"scores/{name}"
+            for name in ("scores.npy", "train.parquet", "targets.parquet", "metadata.json")
+        ),
     ),
-    "ablation": ("comparison.csv",),
+    "ablation": ("comparison.csv", "report.html"),
     "evaluate": ("evaluation.csv", "bank/spec.json"),
+    "explain": ("explanation.html", "explanation.csv"),
 }
 Make = Callable[[Config, "ImageData"], None]
 
@@ -72,7 +76,16 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     settings = config.group(stage)
     if stage == "ablation" and config.groups in data.examples:
         settings["groups"] = [config.groups, digest(*data.examples[config.groups])]
+    if stage == "explain" and config.image:
+        settings["image"] = _content(config.image)
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
+
+
+def _content(image: str) -> str:
+    try:
+        return hashlib.blake2b(Path(image).expanduser().read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        raise InputError(f"image={image}: cannot be read ({error.strerror})") from None
 
 
 def work_folder(config: Config, *parts: str) -> Path:
@@ -94,12 +107,19 @@ def _cache_folder(config: Config, *parts: str) -> Path:
     return folder
 
 
-def run_entry_point(stage: str, make: Make, show: Callable[[str], None], argv: Any = None) -> None:
+def run_entry_point(
+    stage: str,
+    make: Make,
+    show: Callable[[str, Config], None],
+    argv: Any = None,
+    files: Callable[[Config], Iterable[Path]] = lambda config: (),
+) -> None:
     """The life of one command: parse, open the run, reuse or make, show, and exit.
 
     Args:
         make: computes the stage and logs it to the active run.
-        show: prints the result of the run with this id.
+        show: prints the result of the run with this id, and saves what was asked for.
+        files: what `show` will save, and is refused where it is there.
     """
     try:
         given = parse(stage, argv)  # what is wrong with a flag is said before the slow imports
@@ -108,6 +128,7 @@ def run_entry_point(stage: str, make: Make, show: Callable[[str], None], argv: A
         _quiet()
         with _entry_run(stage) as run:
             config, data = _prepare(stage, given)
+            refuse_existing(files(config), config)
             with _alone(stage, config, data):
                 run_id = find_finished(stage, config, data)
                 if run_id:
@@ -122,7 +143,14 @@ def run_entry_point(stage: str, make: Make, show: Callable[[str], None], argv: A
     except KeyboardInterrupt:
         say("stopped; the same command goes on from what is finished")
         sys.exit(130)
-    show(run_id)
+    show(run_id, config)
+
+
+def refuse_existing(files: Iterable[Path], config: Config) -> None:
+    """Raise InputError where one of these files is there and may not be replaced."""
+    for file in files:
+        if file.exists() and config.overwrite == "no":
+            raise InputError(f"output={file}: exists; name another folder, or add --overwrite")
 
 
 def _quiet() -> None:
@@ -177,7 +205,7 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
     # "auto" says nothing that could contradict the run built on.
     asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
     config = _resolve_hardware(resolve(asked, inherited))
-    from attribution.data import load_data
+    from attribution.data import LEFT_OUT, load_data
 
     data = load_data(config)
     for upstream, run_id in run_ids.items():
@@ -187,12 +215,13 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
                 f"version of this project than dataset={config.dataset} gives now; leave it out"
             )
     counts = ", ".join(f"{len(data.rows(s))} {s}" for s in ("train", "validation", "test"))
-    flips = int(data.examples["is_flipped"].sum())
+    flips = int(data.table("train")["is_flipped"].sum())
     say(
         f"data: {config.dataset}, {len(data.class_names)} classes, {counts}, {flips} labels flipped"
     )
     for note, count in (("undecodable files skipped", len(data.skipped)),
-                        ("copies of test images dropped", data.dropped_duplicates)):  # fmt: skip
+                        ("copies of test images dropped", data.dropped_duplicates),
+                        ("training examples left out by keep", len(data.rows(LEFT_OUT)))):  # fmt: skip
         if count:
             say(f"data: {count} {note}")
     return config, data
@@ -422,6 +451,69 @@ def artifact_folder(path: str | None = None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
         mlflow.log_artifacts(folder, path)
+
+
+def newest(stage: str, tags: dict[str, str]) -> str | None:
+    """The id of the newest FINISHED run of a stage with these tags in the active experiment."""
+    import mlflow
+
+    terms = {"stage": stage, **tags}
+    found = mlflow.MlflowClient().search_runs(
+        [mlflow.active_run().info.experiment_id],
+        " and ".join(f"tags.{name} = '{value}'" for name, value in terms.items())
+        + " and attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+    )
+    whole = (run.info.run_id for run in found if "fingerprint" in run.data.tags)
+    return next(whole, None)
+
+
+def lineage() -> dict[str, str]:
+    """The ids of the active run and of those that it was built on, by name."""
+    import mlflow
+
+    run_id, found = mlflow.active_run().info.run_id, {}
+    while run_id:
+        tags = _tags(run_id)
+        found[f"{tags['stage']} run"] = run_id
+        run_id = tags.get(f"{UPSTREAM.get(tags['stage'])}_run_id")
+    return found
+
+
+def nested_run(run_id: str, wanted: dict[str, str]) -> str:
+    """The id of the run nested in this one that has these values ('params.arm' and the like).
+
+    Raises:
+        InputError: there is none.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    terms = {"tags.`mlflow.parentRunId`": run_id, **wanted}
+    found = client.search_runs(
+        [client.get_run(run_id).info.experiment_id],
+        " and ".join(f"{name} = '{value}'" for name, value in terms.items()),
+    )
+    if not found:
+        raise InputError(f"run {run_id}: has no nested run with {wanted}")
+    return found[0].info.run_id
+
+
+def save_artifacts(run_id: str, folder: str, suffixes: tuple[str, ...]) -> Path:
+    """Copy a run's uppermost artifacts of these kinds into a folder, which is made; returns it."""
+    import mlflow
+
+    target = Path(folder).expanduser()
+    target.mkdir(parents=True, exist_ok=True)
+    for item in mlflow.MlflowClient().list_artifacts(run_id):
+        if item.path.endswith(suffixes):
+            shutil.copyfile(artifact_path(run_id, item.path), target / item.path)
+    return target
+
+
+def file_name(text: str) -> str:
+    """A text as the stem of a file's name."""
+    return re.sub(r"[^\w\-.]+", "-", text).strip("-.")[:80] or "unnamed"
 
 
 def metric_name(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -227,22 +227,39 @@ def _featurize(
     size: int,
     folder: Path,
 ) -> None:
-    """Run traker over some rows of a split.
+    """Featurise some rows of a split.
 
     `size` images a batch change the last bit of the features, and nothing else.
     """
     keep_freed_memory()
     # A shard is whole or made anew: traker's store cannot go on with batches of another size.
     shutil.rmtree(folder, ignore_errors=True)
-    device = str(resolve_device(config.device))
-    traker, state = make_traker(config, len(rows), checkpoint, folder, m, device)
-    traker.load_checkpoint(state, model_id=m)
-    for batch in batches_of(config, data, split, size, device, rows):
-        traker.featurize(batch, num_samples=len(batch[1]))
+    batches = batches_of(config, data, split, size, resolve_device(config.device), rows)
+    run_traker(config, checkpoint, m, batches, len(rows), folder)
     (folder / str(m) / "features.mmap").unlink(
         missing_ok=True
     )  # as large again, for what is not done here
     (folder / "done").touch()
+
+
+def run_traker(
+    config: Config,
+    checkpoint: Path,
+    m: int,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    n: int,
+    folder: Path,
+) -> None:
+    """Leave the features of n examples under checkpoint m in traker's folder.
+
+    Args:
+        batches: images (B, 3, H, W) and labels (B,), on the device of the config.
+    """
+    device = str(resolve_device(config.device))
+    traker, state = make_traker(config, n, checkpoint, folder, m, device)
+    traker.load_checkpoint(state, model_id=m)
+    for batch in batches:
+        traker.featurize(batch, num_samples=len(batch[1]))
 
 
 def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, device: str):  # noqa: ANN201
@@ -356,6 +373,14 @@ def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
     write_matrix(store.targets, blocks, (sum(map(len, targets)), len(flat)))
 
 
+def row_scale(stores: list[Store], weight: str) -> np.ndarray:
+    """What the sum over checkpoints is multiplied by, (n_train, 1) float32."""
+    scale = np.full((sum(map(len, stores[0].features("train"))), 1), 1 / len(stores), np.float32)
+    if weight == "mean":
+        scale *= np.mean([store.one_minus_p("train") for store in stores], axis=0)
+    return scale
+
+
 def _score_blocks(
     stores: list[Store], computer: RidgeScoreComputer, weight: str, self_influence: np.ndarray
 ) -> Iterator[np.ndarray]:
@@ -378,11 +403,7 @@ def _score_blocks(
         return torch.from_numpy(np.load(file, allow_pickle=False)).to(device)
 
     features = [row_blocks(*store.features("train"), columns=m) for store in stores]
-    n = len(self_influence)
-    scale = np.full((n, 1), 1 / len(stores), np.float32)
-    if weight == "mean":
-        scale *= np.mean([store.one_minus_p("train") for store in stores], axis=0)
-    start = 0
+    scale, start = row_scale(stores, weight), 0
     for first in features[0]:
         rows = slice(start, start := start + len(first))
         scores = torch.zeros(len(first), m, device=device)

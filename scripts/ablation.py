@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attribution import tracking
@@ -11,7 +12,9 @@ from scripts import trak
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
+    from attribution.ablation_page import Removed
     from attribution.comparison import Outcome
     from attribution.config import Config
     from attribution.data import ImageData
@@ -23,11 +26,11 @@ def make(config: Config, data: ImageData) -> None:
     """Find or compute scores, retrain every arm over paired seeds, and log the comparison."""
     import mlflow
 
-    from attribution import alignment, comparison, plots, removal, training
+    from attribution import ablation_page, alignment, comparison, machine, plots, removal, training
     from attribution.scores import load_scores
 
     lacking = ["groups"] * (config.groups == alignment.AUTO)
-    lacking += ["is_flipped"] * (not data.examples["is_flipped"].any())
+    lacking += ["is_flipped"] * (not data.table("train")["is_flipped"].any())
     removal.check_arms(config.arm_names, lacking)
     alignment.check_groups(data.examples, config.groups)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
@@ -39,14 +42,36 @@ def make(config: Config, data: ImageData) -> None:
     work = tracking.work_folder(config, "retrainings")
     logits = comparison.retrain(config, data, trials, seeds, work)
     outcomes = comparison.compare(trials, logits, data.labels("test"), test_groups(config, data))
-    for outcome in outcomes:
-        log_trial(outcome, data, scores, evidence)
+    removed = [log_trial(outcome, data, scores, evidence) for outcome in outcomes]
     table = comparison.comparison_table(outcomes)
+    classes = comparison.class_effects(outcomes, logits, data.labels("test"), data.class_names)
     tracking.log_table(table, "comparison")
+    tracking.log_table(classes, "per_class")
     with tracking.artifact_folder() as folder:
-        plots.comparison(table, folder / "comparison.png")
-        plots.removal_curves(table, folder / "curves.png")
+        figures = {"comparison": folder / "comparison.png", "curves": folder / "curves.png"}
+        plots.comparison(table, figures["comparison"])
+        plots.removal_curves(table, figures["curves"])
+        page = ablation_page.page(
+            config,
+            data,
+            table,
+            classes,
+            [each for each in removed if each],
+            figures,
+            known_quality(trak_id),
+            tracking.lineage(),
+            machine.hardware(),
+        )
+        (folder / "report.html").write_text(page, encoding="utf-8")
     mlflow.set_tag("mlflow.note.content", describe(table, trak_id))
+
+
+def known_quality(trak_id: str) -> pd.DataFrame | None:
+    """The table of the last `evaluate` of these scores, if there was one."""
+    import pandas as pd
+
+    run_id = tracking.newest("evaluate", {"trak_run_id": trak_id})
+    return pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")) if run_id else None
 
 
 def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence:
@@ -86,11 +111,14 @@ def test_groups(config: Config, data: ImageData) -> np.ndarray | None:
     return alignment.group_ids(data.table("test"), config.groups)
 
 
-def log_trial(outcome: Outcome, data: ImageData, scores: Scores, evidence: Evidence) -> None:
-    """One nested run: what the arm removed, per-seed test metrics, and their summary."""
+def log_trial(
+    outcome: Outcome, data: ImageData, scores: Scores, evidence: Evidence
+) -> Removed | None:
+    """One nested run: what the arm removed (which is returned), per-seed test metrics, their summary."""
     import mlflow
 
     from attribution import comparison, plots, removal
+    from attribution.ablation_page import Removed
 
     trial = outcome.trial
     with mlflow.start_run(run_name=trial.name, nested=True):
@@ -112,14 +140,17 @@ def log_trial(outcome: Outcome, data: ImageData, scores: Scores, evidence: Evide
         )
         mlflow.log_metrics(comparison.summary_metrics(outcome))
         if trial.arm == "none":
-            return
+            return None
         table = removal.removed_table(trial, scores.train, evidence)
         flips = int(scores.train["is_flipped"].sum())
         counts = removal.removal_metrics(table, flips, len(trial.removed))
         mlflow.log_metrics({tracking.metric_name(name): v for name, v in counts.items()})
         with tracking.artifact_folder() as folder:
             table.to_parquet(folder / "removed.parquet", index=False)
+            if trial.arm not in removal.DRAWN and trial.action == "remove":
+                removal.kept_table(trial, scores.train).to_csv(folder / "kept.csv", index=False)
             plots.removed_gallery(data, table, trial.name, folder / "removed.png")
+        return Removed(trial.name, trial.arm, trial.action, table, counts)
 
 
 def describe(table, trak_id: str) -> str:
@@ -135,18 +166,41 @@ def describe(table, trak_id: str) -> str:
     return "\n".join(lines)
 
 
-def show(run_id: str) -> None:
-    """Print the comparison as a table, and where to look at it."""
+def show(run_id: str, config: Config) -> None:
+    """Print the comparison as a table, save an exported arm, and say where to look at both."""
     import mlflow
     import pandas as pd
 
     from attribution import report
 
     report.print_comparison(pd.read_csv(tracking.artifact_path(run_id, "comparison.csv")))
+    export(run_id, config)
     print(f"ablation run: {run_id}")
     uri = mlflow.get_tracking_uri()
     tracking.say(f"next: mlflow ui --backend-store-uri {uri}   # pick the arms, press Compare")
 
 
+def exports(config: Config) -> dict[Path, float | None]:
+    """The files that an exported arm is written to, each with its frac."""
+    from attribution.removal import export_files
+
+    names = export_files(config.export_arm, config.arm_names, config.fracs, config.action)
+    return {Path(config.output or "cleaned") / name: frac for name, frac in names.items()}
+
+
+def export(run_id: str, config: Config) -> None:
+    """Write which training examples an arm keeps, for `keep` of every entry point."""
+    import shutil
+
+    for file, frac in exports(config).items():
+        wanted = {"params.arm": config.export_arm, "params.action": "remove"}
+        if frac is not None:
+            wanted["params.frac"] = f"{frac:.6g}"
+        kept = tracking.artifact_path(tracking.nested_run(run_id, wanted), "kept.csv")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, file)
+        tracking.say(f"kept by {config.export_arm}: --keep {file}")
+
+
 if __name__ == "__main__":
-    tracking.run_entry_point("ablation", make, show, sys.argv[1:])
+    tracking.run_entry_point("ablation", make, show, sys.argv[1:], exports)

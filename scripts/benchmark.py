@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from scripts.benchmarks.common import hardware
+    from attribution.machine import hardware
 
     if options.threads:
         torch.set_num_threads(options.threads)

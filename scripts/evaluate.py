@@ -89,7 +89,7 @@ def log_method(row: pd.Series) -> None:
         )
 
 
-def show(run_id: str) -> None:
+def show(run_id: str, config: Config) -> None:
     """Print the table of methods, and what the removal for single targets did."""
     import pandas as pd
 

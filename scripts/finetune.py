@@ -48,7 +48,7 @@ def make(config: Config, data: ImageData) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def show(run_id: str) -> None:
+def show(run_id: str, config: Config) -> None:
     """Print the ensemble's validation metrics and what to type next."""
     import mlflow
 

@@ -20,10 +20,11 @@ def make(config: Config, data: ImageData) -> None:
 
     import mlflow
 
-    from attribution import alignment, plots, statistics
-    from attribution.ensemble import Ensemble, label_quality
+    from attribution import alignment, features, plots, statistics
+    from attribution.ensemble import Ensemble, label_issues, label_quality
     from attribution.scores import load_scores, write_scores
-    from attribution.trak import check_proj_dim, compute_scores
+    from attribution.suspects import suspects
+    from attribution.trak import check_proj_dim, featurize, score
 
     check_proj_dim(config, len(data.rows("train")))
     check_gradients(config, data)
@@ -35,7 +36,8 @@ def make(config: Config, data: ImageData) -> None:
     work = tracking.work_folder(config, key[:16])
     start = time.monotonic()
     folders = finetune.checkpoint_folders(finetune_id, config.num_models)
-    scores = compute_scores(config, data, folders, work)
+    stores = featurize(config, data, folders, work)
+    scores = score(config, stores, work / "scores.npy")
     seconds = time.monotonic() - start
 
     targets = data.table("validation").assign(
@@ -63,6 +65,11 @@ def make(config: Config, data: ImageData) -> None:
     with tracking.artifact_folder("scores") as folder:
         write_scores(folder, scores.file, train, targets, metadata)
         plots.score_gallery(data, load_scores(folder), folder / "gallery.png")
+    issues = label_issues(data.labels("train"), probabilities)
+    tracking.log_table(suspects(data, train, issues), "suspects")
+    if features.are_wanted(config, stores):
+        with tracking.artifact_folder("features") as folder:
+            features.write_features(folder, stores, config)
     shutil.rmtree(work, ignore_errors=True)
     images = config.num_models * (len(train) + len(targets))
     mlflow.log_metrics(
@@ -96,14 +103,17 @@ def check_gradients(config: Config, data: ImageData) -> None:
         gradients.capture(model, images, torch.zeros(2, dtype=torch.int64))
 
 
-def show(run_id: str) -> None:
+def show(run_id: str, config: Config) -> None:
     """Print where the scores are, how to read them, and what to type next."""
     import mlflow
+    import pandas as pd
 
     metrics = mlflow.get_run(run_id).data.metrics
     for name in ("flips_auroc_alignment", "flips_auroc_loss", "share_negative_alignment"):
         if name in metrics:
             print(f"{name}: {metrics[name]:.4f}")
+    table = pd.read_csv(tracking.artifact_path(run_id, "suspects.csv"))
+    print(f"suspects.csv: {len(table)} training examples to look at, the most doubtful first")
     print(f"trak run: {run_id}")
     print(f'scores: attribution.load_scores("runs:/{run_id}/scores")')
     tracking.say(f"next: python -m scripts.ablation --trak_run_id {run_id} --frac 0.05")

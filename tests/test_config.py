@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from attribution.config import (
     FIELDS,
+    OUTPUT_GROUPS,
     PRESETS,
     STAGE_GROUPS,
     Config,
@@ -246,6 +247,7 @@ LATER_RUNS = {
     "trak": {"trak_run_id"},
     "ablation": set(),
     "evaluate": set(),
+    "explain": set(),
 }
 
 
@@ -259,12 +261,22 @@ def test_a_stage_cannot_be_told_to_build_on_itself_or_a_later_one(stage: str) ->
 @pytest.mark.parametrize("stage", STAGE_GROUPS)
 def test_every_parameter_of_a_stage_has_a_flag_that_is_read_with_its_type(stage: str) -> None:
     samples = {"int": ("7", 7), "float": ("0.25", 0.25), "str": ("x", "x")}
-    groups = (*STAGE_GROUPS[stage], "lineage", "execution")
+    groups = (*STAGE_GROUPS[stage], *OUTPUT_GROUPS.get(stage, ()), "lineage", "execution")
     for f in FIELDS.values():
         if f.metadata["group"] in groups and f.name not in LATER_RUNS[stage]:
             text, value = samples[f.type]
             parsed = parse(stage, [f"--{f.name}", text])
             assert parsed == {f.name: value} and type(parsed[f.name]) is type(value)
+
+
+def test_a_flag_may_be_typed_with_dashes_and_overwrite_without_a_value() -> None:
+    given = ["--num-seeds=3", "--export-arm", "harmful", "--overwrite", "--frac", "0.1"]
+    assert parse("ablation", given) == {
+        "num_seeds": 3,
+        "export_arm": "harmful",
+        "overwrite": "yes",
+        "frac": "0.1",
+    }
 
 
 def test_flags_that_are_not_given_are_not_in_what_is_parsed() -> None:
@@ -296,7 +308,8 @@ def test_the_help_names_every_flag_and_its_preset_values(capsys) -> None:
         parse("ablation", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    own = {n for n, f in FIELDS.items() if f.metadata["group"] != "evaluate"}
+    others = ("evaluate", "explain")
+    own = {n for n, f in FIELDS.items() if f.metadata["group"] not in others}
     assert all((f"--{name}" in shown) == (name in own) for name in FIELDS)
     for name in ("proj_dim", "num_blocks", "lambda_reg"):
         values = ", ".join(f"{preset}: {given[name]}" for preset, given in PRESETS.items())

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "traker",
-    "mlflow",
-    "joblib",
-    "ray",
-    "dattri",
-    "captum",
-    "kronfluence",
-)
 RESNET18 = {
     "embedding_size": 64,
     "hidden_sizes": [64, 128, 256, 512],
@@ -101,36 +86,3 @@ def make_model(config: dict[str, Any] | None, classes: int = 10):  # noqa: ANN20
     config = config or MINI_CONFIGS["resnet-mini"]
     model = ResNetForImageClassification(ResNetConfig(**config, num_labels=classes))
     return model.to(memory_format=torch.channels_last)
-
-
-def hardware() -> dict[str, Any]:
-    """Date, processor (and GPU), threads and versions: what a figure means nothing without."""
-    import torch
-
-    found = {
-        "date": date.today().isoformat(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _processor() -> str:
-    import torch
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    bf16 = " with bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{bf16})"

@@ -1,0 +1,174 @@
+"""Why did the model predict this? The training examples that raised and lowered one margin most."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from attribution import features
+from attribution.config import Config, nearest
+from attribution.data import ImageData
+from attribution.errors import InputError
+from attribution.pixels import decode_image
+from attribution.scores import Scores
+from attribution.trak import TARGETS
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """One prediction with what it was made from.
+
+    Attributes:
+        name: 'target 17', or the file name of a picture.
+        pixels: uint8 (size, size, 3), as the model saw it.
+        label: its class; of a picture the class that was asked about. Scores are of its margin.
+        predicted, probability: by the ensemble, the mean over checkpoints.
+        label_probability: of `label`.
+        helpful, harmful: training examples with a `score` column, the strongest first.
+    """
+
+    name: str
+    pixels: np.ndarray
+    label: str
+    predicted: str
+    probability: float
+    label_probability: float
+    helpful: pd.DataFrame
+    harmful: pd.DataFrame
+
+    @property
+    def is_right(self) -> bool:
+        return self.label == self.predicted
+
+    def table(self) -> pd.DataFrame:
+        """One row an example shown: of what, whether helpful, rank from 1, and the train columns."""
+        own = {
+            "explained": self.name,
+            "explained_label": self.label,
+            "predicted": self.predicted,
+            "probability": self.probability,
+        }
+        parts = [
+            part.assign(**own, side=side, rank=np.arange(1, len(part) + 1))
+            for side, part in (("helpful", self.helpful), ("harmful", self.harmful))
+        ]
+        table = pd.concat(parts, ignore_index=True)
+        first = [*own, "side", "rank", "score"]
+        return table[first + [name for name in table if name not in first]]
+
+
+def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
+    """Numbers of the misclassified examples, the one with the highest wrong probability first.
+
+    Args:
+        probabilities: (n, C).
+        labels: (n,).
+    """
+    predicted = probabilities.argmax(1)
+    order = np.argsort(-probabilities.max(1), kind="stable")
+    return [int(i) for i in order if predicted[i] != labels[i]][:count]
+
+
+def explain_targets(
+    data: ImageData, scores: Scores, probabilities: np.ndarray, targets: list[int], k: int
+) -> list[Explanation]:
+    """Read the columns of these targets.
+
+    Args:
+        probabilities: (n_targets, C) by the ensemble.
+        k: examples on each side.
+
+    Raises:
+        InputError: no such target.
+    """
+    for target in targets:
+        if not 0 <= target < len(scores.targets):
+            raise InputError(f"target={target}: must be from 0 to {len(scores.targets) - 1}")
+    chosen, pixels, rows = scores.select(targets), data.pixels(), data.rows(TARGETS)
+    labels = data.labels(TARGETS)
+    return [
+        _explain(
+            f"target {target}",
+            np.array(pixels[rows[target]]),
+            int(labels[target]),
+            probabilities[target],
+            data.class_names,
+            (chosen.top(i, k), chosen.bottom(i, k)),
+        )
+        for i, target in enumerate(targets)
+    ]
+
+
+def explain_picture(
+    config: Config,
+    data: ImageData,
+    scores: Scores,
+    stored: features.StoredFeatures,
+    checkpoints: list[Path],
+) -> Explanation:
+    """Score the training set on the picture of parameter `image`, by the features that were stored.
+
+    Raises:
+        InputError: it cannot be decoded, or `label` is no class.
+    """
+    pixels = read_picture(config)[None]
+    torch.set_num_threads(1)  # on so little work two would spend their time waiting for each other
+    probabilities = features.probabilities(config, checkpoints, pixels)[0]
+    label = int(probabilities.argmax())
+    if config.label:
+        label = data.class_names.index(config.label)
+    new = features.new_features(config, checkpoints, pixels, np.array([label]))
+    column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
+    sides = column.top(0, config.num_examples), column.bottom(0, config.num_examples)
+    name = Path(config.image).name
+    return _explain(name, pixels[0], label, probabilities, data.class_names, sides)
+
+
+def check_picture(config: Config, data: ImageData) -> None:
+    """Refuse what explain_picture could not use, before anything is trained."""
+    if config.label and config.label not in data.class_names:
+        raise InputError(
+            f"label={config.label}: no such class; {nearest(config.label, data.class_names)}"
+        )
+    if config.image:
+        read_picture(config)
+
+
+def read_picture(config: Config) -> np.ndarray:
+    """The picture of parameter `image`, uint8 (size, size, 3), prepared as the data set's are.
+
+    Raises:
+        InputError: it is not there, or cannot be decoded.
+    """
+    try:
+        content = Path(config.image).expanduser().read_bytes()
+        return np.array(decode_image(Image.open(io.BytesIO(content)), config.image_size))
+    except Exception as error:  # Pillow's plugins raise whatever they like on damaged files
+        reason = getattr(error, "strerror", None) or "no picture that Pillow can decode"
+        raise InputError(f"image={config.image}: cannot be read ({reason})") from None
+
+
+def _explain(
+    name: str,
+    pixels: np.ndarray,
+    label: int,
+    probabilities: np.ndarray,
+    class_names: tuple[str, ...],
+    sides: tuple[pd.DataFrame, pd.DataFrame],
+) -> Explanation:
+    predicted = int(probabilities.argmax())
+    return Explanation(
+        name,
+        pixels,
+        class_names[label],
+        class_names[predicted],
+        float(probabilities[predicted]),
+        float(probabilities[label]),
+        *sides,
+    )

@@ -1,0 +1,99 @@
+"""Why did the model predict this? The training examples behind targets, mistakes, or any picture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attribution import tracking
+from attribution.errors import InputError
+from scripts import finetune, trak
+
+if TYPE_CHECKING:
+    from attribution.config import Config
+    from attribution.data import ImageData
+    from attribution.explanation import Explanation
+
+DEFAULT_ERRORS = 6
+
+
+def make(config: Config, data: ImageData) -> None:
+    """Find or compute scores, and log a gallery for everything that is to be explained."""
+    import mlflow
+    import pandas as pd
+
+    from attribution import explanation, pages, plots
+
+    explanation.check_picture(config, data)  # refused before any training
+    trak_id = tracking.obtain("trak", config, data, trak.make)
+    finetune_id = mlflow.get_run(trak_id).data.tags["finetune_run_id"]
+    mlflow.set_tag("finetune_run_id", finetune_id)
+    found = explain(config, data, trak_id, finetune_id)
+    with tracking.artifact_folder() as folder:
+        for each in found:
+            plots.explanation(
+                data, each, folder / f"{tracking.file_name(Path(each.name).stem)}.png"
+            )
+        run_ids = {"trak run": trak_id, "finetune run": finetune_id}
+        page = pages.explanations(data, found, run_ids)
+        (folder / "explanation.html").write_text(page, encoding="utf-8")
+    table = pd.concat([each.table() for each in found], ignore_index=True)
+    tracking.log_table(table, "explanation")
+
+
+def explain(config: Config, data: ImageData, trak_id: str, finetune_id: str) -> list[Explanation]:
+    """The picture, the targets, and the most confident mistakes that were asked for."""
+    from attribution import explanation
+    from attribution.ensemble import Ensemble
+    from attribution.features import load_features
+    from attribution.scores import load_scores
+
+    scores = load_scores(tracking.artifact_path(trak_id, "scores"))
+    found, targets = [], list(dict.fromkeys(config.target_numbers))
+    if config.image:
+        try:
+            folder = tracking.artifact_path(trak_id, "features")
+        except InputError:
+            raise InputError(
+                f"trak_run_id={trak_id}: has no stored features, which image needs; make the scores "
+                "with keep_features=yes"
+            ) from None
+        checkpoints = finetune.checkpoint_folders(finetune_id, config.num_models)
+        stored = load_features(folder)
+        found.append(explanation.explain_picture(config, data, scores, stored, checkpoints))
+    members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
+    probabilities = members.validation_probabilities()
+    errors = config.errors or DEFAULT_ERRORS * (not (found or targets))
+    labels = data.labels("validation")
+    mistakes = explanation.confident_mistakes(probabilities, labels, errors)
+    targets += [target for target in mistakes if target not in targets]
+    if not (found or targets):
+        raise InputError(f"errors={errors}: the ensemble makes no mistake on targets; use target=0")
+    return found + explanation.explain_targets(
+        data, scores, probabilities, targets, config.num_examples
+    )
+
+
+def show(run_id: str, config: Config) -> None:
+    """Print what was found, save it where asked, and say where the page is."""
+    import pandas as pd
+
+    from attribution import report
+
+    report.print_explanations(pd.read_csv(tracking.artifact_path(run_id, "explanation.csv")))
+    page = tracking.artifact_path(run_id, "explanation.html")
+    if config.output:
+        saved = tracking.save_artifacts(run_id, config.output, (".html", ".png", ".csv"))
+        page = saved / page.name
+    print(f"explain run: {run_id}")
+    tracking.say(f"next: open {page}")
+
+
+def files(config: Config) -> list[Path]:
+    """What `show` saves."""
+    return [Path(config.output) / "explanation.html"] if config.output else []
+
+
+if __name__ == "__main__":
+    tracking.run_entry_point("explain", make, show, sys.argv[1:], files)
