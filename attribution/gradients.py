@@ -2,20 +2,27 @@
 
 In eval mode the samples of a batch do not mix, so the backward pass of the summed margins
 gives, at every layer, each sample's own output gradient. A weight's per-sample gradient is
-then a sum over positions t of outer products, G = sum_t delta_t x a_t.
+then a sum over positions t of outer products, G = sum_t delta_t x a_t. Of parameters without
+such a rule (a class token, a layer scale) every sample is given a copy of its own by vmap.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import mha
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from attribution.errors import InputError
 
-# Exact types, not subclasses: a subclass may compute something else from the same weight.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 COVERED = (nn.Conv2d, nn.Linear, *NORMS)
@@ -196,6 +203,20 @@ class Call:
         return formed.movedim(4, 2).reshape(-1, *self.module.weight.shape)
 
 
+@dataclass
+class Stray:
+    """A parameter without a rule, of which every sample had a copy of its own."""
+
+    names: dict[str, str]  # "weight" -> its name in the model
+    delta: Tensor | None = None  # the margin's gradient, (B, *parameter.shape)
+    input: None = None
+    has_matrix = False
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Its per-sample gradient, flattened to (B, n), by name."""
+        return {self.names["weight"]: self.delta.flatten(1)}
+
+
 def _padding(conv: nn.Conv2d) -> list[tuple[int, int]]:
     """Zeros before and after, by dimension; 'same' puts the odd one after, as torch does."""
     if conv.padding == "valid":
@@ -211,17 +232,17 @@ class Captured:
     """What one pass over a batch of B samples leaves behind; everything is detached.
 
     logits (B, C); margins (B,); probability (B,) of the label; calls of covered modules, in
-    order; shapes of the model's parameters by name, in the order of named_parameters().
+    order, and stray parameters; shapes of all parameters by name, as in named_parameters().
     """
 
     logits: Tensor
     margins: Tensor
     probability: Tensor
-    calls: list[Call] = field(repr=False)
+    calls: list[Call | Stray] = field(repr=False)
     shapes: dict[str, torch.Size] = field(repr=False)
 
     def vectors(self) -> dict[str, Tensor]:
-        """Per-sample gradients (B, n) of biases and normalisations; repeated calls add up."""
+        """Per-sample gradients (B, n) of all but the matrices; repeated calls add up."""
         total: dict[str, Tensor] = {}
         for call in self.calls:
             for name, value in call.vectors().items():
@@ -250,7 +271,7 @@ def capture(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    receive: Callable[[Call], None] | None = None,
+    receive: Callable[[Call | Stray], None] | None = None,
 ) -> Captured:
     """Record one forward and one backward pass of the summed margins; images (B, ...), labels (B,).
 
@@ -258,11 +279,13 @@ def capture(
     layer first, and then let go of: memory stays that of a training step.
 
     The model is called as model(images) and may return logits (B, C) or an object with
-    `.logits`. All parameters count, whatever their requires_grad. Raises InputError for
-    anything that would make a gradient wrong or incomplete: train mode, a parameter that no
-    rule covers, a covered module that did not run, an activation that was overwritten.
+    `.logits`. All parameters count, whatever their requires_grad; one that no rule covers has
+    the model run under vmap, and takes B times its own memory. Raises InputError for anything
+    that would make a gradient wrong or incomplete: train mode, a parameter that no rule covers
+    in a model that vmap cannot run, a covered module that did not run, an activation that was
+    overwritten.
     """
-    layers, paths = _layers(model)
+    layers, paths, strays = _layers(model)
     calls: list[Call] = []
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -275,14 +298,14 @@ def capture(
         call = Call(module, layers[module], x, x._version)
         calls.append(call)
         source = output if output.requires_grad else output.detach().requires_grad_()
-        source.register_hook(lambda delta: keep(call, delta.detach()))
-        # A copy where the graph starts: the model may write into its layers' outputs.
-        return source if source is output else source.clone()
+        source.register_hook(partial(keep, call))
+        # A copy where the graph starts or vmap holds a view: the model may write into outputs.
+        return source if source is output and not strays else source.clone()
 
-    used: list[Call] = []
+    used: list[Call | Stray] = []
 
-    def keep(call: Call, delta: Tensor) -> None:
-        call.delta = delta
+    def keep(call: Call | Stray, delta: Tensor) -> None:
+        call.delta = delta.detach()
         if receive is None:
             used.append(call)
             return
@@ -291,13 +314,14 @@ def capture(
         call.input = call.delta = None
 
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    handles = [module.register_forward_hook(record) for module in layers]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            output = model(images.detach())
-            logits = getattr(output, "logits", output)
+            if strays:
+                logits = _run_apart(model, images.detach(), layers, record, strays, keep)
+            else:
+                logits = _run(model, images.detach(), layers, record)
             _check_labels(logits, labels)
             _check_calls(layers, paths, calls)
             f = margins(
@@ -305,8 +329,6 @@ def capture(
             )
             f.sum().backward()
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     f = f.detach()
@@ -316,15 +338,91 @@ def capture(
     return Captured(logits.detach(), f, f.sigmoid(), used[::-1], shapes)
 
 
+def _run(model: Callable, images: Tensor, layers: Iterable[nn.Module], hook: Callable) -> Tensor:
+    """Logits, with a forward hook on each layer."""
+    handles = [module.register_forward_hook(hook) for module in layers]
+    try:
+        output = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return getattr(output, "logits", output)
+
+
+def _run_apart(
+    model: nn.Module,
+    images: Tensor,
+    layers: Iterable[nn.Module],
+    record: Callable,
+    strays: dict[str, Tensor],
+    keep: Callable[[Stray, Tensor], None],
+) -> Tensor:
+    """Logits from vmap over the samples, each with its own copy of the stray parameters."""
+    copies = {
+        name: p.detach().expand(len(images), *p.shape).requires_grad_()
+        for name, p in strays.items()
+    }
+    for name, copy in copies.items():
+        copy.register_hook(partial(keep, Stray({"weight": name})))
+
+    def one(image: Tensor, own: dict[str, Tensor]) -> Tensor:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return _OutOfVmap.apply(inputs[0], output, image, partial(record, module))
+
+        return _run(partial(functional_call, model, own), image[None], layers, hook)
+
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)  # it does not see from within vmap that it has no derivative
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # a CPU's fused one would be run sample by sample
+            return vmap(one)(images, copies).flatten(0, 1)
+    except RuntimeError as error:
+        if not re.search("vmap|batching rule", str(error), re.IGNORECASE):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"no rule gives the per-sample gradient of {', '.join(strays)} (covered are Conv2d "
+            "with zero padding, Linear, BatchNorm, LayerNorm and GroupNorm), and vmap cannot run "
+            f"the model with a copy of them for every sample ({reason})"
+        ) from error
+    finally:
+        mha.set_fastpath_enabled(fast)
+
+
+class _OutOfVmap(torch.autograd.Function):
+    """Calls record((input,), output) with the whole batch's tensors from within vmap.
+
+    What does not depend on the sample is repeated, so that its gradient is per sample too.
+    """
+
+    @staticmethod
+    def setup_context(*_: object) -> None:
+        """Asked for by torch.func; autograd sees through what is done below."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple, x: Tensor, output: Tensor, image: Tensor, record: partial
+    ) -> tuple[Tensor, int]:
+        """`image` depends on the sample in any case; without that, this would not be called."""
+        x, output = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((x, output), in_dims)
+        )
+        if isinstance(record.args[0], (nn.Linear, nn.LayerNorm)):
+            return record((x,), output), 0
+        # Their channels are the second dimension; the batch of one takes its place.
+        return record((x.flatten(0, 1),), output.flatten(0, 1)).unsqueeze(1), 0
+
+
 def _layers(
     model: nn.Module,
-) -> tuple[dict[nn.Module, dict[str, str]], dict[nn.Module, str]]:
+) -> tuple[dict[nn.Module, dict[str, str]], dict[nn.Module, str], dict[str, Tensor]]:
     """Modules to hook, each with its parameters' names in the model, and what they are called.
 
-    Refuses what is not covered.
+    Then the parameters of all other modules, by name.
     """
     first: dict[int, str] = {}  # tied weights share a name
-    layers, paths, refused = {}, {}, []
+    layers, paths, strays = {}, {}, {}
     for path, module in model.named_modules():
         if module.training:
             raise InputError(f"{path or 'the model'} is in train mode; call model.eval() first")
@@ -336,19 +434,29 @@ def _layers(
             for name, p in module._parameters.items()
             if p is not None
         }
-        zeros = getattr(module, "padding_mode", "zeros") == "zeros"
-        if own and (
-            type(module) not in COVERED or not own.keys() <= {"weight", "bias"} or not zeros
-        ):
-            refused += own.values()
-        elif own:
+        if own and _has_rule(module):
             layers[module], paths[module] = own, path or type(module).__name__
-    if refused:
-        raise InputError(
-            f"no rule gives the per-sample gradient of {', '.join(refused)}; covered are Conv2d "
-            "(zero padding), Linear, BatchNorm, LayerNorm and GroupNorm, and not their subclasses"
-        )
-    return layers, paths
+        else:
+            strays |= {name: module._parameters[key] for key, name in own.items()}
+    tied = strays.keys() & {name for own in layers.values() for name in own.values()}
+    if tied:
+        raise InputError(f"{', '.join(sorted(tied))}: shared by modules with and without a rule")
+    return layers, paths, strays
+
+
+def _has_rule(module: nn.Module) -> bool:
+    """Whether it computes what a covered type does; a subclass may have its own forward."""
+    base = next((kind for kind in COVERED if isinstance(module, kind)), nn.Module)
+    names = {name for name, p in module._parameters.items() if p is not None}
+    methods = [(getattr(kind, "_conv_forward", 0), kind.forward) for kind in (type(module), base)]
+    return (
+        {"weight"} <= names <= {"weight", "bias"}
+        and base in COVERED
+        and methods[0] == methods[1]
+        and getattr(module, "padding_mode", "zeros") == "zeros"
+        # MultiheadAttention reads this Linear's weight, and does not call it.
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+    )
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:

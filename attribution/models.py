@@ -129,7 +129,10 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:160]
-        raise InputError(f"image_size={image_size}: the model refuses it ({reason})") from error
+        own = getattr(model.config, "image_size", "not told")
+        raise InputError(
+            f"image_size={image_size}: the model refuses it ({reason}); its config's is {own}"
+        ) from error
     finally:
         model.train(training)
         for hook in hooks:

@@ -40,7 +40,8 @@ def dealt(shapes: Mapping[str, Sequence[int]], num_blocks: int) -> dict[str, int
         shapes: of a model's parameters by name, in the order of named_parameters().
         num_blocks: fewer where there are fewer matrices.
     """
-    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+    # A class token is a vector, whatever the number of its dimensions.
+    matrices = [name for name, shape in shapes.items() if sum(n > 1 for n in shape) > 1]
     shares = np.array_split(np.arange(len(matrices)), min(num_blocks, max(1, len(matrices))))
     of_matrix = {matrices[i]: block for block, share in enumerate(shares) for i in share}
     blocks, current = {}, 0

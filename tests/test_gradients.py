@@ -1,6 +1,7 @@
 """Per-sample gradients against autograd, sample by sample; the sketch against an explicit matrix."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -88,6 +89,56 @@ class WithToken(nn.Module):
         return x + self.cls_token
 
 
+class Undecided(WithToken):
+    def forward(self, x):
+        return x + self.cls_token if self.cls_token.sum() > 0 else x
+
+
+class SharedOut(nn.Module):
+    """One weight in a layer with a rule and in one without."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 3, 1), Subclass(3, 3, 1)
+        self.other.weight = self.conv.weight
+
+    def forward(self, x):
+        return self.other(self.conv(x))
+
+
+class Attention(nn.MultiheadAttention):
+    """Reads the weight of its own Linear, which it does not call."""
+
+    def __init__(self):
+        super().__init__(6, 2, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(*[x.flatten(1, 2)] * 3)[0]
+
+
+class Windows(nn.Module):
+    """Windows take the place of the samples, and a bias is made of no sample at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.row, self.norm, self.bias = nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(2, 5)
+        self.register_buffer("table", torch.randn(7, 2))
+
+    def forward(self, x):
+        rows = self.norm(self.row(x.flatten(0, 1) * self.scale))
+        return (rows + self.bias(self.table)).view(len(x), -1)
+
+
+class SameForward(nn.Conv2d):
+    pass
+
+
+class Behind(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight.tanh(), bias)
+
+
 class Subclass(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
@@ -100,7 +151,7 @@ def randomise(model):
             tensor.data.normal_(0, 0.2)
         elif "running_var" in name:
             tensor.data.uniform_(0.4, 1.6)
-        elif tensor.dim() == 1:
+        elif tensor.dim() == 1 and tensor.is_floating_point():
             tensor.data += 0.3 * torch.randn_like(tensor)
     return model.double().eval()
 
@@ -125,7 +176,7 @@ def by_autograd(model, images, labels):
         logits = getattr(output, "logits", output)[0]
         others = torch.cat([logits[:label], logits[label + 1 :]])
         f = logits[label] - others.exp().sum().log()
-        rows.append(torch.autograd.grad(f, list(model.parameters()), allow_unused=True))
+        rows.append(torch.autograd.grad(f, list(model.parameters()), materialize_grads=True))
     names = [name for name, _ in model.named_parameters()]
     stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
     return dict(zip(names, stacked, strict=True))
@@ -173,6 +224,19 @@ BODIES = {
     "group norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)),
     "shared module": Twice,
     "tied weight": Tied,
+    "token": WithToken,
+    "token, relu in place": lambda: nn.Sequential(WithToken(), *BODIES["relu in place"]()),
+    "token, shared module": lambda: nn.Sequential(WithToken(), Twice(), nn.GroupNorm(1, 3)),
+    "token, tied weight": lambda: nn.Sequential(WithToken(), Tied()),
+    "token, batch norm 1d": lambda: nn.Sequential(WithToken(), *BODIES["batch norm 1d"]()),
+    "reflected": lambda: nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"),
+    "subclass": lambda: Subclass(3, 3, 1),
+    "subclass with the same forward": lambda: SameForward(3, 3, 1),
+    "subclass behind forward": lambda: Behind(3, 3, 1),
+    "weight norm": lambda: nn.utils.weight_norm(nn.Conv2d(3, 3, 1)),
+    "parametrised": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)),
+    "attention": Attention,
+    "windows": Windows,
 }
 
 
@@ -304,27 +368,17 @@ def test_capture_works_under_no_grad():
 
 
 REFUSED = {
-    "cls_token": WithToken,
-    "in_proj_weight": lambda: nn.ModuleList([nn.MultiheadAttention(4, 2)]),
-    "conv.weight": lambda: nn.Sequential(OrderedConv()),
-    "0.weight": lambda: nn.Sequential(Subclass(3, 3, 1)),
-    "weight_g": lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 3, 1))),
-    "original0": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))),
+    "0.cls_token.*vmap cannot": lambda: nn.Sequential(Undecided(), nn.Flatten(), nn.Linear(126, 4)),
+    "0.conv.weight: shared": lambda: nn.Sequential(SharedOut()),
     "running statistics": lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)),
 }
-
-
-def OrderedConv():
-    module = nn.Module()
-    module.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
-    return module
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_by_name_what_no_rule_covers(name):
     with pytest.raises(InputError, match=name):
-        capture(REFUSED[name]().eval(), *batch())
+        capture(REFUSED[name]().double().eval(), *batch())
 
 
 def test_refuses_weights_used_behind_the_hooks_back():
@@ -339,8 +393,9 @@ def test_refuses_train_mode_also_of_one_module():
         capture(model, *batch(2, (3, 20, 20)))
 
 
-def test_refuses_overwritten_activations_and_cleans_up():
-    model = Image(InPlaceLater())
+@pytest.mark.parametrize("first", [nn.Identity, WithToken])
+def test_refuses_overwritten_activations_and_cleans_up(first):
+    model = Image(nn.Sequential(OrderedDict(first=first(), body=InPlaceLater())))
     with pytest.raises(InputError, match="body.conv was overwritten"):
         capture(model, *batch())
     assert not any(m._forward_hooks for m in model.modules())
