@@ -71,12 +71,14 @@ def find(source: str) -> str:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
+    run_id = source
     try:
-        tags = mlflow.get_run(source).data.tags
+        for tag in ("reused_run_id", "trak_run_id"):
+            run_id = mlflow.get_run(run_id).data.tags.get(tag, run_id)
     except mlflow.exceptions.MlflowException:
         uri = mlflow.get_tracking_uri()
         raise InputError(f"scores={source}: no such run in {uri}") from None
-    return f"runs:/{tags.get('trak_run_id', source)}/scores"
+    return f"runs:/{run_id}/scores"
 
 
 def report(scores: Scores) -> None:

@@ -163,5 +163,7 @@ def test_a_run_that_was_built_on_scores_leads_to_them(example, tmp_path: Path) -
         pass
     with mlflow.start_run(tags={"trak_run_id": scored.info.run_id}) as built:
         pass
-    for run_id in (scored.info.run_id, built.info.run_id):
+    with mlflow.start_run(tags={"reused_run_id": built.info.run_id}) as again:
+        pass
+    for run_id in (scored.info.run_id, built.info.run_id, again.info.run_id):
         assert example.find(run_id) == f"runs:/{scored.info.run_id}/scores"
