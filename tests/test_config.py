@@ -145,6 +145,8 @@ def test_the_bounds_are_the_documented_ones() -> None:
         "alpha": {"above": 0, "below": 1},
         "brittleness_targets": {"at_least": 0},
         "brittleness_k": {"at_least": 1},
+        "errors": {"at_least": 0},
+        "num_examples": {"at_least": 1},
         "jobs": {"at_least": 0},
         "gpus_per_task": {"at_least": 0},
     }
@@ -310,7 +312,7 @@ def test_the_help_names_every_flag_and_its_preset_values(capsys) -> None:
     assert caught.value.code == 0
     others = ("evaluate", "explain")
     own = {n for n, f in FIELDS.items() if f.metadata["group"] not in others}
-    assert all((f"--{name}" in shown) == (name in own) for name in FIELDS)
+    assert all((f"--{name} " in shown) == (name in own) for name in FIELDS)
     for name in ("proj_dim", "num_blocks", "lambda_reg"):
         values = ", ".join(f"{preset}: {given[name]}" for preset, given in PRESETS.items())
         assert values in shown
