@@ -136,6 +136,7 @@ def run_entry_point(
                 else:
                     run_id = run.info.run_id
                     _describe(stage, config, data)
+                    _say_plan(stage, config, data)
                     make(config, data)
     except InputError as error:
         say(f"error: {error}")
@@ -144,6 +145,14 @@ def run_entry_point(
         say("stopped; the same command goes on from what is finished")
         sys.exit(130)
     show(run_id, config)
+
+
+def _say_plan(stage: str, config: Config, data: ImageData) -> None:
+    from attribution import parallel, plan
+
+    jobs = parallel.resolve_jobs(config.jobs, config.device, 1 << 30)
+    for line in plan.describe(plan.make_plan(stage, config, data), jobs):
+        say(line)
 
 
 def refuse_existing(files: Iterable[Path], config: Config) -> None:

@@ -1,0 +1,129 @@
+"""What a command will compute, what it reuses, and about how long that takes on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from attribution.config import Config
+from attribution.data import ImageData
+from attribution.parallel import resolve_jobs, threads_per_task
+from attribution.removal import FRAC_FREE
+from attribution.tracking import UPSTREAM, find_finished
+from attribution.training import resolve_device, stacking_pays, train
+
+# Measured on two AVX-512 cores (docs/performance.md), relative to a training step of one model:
+FEATURE_COST = 1.6  # of an example, sketched and scored
+STACK_GAIN = 1.34  # of small models that are trained as one
+START_UP = 12.0  # seconds of a stage: worker processes import torch, artifacts are written
+PROBE_PIXELS, PROBE_SECONDS = 1 << 15, 0.4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the plan; `seconds` is None where nothing is known of the machines it runs on."""
+
+    stage: str
+    what: str
+    seconds: float | None
+
+
+def make_plan(stage: str, config: Config, data: ImageData) -> list[Step]:
+    """The stages that this command will compute, first to last; what is finished ends the chain."""
+    chain, reused = [stage], None
+    while (upstream := UPSTREAM.get(chain[0])) and not reused:
+        run_id = getattr(config, f"{upstream}_run_id") or find_finished(upstream, config, data)
+        if run_id:
+            reused = Step(upstream, f"reuses run {run_id}", 0.0)
+        else:
+            chain.insert(0, upstream)
+    rate = None if config.backend == "ray" else _seconds_per_example(config, data)
+    steps = [_step(name, config, data, rate) for name in chain]
+    return [reused, *steps] if reused else steps
+
+
+def _step(stage: str, config: Config, data: ImageData, rate: float | None) -> Step:
+    n, targets = len(data.rows("train")), len(data.rows("validation"))
+    share = max(1, round(config.subset_fraction * n))
+    gain = STACK_GAIN if stacking_pays(config) else 1.0
+    most = "at most " * bool(config.patience)
+    if stage == "finetune":
+        what = f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images"
+        work = config.num_models * config.epochs * share
+    elif stage == "trak":
+        images = config.num_models * (n + targets)
+        what, work = f"{images:,} gradients and their scores", images * FEATURE_COST
+    elif stage == "explain":
+        what, work = "the examples behind each prediction", 0.0
+    else:
+        count, size = _retrainings(stage, config, n)
+        what = f"up to {count} models, {most}{config.epochs} epochs of {size:,} images"
+        work = count * config.epochs * size / gain
+    return Step(stage, what, None if rate is None else work * rate + START_UP * (work > 0))
+
+
+def _retrainings(stage: str, config: Config, n: int) -> tuple[int, int]:
+    """How many models are retrained, and on about how many examples each."""
+    if stage == "evaluate":
+        brittle = 1 + 3 * config.brittleness_targets if config.brittleness_targets else 0
+        bank = 0 if config.bank else config.num_subsets * config.num_repeats
+        size = (bank * config.alpha + brittle) / max(1, bank + brittle)
+        return bank + brittle, round(size * n)
+    free = [arm for arm in config.arm_names if arm in FRAC_FREE and arm != "none"]
+    arms = [arm for arm in config.arm_names if arm not in (*FRAC_FREE, "random")]
+    trials = (len(arms) + 1) * len(config.fracs) + 2 * len(free)  # each free one has its own random
+    actions = 2 if config.action == "both" else 1
+    return config.num_seeds * (1 + trials * actions), n
+
+
+def _seconds_per_example(config: Config, data: ImageData) -> float:
+    """Of training, all workers together, from a few small steps in this process."""
+    device = resolve_device(config.device)
+    jobs = resolve_jobs(config.jobs, device.type, 1 << 30)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_per_task(jobs))
+    n = len(data.rows("train"))
+    size = min(config.batch_size, n, max(2, PROBE_PIXELS // config.image_size**2))
+    probe = dataclasses.replace(config, batch_size=size, epochs=1, patience=0)
+
+    def seconds(steps: int) -> float:
+        keep = np.arange(n) < steps * size
+        start = time.perf_counter()
+        train(probe, data, 0, keep, validate=False)
+        return time.perf_counter() - start
+
+    try:
+        base = min(seconds(1), seconds(1))  # building the model, and one step
+        steps = 4
+        while (taken := seconds(steps) - base) < PROBE_SECONDS and 2 * steps * size <= n:
+            steps *= 2
+    finally:
+        torch.set_num_threads(before)
+    return max(taken, 1e-6) / ((min(steps, n // size) or 1) * size) / jobs
+
+
+def describe(steps: list[Step], jobs: int) -> list[str]:
+    """The plan as lines for a terminal."""
+    width = max(len(step.stage) for step in steps)
+    lines = []
+    for step in steps:
+        seconds = f"   about {duration(step.seconds)}" if step.seconds else ""
+        lines.append(f"  {step.stage:<{width}}  {step.what}{seconds}")
+    known = [step.seconds for step in steps if step.seconds is not None]
+    if len(known) == len(steps) and len([s for s in known if s]) > 1:
+        lines.append(f"  in all about {duration(sum(known))}, {jobs} tasks at a time")
+    return ["plan:", *lines]
+
+
+def duration(seconds: float) -> str:
+    """'40 s', '3 min', '2 h 10 min', rounded as befits an estimate."""
+    if seconds < 90:
+        return f"{max(10, 10 * round(seconds / 10))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {10 * round(minutes % 60 / 10):.0f} min"

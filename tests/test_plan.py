@@ -1,0 +1,62 @@
+"""The plan that a command prints before it computes anything."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from test_removal import full_evidence
+from toy import toy_config, toy_data
+
+from attribution import plan
+from attribution.plan import Step, describe, duration
+from attribution.removal import plan_trials
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "10 s"),
+        (44, "40 s"),
+        (89, "90 s"),
+        (100, "2 min"),
+        (3600, "60 min"),
+        (8000, "2 h 10 min"),
+    ],
+)
+def test_durations_are_rounded_as_befits_an_estimate(seconds, words) -> None:
+    assert duration(seconds) == words
+
+
+def test_lines_add_up_and_leave_out_what_is_not_known() -> None:
+    lines = describe([Step("finetune", "a", 60.0), Step("trak", "b", 30.0)], 2)
+    assert lines[0] == "plan:" and lines[-1].startswith("  in all about 2 min")
+    assert "about" not in " ".join(describe([Step("finetune", "a", None)], 2))
+
+
+@pytest.mark.parametrize("arms", ["none,random,harmful", "harmful,negative,loss", "random", "none"])
+@pytest.mark.parametrize("action", ["remove", "both"])
+def test_the_number_of_retrainings_is_that_of_the_trials(arms: str, action: str) -> None:
+    config = toy_config(arms=arms, frac="0.1,0.2", num_seeds=3, action=action)
+    evidence = full_evidence(60)
+    actions = ("remove", "relabel") if action == "both" else ("remove",)
+    trials = plan_trials(config.arm_names, config.fracs, evidence, [0, 1, 2], actions)
+    count, size = plan._retrainings("ablation", config, 60)
+    assert count == 3 * len(trials) and size == 60
+
+
+def test_a_command_prints_what_it_makes_and_what_it_reuses(new_place) -> None:
+    place = new_place("plan")
+    made = place.done("trak")
+    lines = made.err.split("plan:\n")[1].splitlines()
+    assert re.match(r" +finetune +2 checkpoints, 2 epochs of \d+ images +about \d+ s", lines[0])
+    assert "gradients" in lines[1] and "in all about" in lines[2]
+    reused = place.done("ablation").err.split("plan:\n")[1].splitlines()
+    assert f"reuses run {made.run_id}" in reused[0] and "models" in reused[1]
+    assert "plan:" not in place.done("ablation").err  # nothing is left to do
+
+
+def test_the_probe_measures_seconds_per_example(tmp_path, one_thread) -> None:
+    data = toy_data(tmp_path, n_train=64)
+    rate = plan._seconds_per_example(toy_config(), data)
+    assert 1e-6 < rate < 1
