@@ -87,9 +87,7 @@ def explain_targets(
     Raises:
         InputError: no such target.
     """
-    for target in targets:
-        if not 0 <= target < len(scores.targets):
-            raise InputError(f"target={target}: must be from 0 to {len(scores.targets) - 1}")
+    _check_targets(targets, len(scores.targets))
     chosen, pixels, rows = scores.select(targets), data.pixels(), data.rows(TARGETS)
     labels = data.labels(TARGETS)
     return [
@@ -130,14 +128,36 @@ def explain_picture(
     return _explain(name, pixels[0], label, probabilities, data.class_names, sides)
 
 
-def check_picture(config: Config, data: ImageData) -> None:
-    """Refuse what explain_picture could not use, before anything is trained."""
+def check(config: Config, data: ImageData) -> None:
+    """Refuse what could not be explained, before anything is trained.
+
+    Raises:
+        InputError: no such target or class, a picture that cannot be decoded or that nothing would
+            be kept for, or a class without a picture.
+    """
+    _check_targets(config.target_numbers, len(data.rows(TARGETS)))
     if config.label and config.label not in data.class_names:
         raise InputError(
             f"label={config.label}: no such class; {nearest(config.label, data.class_names)}"
         )
+    if config.label and not config.image:
+        raise InputError(
+            f"label={config.label}: is the class asked about for a picture, and targets have their "
+            "own; name an image, or leave it out"
+        )
     if config.image:
         read_picture(config)
+        if config.keep_features == "no":
+            raise InputError(
+                "keep_features=no: image needs stored features; make the scores with "
+                "keep_features=yes"
+            )
+
+
+def _check_targets(targets: list[int], count: int) -> None:
+    for target in targets:
+        if not 0 <= target < count:
+            raise InputError(f"target={target}: must be from 0 to {count - 1}")
 
 
 def read_picture(config: Config) -> np.ndarray:

@@ -25,7 +25,7 @@ def make(config: Config, data: ImageData) -> None:
 
     from attribution import explanation, pages, plots
 
-    explanation.check_picture(config, data)  # refused before any training
+    explanation.check(config, data)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
     finetune_id = mlflow.get_run(trak_id).data.tags["finetune_run_id"]
     mlflow.set_tag("finetune_run_id", finetune_id)
