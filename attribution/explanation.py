@@ -30,7 +30,8 @@ class Explanation:
         label: its class; of a picture the class that was asked about. Scores are of its margin.
         predicted, probability: by the ensemble, the mean over checkpoints.
         label_probability: of `label`.
-        helpful, harmful: training examples with a `score` column, the strongest first.
+        helpful, harmful: training examples with a `score` column, above and below zero, the
+            strongest first.
     """
 
     name: str
@@ -97,7 +98,7 @@ def explain_targets(
             int(labels[target]),
             probabilities[target],
             data.class_names,
-            (chosen.top(i, k), chosen.bottom(i, k)),
+            _sides(chosen, i, k),
         )
         for i, target in enumerate(targets)
     ]
@@ -123,7 +124,7 @@ def explain_picture(
         label = data.class_names.index(config.label)
     new = features.new_features(config, checkpoints, pixels, np.array([label]))
     column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
-    sides = column.top(0, config.num_examples), column.bottom(0, config.num_examples)
+    sides = _sides(column, 0, config.num_examples)
     name = Path(config.image).name
     return _explain(name, pixels[0], label, probabilities, data.class_names, sides)
 
@@ -172,6 +173,12 @@ def read_picture(config: Config) -> np.ndarray:
     except Exception as error:  # Pillow's plugins raise whatever they like on damaged files
         reason = getattr(error, "strerror", None) or "no picture that Pillow can decode"
         raise InputError(f"image={config.image}: cannot be read ({reason})") from None
+
+
+def _sides(scores: Scores, target: int, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The k most helpful and the k most harmful examples, or as many as have that sign."""
+    top, bottom = scores.top(target, k), scores.bottom(target, k)
+    return top[top["score"] > 0], bottom[bottom["score"] < 0]
 
 
 def _explain(

@@ -93,15 +93,15 @@ def print_brittleness(table: pd.DataFrame) -> None:
 def print_explanations(table: pd.DataFrame) -> None:
     """Print the three strongest training examples for and against each prediction."""
     columns = "explained", "predicted", "examples that", "score", "example", "label", ""
-    rows = []
+    rows, before = [], None
     for _, row in table[table["rank"] <= 3].iterrows():
-        is_first = row["rank"] == 1
-        helps = row["side"] == "helpful"
+        is_new, before = row["explained"] != before, row["explained"]
+        side = {"helpful": "raised it", "harmful": "lowered it"}[row["side"]]
         rows.append(
             [
-                f"{row['explained']}: {row['explained_label']}" if is_first and helps else "",
-                f"{row['predicted']} {row['probability']:.2f}" if is_first and helps else "",
-                ("raised it" if helps else "lowered it") if is_first else "",
+                f"{row['explained']}: {row['explained_label']}" if is_new else "",
+                f"{row['predicted']} {row['probability']:.2f}" if is_new else "",
+                side if row["rank"] == 1 else "",
                 f"{row['score']:+.3g}",
                 str(row["file_name"] if pd.notna(row["file_name"]) else row["example_id"]),
                 str(row["label_name"]),
