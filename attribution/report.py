@@ -42,13 +42,14 @@ def _print(console: Console, title: str, columns: Sequence[str], rows: list[list
     """A table whose first and last columns are words and whose others are figures."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in columns:
         side = "left" if column in (columns[0], "example", "") else "right"
         shown.add_column(column, justify=side, no_wrap=bool(column))
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))  # a name in brackets is no markup
     console.print(shown)
 
 
