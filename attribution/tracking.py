@@ -137,20 +137,25 @@ def run_entry_point(
                     run_id = run.info.run_id
                     _describe(stage, config, data)
                     make(config, data)
+        show(run_id, config)
     except InputError as error:
         say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         say("stopped; the same command goes on from what is finished")
         sys.exit(130)
-    show(run_id, config)
 
 
 def refuse_existing(files: Iterable[Path], config: Config) -> None:
-    """Raise InputError where one of these files is there and may not be replaced."""
+    """Raise InputError where one of these files is there and may not be replaced, or cannot be made."""
     for file in files:
         if file.exists() and config.overwrite == "no":
             raise InputError(f"output={file}: exists; name another folder, or add --overwrite")
+        nearest = next(folder for folder in file.absolute().parents if folder.exists())
+        if not nearest.is_dir():
+            raise InputError(f"output={config.output}: {nearest} is a file; name a folder")
+        if not os.access(nearest, os.W_OK):
+            raise InputError(f"output={config.output}: {nearest} cannot be written to")
 
 
 def _quiet() -> None:
@@ -499,16 +504,34 @@ def nested_run(run_id: str, wanted: dict[str, str]) -> str:
     return found[0].info.run_id
 
 
-def save_artifacts(run_id: str, folder: str, suffixes: tuple[str, ...]) -> Path:
-    """Copy a run's uppermost artifacts of these kinds into a folder, which is made; returns it."""
+def save_artifacts(run_id: str, config: Config, suffixes: tuple[str, ...]) -> Path:
+    """Copy a run's uppermost artifacts of these kinds into the folder `output`; returns it.
+
+    Raises:
+        InputError: one of them is there and may not be replaced; then none is copied.
+    """
     import mlflow
 
-    target = Path(folder).expanduser()
-    target.mkdir(parents=True, exist_ok=True)
-    for item in mlflow.MlflowClient().list_artifacts(run_id):
-        if item.path.endswith(suffixes):
-            shutil.copyfile(artifact_path(run_id, item.path), target / item.path)
-    return target
+    folder = Path(config.output).expanduser()
+    listed = mlflow.MlflowClient().list_artifacts(run_id)
+    names = [item.path for item in listed if item.path.endswith(suffixes)]
+    refuse_existing([folder / name for name in names], config)
+    for name in names:
+        save(artifact_path(run_id, name), folder / name)
+    return folder
+
+
+def save(source: Path, file: Path) -> None:
+    """Copy a file to where a person wants it, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(source, unfinished)
+        os.replace(unfinished, file)
+    except OSError as error:
+        raise InputError(f"output={file}: cannot be written ({error.strerror})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def file_name(text: str) -> str:

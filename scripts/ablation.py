@@ -185,20 +185,18 @@ def exports(config: Config) -> dict[Path, float | None]:
     from attribution.removal import export_files
 
     names = export_files(config.export_arm, config.arm_names, config.fracs, config.action)
-    return {Path(config.output or "cleaned") / name: frac for name, frac in names.items()}
+    folder = Path(config.output or "cleaned").expanduser()
+    return {folder / name: frac for name, frac in names.items()}
 
 
 def export(run_id: str, config: Config) -> None:
     """Write which training examples an arm keeps, for `keep` of every entry point."""
-    import shutil
-
     for file, frac in exports(config).items():
         wanted = {"params.arm": config.export_arm, "params.action": "remove"}
         if frac is not None:
             wanted["params.frac"] = f"{frac:.6g}"
         kept = tracking.artifact_path(tracking.nested_run(run_id, wanted), "kept.csv")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept, file)
+        tracking.save(kept, file)
         tracking.say(f"kept by {config.export_arm}: --keep {file}")
 
 

@@ -32,9 +32,8 @@ def make(config: Config, data: ImageData) -> None:
     found = explain(config, data, trak_id, finetune_id)
     with tracking.artifact_folder() as folder:
         for each in found:
-            plots.explanation(
-                data, each, folder / f"{tracking.file_name(Path(each.name).stem)}.png"
-            )
+            name = tracking.file_name(Path(each.name).stem)
+            plots.explanation(data, each, folder / f"explanation-{name}.png")
         run_ids = {"trak run": trak_id, "finetune run": finetune_id}
         page = pages.explanations(data, found, run_ids)
         (folder / "explanation.html").write_text(page, encoding="utf-8")
@@ -84,7 +83,7 @@ def show(run_id: str, config: Config) -> None:
     report.print_explanations(pd.read_csv(tracking.artifact_path(run_id, "explanation.csv")))
     page = tracking.artifact_path(run_id, "explanation.html")
     if config.output:
-        saved = tracking.save_artifacts(run_id, config.output, (".html", ".png", ".csv"))
+        saved = tracking.save_artifacts(run_id, config, (".html", ".png", ".csv"))
         page = saved / page.name
     print(f"explain run: {run_id}")
     tracking.say(f"next: open {page}")
@@ -92,7 +91,8 @@ def show(run_id: str, config: Config) -> None:
 
 def files(config: Config) -> list[Path]:
     """What `show` saves."""
-    return [Path(config.output) / "explanation.html"] if config.output else []
+    names = ("explanation.html", "explanation.csv") if config.output else ()
+    return [Path(config.output).expanduser() / name for name in names]
 
 
 if __name__ == "__main__":
