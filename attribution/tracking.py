@@ -77,7 +77,7 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     if stage == "ablation" and config.groups in data.examples:
         settings["groups"] = [config.groups, digest(*data.examples[config.groups])]
     if stage == "explain" and config.image:
-        settings["image"] = _content(config.image)
+        settings["image"] = [Path(config.image).name, _content(config.image)]  # both are shown
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
 
 
