@@ -523,9 +523,9 @@ def save_artifacts(run_id: str, config: Config, suffixes: tuple[str, ...]) -> Pa
 
 def save(source: Path, file: Path) -> None:
     """Copy a file to where a person wants it, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, unfinished)
         os.replace(unfinished, file)
     except OSError as error:
