@@ -71,7 +71,11 @@ def known_quality(trak_id: str) -> pd.DataFrame | None:
     import pandas as pd
 
     run_id = tracking.newest("evaluate", {"trak_run_id": trak_id})
-    return pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")) if run_id else None
+    try:
+        return pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")) if run_id else None
+    except InputError as error:  # nothing was built on it
+        tracking.say(f"ablation: {error}")
+        return None
 
 
 def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence:
