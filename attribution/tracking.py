@@ -485,23 +485,16 @@ def lineage() -> dict[str, str]:
     return found
 
 
-def nested_run(run_id: str, wanted: dict[str, str]) -> str:
-    """The id of the run nested in this one that has these values ('params.arm' and the like).
-
-    Raises:
-        InputError: there is none.
-    """
+def nested_runs(run_id: str, wanted: dict[str, str]) -> list[Any]:
+    """The runs nested in this one that have these values ('params.arm' and the like)."""
     import mlflow
 
     client = mlflow.MlflowClient()
     terms = {"tags.`mlflow.parentRunId`": run_id, **wanted}
-    found = client.search_runs(
+    return client.search_runs(
         [client.get_run(run_id).info.experiment_id],
         " and ".join(f"{name} = '{value}'" for name, value in terms.items()),
     )
-    if not found:
-        raise InputError(f"run {run_id}: has no nested run with {wanted}")
-    return found[0].info.run_id
 
 
 def save_artifacts(run_id: str, config: Config, suffixes: tuple[str, ...]) -> Path:
