@@ -249,7 +249,11 @@ def check_removed(folder: Path, row: dict[str, Any]) -> None:
         assert not folder.exists()
         return
     kept = [] if row["arm"] == "random" else ["kept.csv"]  # which is another one for every seed
-    assert sorted(path.name for path in folder.iterdir()) == [*kept, "removed.parquet", "removed.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *kept,
+        "removed.parquet",
+        "removed.png",
+    ]
     removed = pd.read_parquet(folder / "removed.parquet")
     assert removed["position"].is_unique
     assert removed["seeds"].sum() == row["n_removed"] * row["n_seeds"]
