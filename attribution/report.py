@@ -104,8 +104,8 @@ def print_explanations(table: pd.DataFrame) -> None:
                 f"{row['predicted']} {row['probability']:.2f}" if is_new else "",
                 side if row["rank"] == 1 else "",
                 f"{row['score']:+.3g}",
-                str(row["file_name"] if pd.notna(row["file_name"]) else row["example_id"]),
-                str(row["label_name"]),
+                row["file_name"] or row["example_id"],
+                row["label_name"],
                 "flipped on purpose" if row["is_flipped"] else "",
             ]
         )

@@ -80,7 +80,10 @@ def show(run_id: str, config: Config) -> None:
 
     from attribution import report
 
-    report.print_explanations(pd.read_csv(tracking.artifact_path(run_id, "explanation.csv")))
+    file = tracking.artifact_path(run_id, "explanation.csv")
+    words = ("explained", "explained_label", "predicted", "file_name", "example_id", "label_name")
+    table = pd.read_csv(file, dtype=dict.fromkeys(words, str), keep_default_na=False)
+    report.print_explanations(table)
     page = tracking.artifact_path(run_id, "explanation.html")
     if config.output:
         saved = tracking.save_artifacts(run_id, config, (".html", ".png", ".csv"))

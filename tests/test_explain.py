@@ -611,7 +611,7 @@ def test_three_on_each_side_are_printed(capsys) -> None:
         for side in ("helpful", "harmful")
         for rank in (1, 2, 3, 4)
     ]
-    print_explanations(pd.concat([*rows, explanation_table(rank=2, file_name=np.nan)]))
+    print_explanations(pd.concat([*rows, explanation_table(rank=2, file_name="")]))
     lines = capsys.readouterr().out.splitlines()
     shown = [line for line in lines if ".png" in line]
     assert len(shown) == 6 and all(
@@ -665,3 +665,18 @@ def test_a_target_out_of_range_is_refused_by_the_library(tmp_path) -> None:
     for target in (-1, 16):
         with pytest.raises(InputError, match=f"^target={target}: must be from 0 to 15"):
             explanation.explain_targets(data, scores, np.full((16, 2), 0.5), [0, target], 2)
+
+
+def test_class_names_that_look_like_numbers_or_nothing(new_place, tmp_path) -> None:
+    """What is printed has been a .csv file in between."""
+    names, folder = {"blue": "007", "green": "NA", "red": "1e5"}, tmp_path / "images"
+    place = new_place("names")
+    shutil.copytree(place.dataset, folder)
+    for old, new in names.items():
+        (folder / old).rename(folder / new)
+    result = place.done("explain", dataset=folder, target="0,1,2,3,4,5,6,7,8", epochs=1)
+    shown = [line.split()[2] for line in result.out.splitlines() if line.split()[:1] == ["target"]]
+    targets = pd.read_parquet(
+        place.artifacts(result.tags["trak_run_id"]) / "scores" / "targets.parquet"
+    )
+    assert shown == targets["label_name"].tolist() and set(shown) == set(names.values())
