@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -534,7 +535,9 @@ def file_name(text: str) -> str:
 
 def metric_name(text: str) -> str:
     """A text with the characters that MLflow refuses in a metric's name replaced."""
-    return re.sub(r"[^\w\-. :/]", "_", text)
+    name = re.sub(r"[^\w\-. :/]", "_", text)
+    # A name is a path too, and has to be the shortest way to write it.
+    return name if posixpath.normpath(name) == name else name.replace("/", "_")
 
 
 def log_series(metrics: list[tuple[str, float, int]]) -> None:

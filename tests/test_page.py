@@ -767,3 +767,14 @@ def test_shares_that_are_written_alike_keep_their_columns(tmp_path) -> None:
     assert found["rows"][0]["cells"][1] == {
         "mean": pytest.approx(30), "half": pytest.approx(15), "excludes": True,
     }  # fmt: skip
+
+
+@given(st.one_of(st.text(max_size=40), st.sampled_from(["..", "../x", ".", "a//b", "a/", "/a"])))
+def test_a_class_of_any_name_can_be_counted_in_mlflow(name: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    from attribution.tracking import metric_name
+
+    _validate_metric_name(metric_name(f"removed/{name}"))
+    if re.fullmatch(r"[\w-]+( [\w-]+)*", name):
+        assert metric_name(f"removed/{name}") == f"removed/{name}"
