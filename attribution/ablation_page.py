@@ -152,18 +152,18 @@ def _classes(table: pd.DataFrame) -> dict[str, Any]:
         excludes=((low > 0) | (high < 0)) & (low < high),
     )
     largest = mean.abs().groupby(table["label_name"]).max().sort_values(ascending=False)
-    shown = set(largest.index[:CLASSES])
+    shown, groups = set(largest.index[:CLASSES]), table.groupby("label_name", sort=False)
     rows = [
         {
             "label": label,
             "n_test": int(part["n_test"].iloc[0]),
             "cells": part[["mean", "half", "excludes"]].to_dict("records"),
         }
-        for label, part in table.groupby("label_name", sort=False)
+        for label, part in groups
         if label in shown
     ]
     return {
-        "columns": list(dict.fromkeys(table["name"])),
+        "columns": next((list(part["name"]) for _, part in groups), []),
         "rows": rows,
         "count": len(table),
         "by_chance": round(0.05 * len(table)),
@@ -183,13 +183,14 @@ def _arm(data: ImageData, removed: Removed, with_gallery: bool) -> dict[str, Any
     count = GALLERY if with_gallery else 0
     shown = removed.table.sort_values(value, ascending=rises, kind="stable").head(count)
     per_class = {
-        name.removeprefix("removed/"): count
-        for name, count in removed.metrics.items()
+        name.removeprefix("removed/"): mean
+        for name, mean in removed.metrics.items()
         if name.startswith("removed/")
     }
     return {
         "name": removed.name,
-        "count": len(removed.table),
+        "count": round(sum(per_class.values())),
+        "different": len(removed.table),  # more, where every seed has a draw of its own
         "value": value.replace("_", " "),
         "precision": removed.metrics.get("flips_precision"),
         "recall": removed.metrics.get("flips_recall"),

@@ -279,10 +279,11 @@ def read_ids(file: str) -> list[str]:
         InputError: it cannot be read, or holds none.
     """
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+        # A spreadsheet begins the table that it saves with a byte order mark.
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        rows = [row for row in csv.reader(lines) if any(map(str.strip, row))]
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"keep={file}: cannot be read ({error})") from None
-    rows = [row for row in csv.reader(lines) if row]
     column = 0
     if rows and "example_id" in rows[0]:
         column, rows = rows[0].index("example_id"), rows[1:]

@@ -30,7 +30,8 @@ class Explanation:
         label: its class; of a picture the class that was asked about. Scores are of its margin.
         predicted, probability: by the ensemble, the mean over checkpoints.
         label_probability: of `label`.
-        helpful, harmful: training examples with a `score` column, the strongest first.
+        helpful, harmful: training examples with a `score` column, above and below zero, the
+            strongest first.
     """
 
     name: str
@@ -87,9 +88,7 @@ def explain_targets(
     Raises:
         InputError: no such target.
     """
-    for target in targets:
-        if not 0 <= target < len(scores.targets):
-            raise InputError(f"target={target}: must be from 0 to {len(scores.targets) - 1}")
+    _check_targets(targets, len(scores.targets))
     chosen, pixels, rows = scores.select(targets), data.pixels(), data.rows(TARGETS)
     labels = data.labels(TARGETS)
     return [
@@ -99,7 +98,7 @@ def explain_targets(
             int(labels[target]),
             probabilities[target],
             data.class_names,
-            (chosen.top(i, k), chosen.bottom(i, k)),
+            _sides(chosen, i, k),
         )
         for i, target in enumerate(targets)
     ]
@@ -125,19 +124,41 @@ def explain_picture(
         label = data.class_names.index(config.label)
     new = features.new_features(config, checkpoints, pixels, np.array([label]))
     column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
-    sides = column.top(0, config.num_examples), column.bottom(0, config.num_examples)
+    sides = _sides(column, 0, config.num_examples)
     name = Path(config.image).name
     return _explain(name, pixels[0], label, probabilities, data.class_names, sides)
 
 
-def check_picture(config: Config, data: ImageData) -> None:
-    """Refuse what explain_picture could not use, before anything is trained."""
+def check(config: Config, data: ImageData) -> None:
+    """Refuse what could not be explained, before anything is trained.
+
+    Raises:
+        InputError: no such target or class, a picture that cannot be decoded or that nothing would
+            be kept for, or a class without a picture.
+    """
+    _check_targets(config.target_numbers, len(data.rows(TARGETS)))
     if config.label and config.label not in data.class_names:
         raise InputError(
             f"label={config.label}: no such class; {nearest(config.label, data.class_names)}"
         )
+    if config.label and not config.image:
+        raise InputError(
+            f"label={config.label}: is the class asked about for a picture, and targets have their "
+            "own; name an image, or leave it out"
+        )
     if config.image:
         read_picture(config)
+        if config.keep_features == "no":
+            raise InputError(
+                "keep_features=no: image needs stored features; make the scores with "
+                "keep_features=yes"
+            )
+
+
+def _check_targets(targets: list[int], count: int) -> None:
+    for target in targets:
+        if not 0 <= target < count:
+            raise InputError(f"target={target}: must be from 0 to {count - 1}")
 
 
 def read_picture(config: Config) -> np.ndarray:
@@ -152,6 +173,12 @@ def read_picture(config: Config) -> np.ndarray:
     except Exception as error:  # Pillow's plugins raise whatever they like on damaged files
         reason = getattr(error, "strerror", None) or "no picture that Pillow can decode"
         raise InputError(f"image={config.image}: cannot be read ({reason})") from None
+
+
+def _sides(scores: Scores, target: int, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The k most helpful and the k most harmful examples, or as many as have that sign."""
+    top, bottom = scores.top(target, k), scores.bottom(target, k)
+    return top[top["score"] > 0], bottom[bottom["score"] < 0]
 
 
 def _explain(

@@ -42,13 +42,14 @@ def _print(console: Console, title: str, columns: Sequence[str], rows: list[list
     """A table whose first and last columns are words and whose others are figures."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in columns:
         side = "left" if column in (columns[0], "example", "") else "right"
         shown.add_column(column, justify=side, no_wrap=bool(column))
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))  # a name in brackets is no markup
     console.print(shown)
 
 
@@ -93,18 +94,18 @@ def print_brittleness(table: pd.DataFrame) -> None:
 def print_explanations(table: pd.DataFrame) -> None:
     """Print the three strongest training examples for and against each prediction."""
     columns = "explained", "predicted", "examples that", "score", "example", "label", ""
-    rows = []
+    rows, before = [], None
     for _, row in table[table["rank"] <= 3].iterrows():
-        is_first = row["rank"] == 1
-        helps = row["side"] == "helpful"
+        is_new, before = row["explained"] != before, row["explained"]
+        side = {"helpful": "raised it", "harmful": "lowered it"}[row["side"]]
         rows.append(
             [
-                f"{row['explained']}: {row['explained_label']}" if is_first and helps else "",
-                f"{row['predicted']} {row['probability']:.2f}" if is_first and helps else "",
-                ("raised it" if helps else "lowered it") if is_first else "",
+                f"{row['explained']}: {row['explained_label']}" if is_new else "",
+                f"{row['predicted']} {row['probability']:.2f}" if is_new else "",
+                side if row["rank"] == 1 else "",
                 f"{row['score']:+.3g}",
-                str(row["file_name"] if pd.notna(row["file_name"]) else row["example_id"]),
-                str(row["label_name"]),
+                row["file_name"] or row["example_id"],
+                row["label_name"],
                 "flipped on purpose" if row["is_flipped"] else "",
             ]
         )

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -77,7 +78,7 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     if stage == "ablation" and config.groups in data.examples:
         settings["groups"] = [config.groups, digest(*data.examples[config.groups])]
     if stage == "explain" and config.image:
-        settings["image"] = _content(config.image)
+        settings["image"] = [Path(config.image).name, _content(config.image)]  # both are shown
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
 
 
@@ -138,13 +139,13 @@ def run_entry_point(
                     _describe(stage, config, data)
                     _say_plan(stage, config, data)
                     make(config, data)
+        show(run_id, config)
     except InputError as error:
         say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         say("stopped; the same command goes on from what is finished")
         sys.exit(130)
-    show(run_id, config)
 
 
 def _say_plan(stage: str, config: Config, data: ImageData) -> None:
@@ -156,10 +157,15 @@ def _say_plan(stage: str, config: Config, data: ImageData) -> None:
 
 
 def refuse_existing(files: Iterable[Path], config: Config) -> None:
-    """Raise InputError where one of these files is there and may not be replaced."""
+    """Raise InputError where one of these files is there and may not be replaced, or cannot be made."""
     for file in files:
         if file.exists() and config.overwrite == "no":
             raise InputError(f"output={file}: exists; name another folder, or add --overwrite")
+        nearest = next(folder for folder in file.absolute().parents if folder.exists())
+        if not nearest.is_dir():
+            raise InputError(f"output={config.output}: {nearest} is a file; name a folder")
+        if not os.access(nearest, os.W_OK):
+            raise InputError(f"output={config.output}: {nearest} cannot be written to")
 
 
 def _quiet() -> None:
@@ -489,35 +495,46 @@ def lineage() -> dict[str, str]:
     return found
 
 
-def nested_run(run_id: str, wanted: dict[str, str]) -> str:
-    """The id of the run nested in this one that has these values ('params.arm' and the like).
-
-    Raises:
-        InputError: there is none.
-    """
+def nested_runs(run_id: str, wanted: dict[str, str]) -> list[Any]:
+    """The runs nested in this one that have these values ('params.arm' and the like)."""
     import mlflow
 
     client = mlflow.MlflowClient()
     terms = {"tags.`mlflow.parentRunId`": run_id, **wanted}
-    found = client.search_runs(
+    return client.search_runs(
         [client.get_run(run_id).info.experiment_id],
         " and ".join(f"{name} = '{value}'" for name, value in terms.items()),
     )
-    if not found:
-        raise InputError(f"run {run_id}: has no nested run with {wanted}")
-    return found[0].info.run_id
 
 
-def save_artifacts(run_id: str, folder: str, suffixes: tuple[str, ...]) -> Path:
-    """Copy a run's uppermost artifacts of these kinds into a folder, which is made; returns it."""
+def save_artifacts(run_id: str, config: Config, suffixes: tuple[str, ...]) -> Path:
+    """Copy a run's uppermost artifacts of these kinds into the folder `output`; returns it.
+
+    Raises:
+        InputError: one of them is there and may not be replaced; then none is copied.
+    """
     import mlflow
 
-    target = Path(folder).expanduser()
-    target.mkdir(parents=True, exist_ok=True)
-    for item in mlflow.MlflowClient().list_artifacts(run_id):
-        if item.path.endswith(suffixes):
-            shutil.copyfile(artifact_path(run_id, item.path), target / item.path)
-    return target
+    folder = Path(config.output).expanduser()
+    listed = mlflow.MlflowClient().list_artifacts(run_id)
+    names = [item.path for item in listed if item.path.endswith(suffixes)]
+    refuse_existing([folder / name for name in names], config)
+    for name in names:
+        save(artifact_path(run_id, name), folder / name)
+    return folder
+
+
+def save(source: Path, file: Path) -> None:
+    """Copy a file to where a person wants it, whole or not at all."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, unfinished)
+        os.replace(unfinished, file)
+    except OSError as error:
+        raise InputError(f"output={file}: cannot be written ({error.strerror})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def file_name(text: str) -> str:
@@ -527,7 +544,9 @@ def file_name(text: str) -> str:
 
 def metric_name(text: str) -> str:
     """A text with the characters that MLflow refuses in a metric's name replaced."""
-    return re.sub(r"[^\w\-. :/]", "_", text)
+    name = re.sub(r"[^\w\-. :/]", "_", text)
+    # A name is a path too, and has to be the shortest way to write it.
+    return name if posixpath.normpath(name) == name else name.replace("/", "_")
 
 
 def log_series(metrics: list[tuple[str, float, int]]) -> None:

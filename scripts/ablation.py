@@ -71,7 +71,11 @@ def known_quality(trak_id: str) -> pd.DataFrame | None:
     import pandas as pd
 
     run_id = tracking.newest("evaluate", {"trak_run_id": trak_id})
-    return pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")) if run_id else None
+    try:
+        return pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")) if run_id else None
+    except InputError as error:  # nothing was built on it
+        tracking.say(f"ablation: {error}")
+        return None
 
 
 def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence:
@@ -185,21 +189,29 @@ def exports(config: Config) -> dict[Path, float | None]:
     from attribution.removal import export_files
 
     names = export_files(config.export_arm, config.arm_names, config.fracs, config.action)
-    return {Path(config.output or "cleaned") / name: frac for name, frac in names.items()}
+    folder = Path(config.output or "cleaned").expanduser()
+    return {folder / name: frac for name, frac in names.items()}
 
 
 def export(run_id: str, config: Config) -> None:
     """Write which training examples an arm keeps, for `keep` of every entry point."""
-    import shutil
-
-    for file, frac in exports(config).items():
-        wanted = {"params.arm": config.export_arm, "params.action": "remove"}
-        if frac is not None:
-            wanted["params.frac"] = f"{frac:.6g}"
-        kept = tracking.artifact_path(tracking.nested_run(run_id, wanted), "kept.csv")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept, file)
+    wanted = exports(config)
+    for file, kept in [(file, kept_by(run_id, config, frac)) for file, frac in wanted.items()]:
+        tracking.save(kept, file)
         tracking.say(f"kept by {config.export_arm}: --keep {file}")
+
+
+def kept_by(run_id: str, config: Config, frac: float | None) -> Path:
+    """What the exported arm keeps at this frac; fracs that come to as many examples share a trial."""
+    import pandas as pd
+
+    terms = {"params.arm": config.export_arm, "params.action": "remove"}
+    for run in tracking.nested_runs(run_id, terms):
+        file = tracking.artifact_path(run.info.run_id, "kept.csv")
+        removed = int(run.data.params["n_removed"])
+        if frac is None or removed == round(frac * (removed + len(pd.read_csv(file)))):
+            return file
+    raise InputError(f"export_arm={config.export_arm}: its nested run in run {run_id} is gone")
 
 
 if __name__ == "__main__":

@@ -25,16 +25,15 @@ def make(config: Config, data: ImageData) -> None:
 
     from attribution import explanation, pages, plots
 
-    explanation.check_picture(config, data)  # refused before any training
+    explanation.check(config, data)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
     finetune_id = mlflow.get_run(trak_id).data.tags["finetune_run_id"]
     mlflow.set_tag("finetune_run_id", finetune_id)
     found = explain(config, data, trak_id, finetune_id)
     with tracking.artifact_folder() as folder:
         for each in found:
-            plots.explanation(
-                data, each, folder / f"{tracking.file_name(Path(each.name).stem)}.png"
-            )
+            name = tracking.file_name(Path(each.name).stem)
+            plots.explanation(data, each, folder / f"explanation-{name}.png")
         run_ids = {"trak run": trak_id, "finetune run": finetune_id}
         page = pages.explanations(data, found, run_ids)
         (folder / "explanation.html").write_text(page, encoding="utf-8")
@@ -81,10 +80,13 @@ def show(run_id: str, config: Config) -> None:
 
     from attribution import report
 
-    report.print_explanations(pd.read_csv(tracking.artifact_path(run_id, "explanation.csv")))
+    file = tracking.artifact_path(run_id, "explanation.csv")
+    words = ("explained", "explained_label", "predicted", "file_name", "example_id", "label_name")
+    table = pd.read_csv(file, dtype=dict.fromkeys(words, str), keep_default_na=False)
+    report.print_explanations(table)
     page = tracking.artifact_path(run_id, "explanation.html")
     if config.output:
-        saved = tracking.save_artifacts(run_id, config.output, (".html", ".png", ".csv"))
+        saved = tracking.save_artifacts(run_id, config, (".html", ".png", ".csv"))
         page = saved / page.name
     print(f"explain run: {run_id}")
     tracking.say(f"next: open {page}")
@@ -92,7 +94,8 @@ def show(run_id: str, config: Config) -> None:
 
 def files(config: Config) -> list[Path]:
     """What `show` saves."""
-    return [Path(config.output) / "explanation.html"] if config.output else []
+    names = ("explanation.html", "explanation.csv") if config.output else ()
+    return [Path(config.output).expanduser() / name for name in names]
 
 
 if __name__ == "__main__":

@@ -141,6 +141,10 @@ class Place:
         from attribution import tracking
 
         module = importlib.import_module(f"scripts.{stage}")
+        files = {"ablation": "exports", "explain": "files"}.get(
+            stage
+        )  # what it saves beside its run
+        saved = [getattr(module, files)] if files else []
         out, err, code = io.StringIO(), io.StringIO(), 0
         with (
             self.active(),
@@ -149,7 +153,8 @@ class Place:
         ):
             before = {run.info.run_id for run in self.runs()}
             try:
-                tracking.run_entry_point(stage, module.make, module.show, self.argv(stage, **given))
+                argv = self.argv(stage, **given)
+                tracking.run_entry_point(stage, module.make, module.show, argv, *saved)
             except SystemExit as stop:
                 code = stop.code
             new = [run for run in self.runs() if run.info.run_id not in before]

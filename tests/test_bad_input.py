@@ -319,7 +319,7 @@ def test_tampered_scores(place: Place, new_place: Callable[..., Place], how: str
 # -- places ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["finetune", "trak", "ablation"])
+@pytest.mark.parametrize("stage", ["finetune", "trak", "ablation", "explain"])
 def test_a_cache_that_cannot_be_written(place: Place, tmp_path: Path, stage: str) -> None:
     (tmp_path / "file").write_text("")
     cache = tmp_path / "file" / "cache"

@@ -66,14 +66,16 @@ def projects(new_place: NewPlace) -> tuple[Place, dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in child_environment(place).items():
             patch.setenv(name, value)
-        for entry_point in (*STAGES, "evaluate", "main"):
+        for entry_point in (*STAGES, "evaluate", "explain", "main"):
             parameters = {k: str(v) for k, v in given.items()}
-            if entry_point in ("finetune", "trak", "evaluate"):
+            if entry_point in ("finetune", "trak", "evaluate", "explain"):
                 parameters = {k: v for k, v in parameters.items() if k not in ablation_only}
             if entry_point == "finetune":
                 del parameters["proj_dim"]
             if entry_point == "evaluate":
                 parameters |= {"num_subsets": "10", "num_repeats": "1"}
+            if entry_point == "explain":
+                parameters["target"] = "2"
             if entry_point == "ablation":
                 parameters["arms"] = "none,random,helpful,harmful,negative,loss"
             if entry_point == "main":  # what is not said comes from the run that is named
@@ -138,10 +140,10 @@ def test_mlflow_run_builds_each_stage_on_the_one_before(projects) -> None:
     place, run_ids = projects
     assert [len(place.runs(stage)) for stage in STAGES] == [1, 1, 2]
     assert tag(place, run_ids["trak"], "finetune_run_id") == run_ids["finetune"]
-    for entry_point in ("ablation", "main"):
+    for entry_point in ("ablation", "evaluate", "explain", "main"):
         assert tag(place, run_ids[entry_point], "trak_run_id") == run_ids["trak"]
     runs = [place.client().get_run(run_id) for run_id in run_ids.values()]
-    assert len({run.data.tags["fingerprint"] for run in runs}) == 5
+    assert len({run.data.tags["fingerprint"] for run in runs}) == len(run_ids) == 6
     assert len({run.data.tags["data_fingerprint"] for run in runs}) == 1
     assert all("mlflow.parentRunId" not in run.data.tags for run in runs)
     for run in runs:
@@ -246,7 +248,12 @@ def check_removed(folder: Path, row: dict[str, Any]) -> None:
     if row["arm"] == "none":
         assert not folder.exists()
         return
-    assert {path.name for path in folder.iterdir()} == {"removed.parquet", "removed.png"}
+    kept = [] if row["arm"] == "random" else ["kept.csv"]  # which is another one for every seed
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *kept,
+        "removed.parquet",
+        "removed.png",
+    ]
     removed = pd.read_parquet(folder / "removed.parquet")
     assert removed["position"].is_unique
     assert removed["seeds"].sum() == row["n_removed"] * row["n_seeds"]
@@ -338,8 +345,9 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
     from attribution.tracking import fingerprint
 
     data, plain = toy_data(tmp_path), toy_config()
-    model = tmp_path / "model"
+    model, image = tmp_path / "model", tmp_path / "image.png"
     model.mkdir()
+    image.write_bytes(b"any content")
     other = {
         "augment": "flip", "model": str(model), "epochs": 3, "learning_rate": 0.02,
         "batch_size": 4, "weight_decay": 0.1, "schedule": "cosine", "patience": 1,
@@ -347,13 +355,14 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
         "projector": "normal", "feature_precision": "bfloat16", "lambda_reg": 0.2, "loss_gradient_weight": "none", "frac": "0.3",
         "arms": "none", "action": "relabel", "num_seeds": 3, "groups": "is_flipped", "group_weights": "loss",
         "num_subsets": 11, "num_repeats": 1, "alpha": 0.4, "bank": "folder", "methods": "trak",
-        "brittleness_targets": 7, "brittleness_k": 3,
+        "brittleness_targets": 7, "brittleness_k": 3, "keep_features": "no", "target": "1",
+        "image": str(image), "label": "dark", "errors": 1, "num_examples": 2,
     }  # fmt: skip
     for name, f in FIELDS.items():
         group = f.metadata["group"]
-        if group in ("training", "finetune", "trak", "ablation", "evaluate"):
+        if group in ("training", "finetune", "trak", "ablation", "evaluate", "explain"):
             changed = toy_config(**{name: other[name]})
-            for stage in (*STAGES, "evaluate"):
+            for stage in (*STAGES, "evaluate", "explain"):
                 same = fingerprint(stage, plain, data) == fingerprint(stage, changed, data)
                 assert same == (group not in STAGE_GROUPS[stage]), (name, stage)
 
