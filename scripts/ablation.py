@@ -56,7 +56,7 @@ def make(config: Config, data: ImageData) -> None:
             data,
             table,
             classes,
-            [each for each in removed if each],
+            [each for each in removed if each.arm != "none"],
             figures,
             known_quality(trak_id),
             tracking.lineage(),
@@ -111,9 +111,7 @@ def test_groups(config: Config, data: ImageData) -> np.ndarray | None:
     return alignment.group_ids(data.table("test"), config.groups)
 
 
-def log_trial(
-    outcome: Outcome, data: ImageData, scores: Scores, evidence: Evidence
-) -> Removed | None:
+def log_trial(outcome: Outcome, data: ImageData, scores: Scores, evidence: Evidence) -> Removed:
     """One nested run: what the arm removed (which is returned), per-seed test metrics, their summary."""
     import mlflow
 
@@ -139,15 +137,14 @@ def log_trial(
             ]
         )
         mlflow.log_metrics(comparison.summary_metrics(outcome))
-        if trial.arm == "none":
-            return None
         table = removal.removed_table(trial, scores.train, evidence)
         flips = int(scores.train["is_flipped"].sum())
         counts = removal.removal_metrics(table, flips, len(trial.removed))
         mlflow.log_metrics({tracking.metric_name(name): v for name, v in counts.items()})
+        # Of `none` too: MLflow's comparison page breaks where one of the runs has no artifact.
         with tracking.artifact_folder() as folder:
             table.to_parquet(folder / "removed.parquet", index=False)
-            if trial.arm not in removal.DRAWN and trial.action == "remove":
+            if trial.arm not in ("none", *removal.DRAWN) and trial.action == "remove":
                 removal.kept_table(trial, scores.train).to_csv(folder / "kept.csv", index=False)
             plots.removed_gallery(data, table, trial.name, folder / "removed.png")
         return Removed(trial.name, trial.arm, trial.action, table, counts)
