@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
+from attribution import notes
 from attribution.config import FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
 from attribution.errors import InputError
 
@@ -367,6 +368,7 @@ def _describe(stage: str, config: Config, data: ImageData) -> None:
             "stage": stage,
             "fingerprint": key,
             "data_fingerprint": data.fingerprint,
+            notes.NOTE: notes.NOTES[stage],
         }
     )
     _name_run(f"{stage} {Path(config.dataset).name} {key[:6]}")
@@ -399,12 +401,9 @@ def _mark_reused(stage: str, run_id: str) -> None:
     import mlflow
 
     say(f"{stage}: nothing has changed, reusing run {run_id}")
-    mlflow.set_tags(
-        {
-            "reused_run_id": run_id,
-            "mlflow.note.content": f"Nothing had changed: the result is in run `{run_id}`.",
-        }
-    )
+    link = notes.run_link(mlflow.active_run().info.experiment_id, run_id)
+    note = f"Nothing had changed: the result is in run [{run_id}]({link})."
+    mlflow.set_tags({"reused_run_id": run_id, notes.NOTE: note})
     _name_run(f"{stage} (see {run_id[:8]})")
 
 
@@ -416,6 +415,16 @@ def _name_run(name: str) -> None:
     stage = run.data.tags["stage"]
     if re.fullmatch(rf"[a-z]+-[a-z]+-\d+|{stage}", run.info.run_name or stage):
         mlflow.set_tag("mlflow.runName", name)
+
+
+def save_arms_view() -> None:
+    """Let MLflow list a view of the active run's arms: sensible columns, the best arm first."""
+    import mlflow
+
+    client, run_id = mlflow.MlflowClient(), mlflow.active_run().info.run_id
+    run = client.get_run(run_id)
+    tag = notes.arms_view(run_id, f"Arms of {run.info.run_name}")
+    client.set_experiment_tag(run.info.experiment_id, *tag)
 
 
 def _tags(run_id: str) -> dict[str, str]:
@@ -495,15 +504,16 @@ def lineage() -> dict[str, str]:
     return found
 
 
-def nested_runs(run_id: str, wanted: dict[str, str]) -> list[Any]:
-    """The runs nested in this one that have these values ('params.arm' and the like)."""
+def nested_runs(run_id: str, wanted: dict[str, str] | None = None) -> list[Any]:
+    """The runs nested in this one that have these values ('params.arm' and the like), oldest first."""
     import mlflow
 
     client = mlflow.MlflowClient()
-    terms = {"tags.`mlflow.parentRunId`": run_id, **wanted}
+    terms = {"tags.`mlflow.parentRunId`": run_id, **(wanted or {})}
     return client.search_runs(
         [client.get_run(run_id).info.experiment_id],
         " and ".join(f"{name} = '{value}'" for name, value in terms.items()),
+        order_by=["attributes.start_time ASC"],
     )
 
 

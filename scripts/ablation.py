@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attribution import tracking
+from attribution import notes, tracking
 from attribution.errors import InputError
 from scripts import trak
 
@@ -42,8 +42,11 @@ def make(config: Config, data: ImageData) -> None:
     work = tracking.work_folder(config, "retrainings")
     logits = comparison.retrain(config, data, trials, seeds, work)
     outcomes = comparison.compare(trials, logits, data.labels("test"), test_groups(config, data))
-    removed = [log_trial(outcome, data, scores, evidence) for outcome in outcomes]
     table = comparison.comparison_table(outcomes)
+    removed = [
+        log_trial(outcome, comparison.verdict(row), data, scores, evidence)
+        for outcome, (_, row) in zip(outcomes, table.iterrows(), strict=True)
+    ]
     classes = comparison.class_effects(outcomes, logits, data.labels("test"), data.class_names)
     tracking.log_table(table, "comparison")
     tracking.log_table(classes, "per_class")
@@ -56,14 +59,15 @@ def make(config: Config, data: ImageData) -> None:
             data,
             table,
             classes,
-            [each for each in removed if each],
+            [each for each in removed if each.arm != "none"],
             figures,
             known_quality(trak_id),
             tracking.lineage(),
             machine.hardware(),
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
-    mlflow.set_tag("mlflow.note.content", describe(table, trak_id))
+    mlflow.set_tag(notes.NOTE, describe(table, trak_id))
+    tracking.save_arms_view()
 
 
 def known_quality(trak_id: str) -> pd.DataFrame | None:
@@ -116,8 +120,8 @@ def test_groups(config: Config, data: ImageData) -> np.ndarray | None:
 
 
 def log_trial(
-    outcome: Outcome, data: ImageData, scores: Scores, evidence: Evidence
-) -> Removed | None:
+    outcome: Outcome, verdict: str, data: ImageData, scores: Scores, evidence: Evidence
+) -> Removed:
     """One nested run: what the arm removed (which is returned), per-seed test metrics, their summary."""
     import mlflow
 
@@ -126,7 +130,9 @@ def log_trial(
 
     trial = outcome.trial
     with mlflow.start_run(run_name=trial.name, nested=True):
-        mlflow.set_tags({"stage": "ablation_arm", "arm": trial.arm})
+        note = f"{notes.first_line(removal.ARMS[trial.arm])}\n\n{verdict}; {notes.ARM}"
+        tags = {"stage": "ablation_arm", "arm": trial.arm, "verdict": verdict, notes.NOTE: note}
+        mlflow.set_tags(tags)
         mlflow.log_params(
             {
                 "arm": trial.arm,
@@ -143,31 +149,42 @@ def log_trial(
             ]
         )
         mlflow.log_metrics(comparison.summary_metrics(outcome))
-        if trial.arm == "none":
-            return None
         table = removal.removed_table(trial, scores.train, evidence)
         flips = int(scores.train["is_flipped"].sum())
         counts = removal.removal_metrics(table, flips, len(trial.removed))
         mlflow.log_metrics({tracking.metric_name(name): v for name, v in counts.items()})
+        # Of `none` too: MLflow's comparison page breaks where one of the runs has no artifact.
         with tracking.artifact_folder() as folder:
             table.to_parquet(folder / "removed.parquet", index=False)
-            if trial.arm not in removal.DRAWN and trial.action == "remove":
+            if trial.arm not in ("none", *removal.DRAWN) and trial.action == "remove":
                 removal.kept_table(trial, scores.train).to_csv(folder / "kept.csv", index=False)
             plots.removed_gallery(data, table, trial.name, folder / "removed.png")
         return Removed(trial.name, trial.arm, trial.action, table, counts)
 
 
-def describe(table, trak_id: str) -> str:
-    """A markdown note for the parent run."""
-    from attribution.comparison import verdict
+def describe(table: pd.DataFrame, trak_id: str) -> str:
+    """The parent run's note: where to look, and every arm with its verdict, the best first."""
+    import mlflow
 
-    rows = table[~table["arm"].isin(["none", "random"])]
-    lines = [f"Scores come from run `{trak_id}`. Select the nested runs and press Compare.", ""]
-    lines += [
-        f"- **{r['arm']}** ({r['action']} {r['frac']:.3g}): {verdict(r)}"
-        for _, r in rows.iterrows()
+    from attribution.comparison import verdict
+    from attribution.removal import trial_name
+
+    run = mlflow.active_run().info
+    here, run_id = run.experiment_id, run.run_id
+    links = {
+        "Report": notes.run_link(here, run_id, "report.html"),
+        "arms, best first": notes.arms_link(here, run_id),
+        "arms side by side": notes.compare_link(
+            here, [run.info.run_id for run in tracking.nested_runs(run_id)]
+        ),
+        "scores": notes.run_link(here, trak_id),
+    }
+    rows = table.sort_values("accuracy_mean", ascending=False, kind="stable").to_dict("records")
+    arms = [
+        f"- **{trial_name(r['arm'], r['action'], r['frac'])}** {r['accuracy_mean']:.4f}, {verdict(r)}"
+        for r in rows
     ]
-    return "\n".join(lines)
+    return "\n".join([" · ".join(f"[{text}]({to})" for text, to in links.items()), "", *arms])
 
 
 def show(run_id: str, config: Config) -> None:

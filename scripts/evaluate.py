@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from attribution import tracking
+from attribution import notes, tracking
 from scripts import finetune, trak
 
 if TYPE_CHECKING:
@@ -81,11 +81,15 @@ def log_method(row: pd.Series) -> None:
     import mlflow
     import pandas as pd
 
-    with mlflow.start_run(run_name=row["method"], nested=True):
-        mlflow.set_tags({"stage": "evaluate_method", "method": row["method"]})
-        mlflow.log_param("method", row["method"])
+    from attribution import methods
+
+    name = row["method"]
+    with mlflow.start_run(run_name=name, nested=True):
+        note = notes.first_line(methods.METHODS[name])
+        mlflow.set_tags({"stage": "evaluate_method", "method": name, notes.NOTE: note})
+        mlflow.log_param("method", name)
         mlflow.log_metrics(
-            {name: float(v) for name, v in row.items() if name != "method" and pd.notna(v)}
+            {key: float(v) for key, v in row.items() if key != "method" and pd.notna(v)}
         )
 
 
