@@ -26,6 +26,8 @@ from attribution.training import classification_metrics
 CONTROLS = ("random", "none")
 # Those with p-values; worst_group_accuracy is there where `groups` is a column.
 JUDGED = ("accuracy", "worst_group_accuracy")
+# What a person sees without scrolling in MLflow's table view.
+FIRST_COLUMNS = ["arm", "frac", "accuracy_mean", "accuracy_vs_random", "verdict"]
 CLASS_COLUMNS = [
     "arm", "action", "frac", "label_name", "n_test",
     "accuracy_vs_random", "accuracy_vs_random_ci_low", "accuracy_vs_random_ci_high",
@@ -234,7 +236,9 @@ def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     differences = [_named(f"{m}_vs_{c}", _NOTHING) for c in CONTROLS for m in metrics]
     judgements = [f"{m}_vs_{c}_{kind}" for c in CONTROLS for m in judged for kind in _JUDGEMENTS]
     columns = dict.fromkeys([*table, *(name for d in differences for name in d), *judgements])
-    return table.reindex(columns=list(columns))
+    table = table.reindex(columns=list(columns))
+    table["verdict"] = [verdict(row) for _, row in table.iterrows()]
+    return table[FIRST_COLUMNS + [name for name in table if name not in FIRST_COLUMNS]]
 
 
 def verdict(row: pd.Series, metric: str = "accuracy") -> str:

@@ -197,8 +197,13 @@ def show(run_id: str, config: Config) -> None:
     report.print_comparison(pd.read_csv(tracking.artifact_path(run_id, "comparison.csv")))
     export(run_id, config)
     print(f"ablation run: {run_id}")
+    print(f"report: {tracking.artifact_path(run_id, 'report.html')}")
     uri = mlflow.get_tracking_uri()
-    tracking.say(f"next: mlflow ui --backend-store-uri {uri}   # pick the arms, press Compare")
+    is_server = uri.startswith("http")
+    start = "" if is_server else f"mlflow ui --backend-store-uri {uri}   # and then "
+    address = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
+    experiment = mlflow.get_run(run_id).info.experiment_id
+    tracking.say(f"next: {start}open {address}/{notes.arms_link(experiment, run_id)}")
 
 
 def exports(config: Config) -> dict[Path, float | None]:
