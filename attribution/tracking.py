@@ -7,25 +7,26 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
-from attribution.config import FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
+from attribution.config import AUTO, FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
 from attribution.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from attribution.data import ImageData
+    from attribution.data import ImageData, Listing
 
 # Raised whenever training, or scoring, would compute something else from the same parameters and data.
 TRAINING_VERSION = 2
@@ -115,6 +116,8 @@ def run_entry_point(stage: str, make: Make, show: Callable[[str], None], argv: A
                 else:
                     run_id = run.info.run_id
                     _describe(stage, config, data)
+                    if config.preset == "images":
+                        _foretell(stage, config, data)
                     make(config, data)
     except InputError as error:
         say(f"error: {error}")
@@ -177,9 +180,12 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
     # "auto" says nothing that could contradict the run built on.
     asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
     config = _resolve_hardware(resolve(asked, inherited))
-    from attribution.data import load_data
+    from attribution.data import list_data, load_data
 
-    data = load_data(config)
+    listing = list_data(config)
+    if config.preset == "images":
+        config = _settle(stage, config, listing, asked.keys() | inherited.keys())
+    data = load_data(config, listing)
     for upstream, run_id in run_ids.items():
         if run_id and _tags(run_id).get("fingerprint") != fingerprint(upstream, config, data):
             raise InputError(
@@ -196,6 +202,44 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
         if count:
             say(f"data: {count} {note}")
     return config, data
+
+
+def _settle(stage: str, config: Config, listing: Listing, known: Set[str]) -> Config:
+    """Choose by the data what neither the caller nor the run built on has said, and tell."""
+    from attribution import auto
+
+    groups = STAGE_GROUPS[stage]
+    names = [n for n in AUTO if n not in known and FIELDS[n].metadata["group"] in groups]
+    if not names:
+        return config
+    facts = auto.gather(config, listing)
+    chosen = auto.choose(facts, {n: getattr(config, n) for n in AUTO if n not in names})
+    config = dataclasses.replace(config, **chosen)
+    notes = {
+        "image_size": f" (median side {facts.side})",
+        "epochs": f" ({config.epochs * math.ceil(facts.n_train / config.batch_size):,} steps)",
+    }
+    said = "" if "model" in known else f"model {config.model}, "
+    said += ", ".join(f"{name} {value}{notes.get(name, '')}" for name, value in chosen.items())
+    say(f"auto: {said}")
+    return config
+
+
+def _foretell(stage: str, config: Config, data: ImageData) -> None:
+    """Say about how long the stage will take, judged by one training step."""
+    from attribution import auto, models, training
+    from attribution.parallel import resolve_jobs
+
+    flops = models.forward_flops(config.model, config.image_size)
+    if not flops or config.backend != "local":  # refused in a moment; another machine's business
+        return
+    seconds = training.seconds_per_example(config, data.class_names, flops)
+    seconds *= len(data.rows("train")) * config.epochs * auto.trainings(stage, config)
+    device = config.device.partition(":")[0]
+    jobs = resolve_jobs(config.jobs, device, config.num_models)
+    minutes = max(1, round(seconds / jobs / 60))
+    where = "a GPU" if device == "cuda" else f"{jobs} core{'s' * (jobs > 1)}"
+    say(f"auto: about {minutes:,} min on {where}, less what is found finished")
 
 
 def _resolve_hardware(config: Config) -> Config:
