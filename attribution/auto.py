@@ -42,19 +42,22 @@ def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
     scratch, values = facts.own_size is None, dict(known)
 
     def settle(name: str, rule: Callable[[], Any]) -> Any:
-        return values[name] if name in values else values.setdefault(name, rule())
+        if name not in values:
+            values[name] = rule()
+        return values[name]
 
     size = settle("image_size", lambda: image_size(facts))
     # A photograph may be mirrored; what has no colour is often writing, which may not.
     settle("augment", lambda: "crop" if facts.is_grey else "flip,crop")
-    batch = settle("batch_size", lambda: _power_of_two(math.sqrt(facts.n_train), 16, 128))
+    power_of_two = 2 ** int(math.log2(math.sqrt(facts.n_train)))
+    batch = settle("batch_size", lambda: max(16, min(128, power_of_two)))
     steps, least, most = (SCRATCH_STEPS, 5, 60) if scratch else (FINE_TUNING_STEPS, 3, 20)
-    steps_per_epoch = max(1, math.ceil(facts.n_train / batch))
-    epochs = settle("epochs", lambda: max(least, min(most, round(steps / steps_per_epoch))))
-    settle("learning_rate", lambda: 3e-3 if scratch else 3e-4)
+    wanted = round(steps / math.ceil(facts.n_train / batch))
+    epochs = settle("epochs", lambda: max(least, min(most, wanted)))
+    settle("learning_rate", lambda: 3e-3 if scratch else 2e-4)
     settle("weight_decay", lambda: 5e-4 if scratch else 0.01)
 
-    def work() -> float:  # of one training; 1e12 are half a minute of resnet-mini on one core
+    def work() -> float:  # of one training; 1e12 are some 12 s of resnet-mini on an idle core
         return 3 * (facts.flops(size) or 0) * facts.n_train * epochs
 
     settle("num_models", lambda: 10 if work() < 3e13 else 4)
@@ -69,10 +72,6 @@ def image_size(facts: Facts) -> int:
         return min(by_data, 64)
     size = min(facts.own_size, max(64, by_data) if facts.has_gpu else 64)
     return size if facts.flops(size) is not None else facts.own_size
-
-
-def _power_of_two(value: float, least: int, most: int) -> int:
-    return max(least, min(most, 2 ** math.floor(math.log2(max(1, value)))))
 
 
 def gather(config: Config, listing: Any) -> Facts:
@@ -102,13 +101,13 @@ def gather(config: Config, listing: Any) -> Facts:
 
 
 def trainings(stage: str, config: Config) -> float:
-    """About how many trainings on all of the data the stage comes to, with all that it builds on."""
+    """About how many trainings on all of the data a stage comes to, what it builds on included."""
     total = config.num_models * config.subset_fraction
-    if stage != "finetune":
-        total += config.num_models * 2 / config.epochs  # gradients: about two epochs' time
-    if stage == "ablation":
-        arms = len(config.arm_names) * len(config.fracs) * (2 if config.action == "both" else 1)
-        total += config.num_seeds * (arms + 1)  # negative has a random arm of its own
+    if stage != "finetune":  # gradients take about two epochs' time
+        total += config.num_models * 2 / config.epochs
+    if stage == "ablation":  # negative has a random arm of its own
+        arms = len(config.arm_names) * len(config.fracs) * (1 + (config.action == "both"))
+        total += config.num_seeds * (arms + 1)
     if stage == "evaluate":
         total += config.num_subsets * config.num_repeats * config.alpha
     return total

@@ -215,10 +215,12 @@ def _settle(stage: str, config: Config, listing: Listing, known: Set[str]) -> Co
     facts = auto.gather(config, listing)
     chosen = auto.choose(facts, {n: getattr(config, n) for n in AUTO if n not in names})
     config = dataclasses.replace(config, **chosen)
-    notes = {
-        "image_size": f" (median side {facts.side})",
-        "epochs": f" ({config.epochs * math.ceil(facts.n_train / config.batch_size):,} steps)",
-    }
+    steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
+    source = f"median side {facts.side}"
+    if facts.own_size:
+        capped = ", without a GPU at most 64" * (config.image_size < facts.own_size)
+        source = f"the model's own is {facts.own_size}{capped * (not facts.has_gpu)}"
+    notes = {"image_size": f" ({source})", "epochs": f" ({steps:,} steps)"}
     said = "" if "model" in known else f"model {config.model}, "
     said += ", ".join(f"{name} {value}{notes.get(name, '')}" for name, value in chosen.items())
     say(f"auto: {said}")
@@ -226,7 +228,7 @@ def _settle(stage: str, config: Config, listing: Listing, known: Set[str]) -> Co
 
 
 def _foretell(stage: str, config: Config, data: ImageData) -> None:
-    """Say about how long the stage will take, judged by one training step."""
+    """Say about how long the stage will take, judged by a few training steps."""
     from attribution import auto, models, training
     from attribution.parallel import resolve_jobs
 
@@ -239,7 +241,7 @@ def _foretell(stage: str, config: Config, data: ImageData) -> None:
     jobs = resolve_jobs(config.jobs, device, config.num_models)
     minutes = max(1, round(seconds / jobs / 60))
     where = "a GPU" if device == "cuda" else f"{jobs} core{'s' * (jobs > 1)}"
-    say(f"auto: about {minutes:,} min on {where}, less what is found finished")
+    say(f"auto: about {minutes:,} min on {where} if idle, less what is found finished")
 
 
 def _resolve_hardware(config: Config) -> Config:

@@ -205,7 +205,7 @@ def stacking_pays(config: Config) -> bool:
 
 
 def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int) -> float:
-    """Wall time that one example of a training step takes in one thread here, tried once.
+    """Wall time that one example of a training step takes in one thread here, the best of three.
 
     Args:
         flops: of its forward pass; they bound the trial's batch, so that it stays short.
@@ -217,16 +217,18 @@ def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int
     images = torch.zeros(n, 3, config.image_size, config.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     torch.set_num_threads(1)
+    times = []
     try:
-        for _ in range(2):  # the first one warms up
+        for _ in range(3):  # the first one warms up; a busy machine disturbs some
             start = time.perf_counter()
             with autocast(config, device):
                 loss = model(images).logits.float().logsumexp(1).sum()
             loss.backward()
             loss.item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
-    return (time.perf_counter() - start) / n
+    return min(times) / n
 
 
 def _prepare(config: Config) -> torch.device:
