@@ -30,6 +30,13 @@ FOOD_CLASSES = (
     "pizza,pork_chop,spaghetti_bolognese,spaghetti_carbonara,steak"
 )
 
+# What a command with preset images chooses by its data and model (attribution/auto.py); the values
+# below are those of a caller who resolves parameters without looking at any data.
+AUTO = (
+    "image_size", "augment", "batch_size", "epochs",
+    "learning_rate", "weight_decay", "num_models", "num_seeds",
+)  # fmt: skip
+
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "dataset": "digits",
@@ -50,6 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "proj_dim": 256,
         "num_blocks": 10,
         "lambda_reg": 0.1,
+        "num_seeds": 10,
         "num_subsets": 100,
         "num_repeats": 3,
         "brittleness_targets": 30,
@@ -73,6 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "proj_dim": 512,
         "num_blocks": 10,
         "lambda_reg": 0.1,
+        "num_seeds": 10,
         "num_subsets": 50,
         "num_repeats": 2,
         "brittleness_targets": 0,
@@ -95,6 +104,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "proj_dim": 256,
         "num_blocks": 10,
         "lambda_reg": 0.1,
+        "num_seeds": 10,
         "num_subsets": 50,
         "num_repeats": 2,
         "brittleness_targets": 0,
@@ -156,7 +166,7 @@ class Config:
     frac: str = option("ablation", "share of the training set to remove: one value or a comma list", "0.05")
     arms: str = option("ablation", "comma list of removal strategies (docs/results.md describes them)", "none,random,helpful,harmful,negative,loss")
     action: str = option("ablation", "what is done with the examples that an arm chooses; relabel gives them the ensemble's out-of-sample prediction, both does each", "remove", choices=("remove", "relabel", "both"))
-    num_seeds: int = option("ablation", "paired retrainings of every arm", 10, at_least=2)
+    num_seeds: int = option("ablation", "paired retrainings of every arm", at_least=2)
     groups: str = option("ablation", "what makes targets a group: label, a column of the data (of a Hub-format data set; group with shortcut=patch), or auto (each label in two, by its scores)", "label")
     group_weights: str = option("ablation", "how much a group counts in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
     num_subsets: int = option("evaluate", "random subsets of the bank that scores are judged by", at_least=10)
@@ -276,6 +286,8 @@ def _help(f: dataclasses.Field) -> str:
     if "choices" in f.metadata:
         text += f": {', '.join(f.metadata['choices'])}"
     values = {name: preset.get(f.name) for name, preset in PRESETS.items()}
+    if f.name in AUTO:
+        values["images"] = "by the data"
     shown = [f"{k}: {v}" for k, v in values.items() if v not in (None, "", FOOD_CLASSES)]
     default = _default(f)
     if default is not None:

@@ -76,11 +76,25 @@ class ImageData:
         return replace(self, resident=np.asarray(self.pixels()))
 
 
-def load_data(config: Config) -> ImageData:
-    """Read, decode (once: see `cache_dir`), split and, where asked, plant label noise.
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """What a data set holds, before any image is decoded: one row of `table` an image."""
+
+    source: Source
+    names: list[str]
+    table: pd.DataFrame
+    dropped: int
+
+    def n_train(self, data_seed: int) -> int:
+        """Training examples, those included that may prove undecodable."""
+        return int((_carve(self.table, data_seed) == "train").sum())
+
+
+def list_data(config: Config) -> Listing:
+    """Find and hash the images; an order by content makes the first rows a sample of them all.
 
     Raises:
-        InputError: the data set cannot be found, read, decoded or split as asked.
+        InputError: the data set cannot be found, read or split.
     """
     cache = Path(config.cache_dir)
     with writing(config):
@@ -92,8 +106,22 @@ def load_data(config: Config) -> ImageData:
     table = _list_examples(source, chosen, config)
     listed = len(table)
     table = _drop_copies(table)
-    dropped = listed - len(table)
     _check_counts(table, names, config)
+    return Listing(source, names, table, listed - len(table))
+
+
+def load_data(config: Config, listing: Listing | None = None) -> ImageData:
+    """Read, decode (once: see `cache_dir`), split and, where asked, plant label noise.
+
+    Args:
+        listing: of the same config, where it is there already.
+
+    Raises:
+        InputError: the data set cannot be found, read, decoded or split as asked.
+    """
+    cache = Path(config.cache_dir)
+    listing = listing or list_data(config)
+    source, names, table = listing.source, listing.names, listing.table
     file, bad = cached_pixels(source, table, config, cache)
     is_bad = table["digest"].isin(bad)
     skipped = tuple(sorted(table["name"][is_bad]))
@@ -120,7 +148,7 @@ def load_data(config: Config) -> ImageData:
         + [f"{label} {split}" for label, split in zip(examples["label"], examples["split"])]
         + planted
     )
-    return ImageData(file, tuple(names), examples, fingerprint, skipped, dropped)
+    return ImageData(file, tuple(names), examples, fingerprint, skipped, listing.dropped)
 
 
 def _choose_classes(source: Source, config: Config) -> list[int]:

@@ -63,11 +63,15 @@ def _from_pretrained(name: str, **options: object) -> nn.Module:
             **options,
         )
     except Exception as error:  # transformers raises many kinds for the same mistake
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"model={name}: cannot be loaded; it must be {', '.join(MINI_CONFIGS)}, a "
-            f"from_pretrained folder with safetensors, or a Hub id that can be reached ({reason})"
-        ) from error
+        raise _unloadable(name, error) from error
+
+
+def _unloadable(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(
+        f"model={name}: cannot be loaded; it must be {', '.join(MINI_CONFIGS)}, a "
+        f"from_pretrained folder with safetensors, or a Hub id that can be reached ({reason})"
+    )
 
 
 def _quiet_transformers() -> None:
@@ -101,6 +105,56 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return tuple(processor.image_mean), tuple(processor.image_std)
     except (OSError, ValueError, AttributeError, TypeError):
         return IMAGENET_MEAN, IMAGENET_STD
+
+
+def own_image_size(name: str) -> int:
+    """The side in pixels that a pretrained model's preprocessor or config asks for; 224 unless told."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        sizes = [getattr(processor, "crop_size", None), getattr(processor, "size", None)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        sizes = []
+    sides = [(dict(s).get("height") or dict(s).get("shortest_edge")) for s in sizes if s]
+    return next(filter(None, [*sides, getattr(_skeleton(name).config, "image_size", None)]), 224)
+
+
+@cache
+def forward_flops(name: str, image_size: int) -> int | None:
+    """Floating-point operations of one image's forward pass; None where the model refuses the size.
+
+    On PyTorch's meta device: only shapes are computed, on every machine the same.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = _skeleton(name)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            check_image_size(model, image_size)
+    except InputError:
+        return None
+    return counter.get_total_flops()
+
+
+@cache
+def _skeleton(name: str) -> nn.Module:
+    """The model without weights, on the meta device.
+
+    Raises:
+        InputError: nothing loadable under that name.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig
+
+    try:
+        if name in MINI_CONFIGS:
+            config = ResNetConfig(**MINI_CONFIGS[name])
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForImageClassification.from_config(config)
+    except Exception as error:  # as in _from_pretrained
+        raise _unloadable(name, error) from error
 
 
 def check_image_size(model: nn.Module, image_size: int) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from dataclasses import dataclass
-
-import numpy as np
-import torch
 
 from attribution.config import Config
 from attribution.data import ImageData
-from attribution.parallel import resolve_jobs, threads_per_task
+from attribution.models import forward_flops
+from attribution.parallel import resolve_jobs
 from attribution.removal import FRAC_FREE
 from attribution.tracking import UPSTREAM, find_finished
-from attribution.training import resolve_device, stacking_pays, train
+from attribution.training import resolve_device, seconds_per_example, stacking_pays
 
 # Measured on two AVX-512 cores (docs/performance.md), relative to a training step of one model:
 FEATURE_COST = 1.6  # of an example, sketched and scored
 STACK_GAIN = 1.34  # of small models that are trained as one
 START_UP = 12.0  # seconds of a stage: worker processes import torch, artifacts are written
-PROBE_PIXELS, PROBE_SECONDS = 1 << 15, 0.4
+OVERHEAD = 1.3  # of a step: its data, the optimizer, and workers that share caches and memory
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ def make_plan(stage: str, config: Config, data: ImageData) -> list[Step]:
             reused = Step(upstream, f"reuses run {run_id}", 0.0)
         else:
             chain.insert(0, upstream)
-    rate = None if config.backend == "ray" else _seconds_per_example(config, data)
+    rate = _rate(config, data)
     steps = [_step(name, config, data, rate) for name in chain]
     return [reused, *steps] if reused else steps
 
@@ -80,30 +76,13 @@ def _retrainings(stage: str, config: Config, n: int) -> tuple[int, int]:
     return config.num_seeds * (1 + trials * actions), n
 
 
-def _seconds_per_example(config: Config, data: ImageData) -> float:
-    """Of training, all workers together, from a few small steps in this process."""
-    device = resolve_device(config.device)
-    jobs = resolve_jobs(config.jobs, device.type, 1 << 30)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_per_task(jobs))
-    n = len(data.rows("train"))
-    size = min(config.batch_size, n, max(2, PROBE_PIXELS // config.image_size**2))
-    probe = dataclasses.replace(config, batch_size=size, epochs=1, patience=0)
-
-    def seconds(steps: int) -> float:
-        keep = np.arange(n) < steps * size
-        start = time.perf_counter()
-        train(probe, data, 0, keep, validate=False)
-        return time.perf_counter() - start
-
-    try:
-        base = min(seconds(1), seconds(1))  # building the model, and one step
-        steps = 4
-        while (taken := seconds(steps) - base) < PROBE_SECONDS and 2 * steps * size <= n:
-            steps *= 2
-    finally:
-        torch.set_num_threads(before)
-    return max(taken, 1e-6) / ((min(steps, n // size) or 1) * size) / jobs
+def _rate(config: Config, data: ImageData) -> float | None:
+    """Seconds of one example's training step, all workers together; None where it is not known."""
+    flops = forward_flops(config.model, config.image_size)
+    if not flops or config.backend == "ray":  # refused in a moment; other machines' business
+        return None
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, 1 << 30)
+    return OVERHEAD * seconds_per_example(config, data.class_names, flops) / jobs
 
 
 def describe(steps: list[Step], jobs: int) -> list[str]:

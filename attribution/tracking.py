@@ -7,13 +7,14 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import posixpath
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
@@ -21,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from attribution import notes
-from attribution.config import FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
+from attribution.config import AUTO, FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
 from attribution.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from attribution.data import ImageData
+    from attribution.data import ImageData, Listing
 
 # Raised whenever training, or scoring, would compute something else from the same parameters and data.
 TRAINING_VERSION = 2
@@ -221,9 +222,12 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
     # "auto" says nothing that could contradict the run built on.
     asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
     config = _resolve_hardware(resolve(asked, inherited))
-    from attribution.data import LEFT_OUT, load_data
+    from attribution.data import LEFT_OUT, list_data, load_data
 
-    data = load_data(config)
+    listing = list_data(config)
+    if config.preset == "images":
+        config = _settle(stage, config, listing, asked.keys() | inherited.keys())
+    data = load_data(config, listing)
     for upstream, run_id in run_ids.items():
         if run_id and _tags(run_id).get("fingerprint") != fingerprint(upstream, config, data):
             raise InputError(
@@ -241,6 +245,29 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
         if count:
             say(f"data: {count} {note}")
     return config, data
+
+
+def _settle(stage: str, config: Config, listing: Listing, known: Set[str]) -> Config:
+    """Choose by the data what neither the caller nor the run built on has said, and tell."""
+    from attribution import auto
+
+    groups = STAGE_GROUPS[stage]
+    names = [n for n in AUTO if n not in known and FIELDS[n].metadata["group"] in groups]
+    if not names:
+        return config
+    facts = auto.gather(config, listing)
+    chosen = auto.choose(facts, {n: getattr(config, n) for n in AUTO if n not in names})
+    config = dataclasses.replace(config, **chosen)
+    steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
+    source = f"median side {facts.side}"
+    if facts.own_size:
+        capped = ", without a GPU at most 64" * (config.image_size < facts.own_size)
+        source = f"the model's own is {facts.own_size}{capped * (not facts.has_gpu)}"
+    notes = {"image_size": f" ({source})", "epochs": f" ({steps:,} steps)"}
+    said = "" if "model" in known else f"model {config.model}, "
+    said += ", ".join(f"{name} {value}{notes.get(name, '')}" for name, value in chosen.items())
+    say(f"auto: {said}")
+    return config
 
 
 def _resolve_hardware(config: Config) -> Config:

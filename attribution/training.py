@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -201,6 +202,33 @@ def stacking_pays(config: Config) -> bool:
     """
     few = config.batch_size * config.image_size**2 <= 2**14
     return few and config.model in models.MINI_CONFIGS and not config.patience
+
+
+def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int) -> float:
+    """Wall time that one example of a training step takes in one thread here, the best of three.
+
+    Args:
+        flops: of its forward pass; they bound the trial's batch, so that it stays short.
+    """
+    device, threads = _prepare(config), torch.get_num_threads()
+    model = models.build(config.model, class_names, 0).train()
+    model.to(device, memory_format=torch.channels_last)
+    n = max(2, min(config.batch_size, 10**11 // (3 * flops)))
+    images = torch.zeros(n, 3, config.image_size, config.image_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    torch.set_num_threads(1)
+    times = []
+    try:
+        for _ in range(3):  # the first one warms up; a busy machine disturbs some
+            start = time.perf_counter()
+            with autocast(config, device):
+                loss = model(images).logits.float().logsumexp(1).sum()
+            loss.backward()
+            loss.item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times) / n
 
 
 def _prepare(config: Config) -> torch.device:

@@ -56,7 +56,9 @@ def test_a_command_prints_what_it_makes_and_what_it_reuses(new_place) -> None:
     assert "plan:" not in place.done("ablation").err  # nothing is left to do
 
 
-def test_the_probe_measures_seconds_per_example(tmp_path, one_thread) -> None:
+def test_the_rate_is_that_of_all_workers(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "seconds_per_example", lambda *given: 0.01)
     data = toy_data(tmp_path, n_train=64)
-    rate = plan._seconds_per_example(toy_config(), data)
-    assert 1e-6 < rate < 1
+    one, two = (plan._rate(toy_config(jobs=jobs), data) for jobs in (1, 2))
+    assert one == pytest.approx(2 * two) and one == pytest.approx(0.01 * plan.OVERHEAD)
+    assert plan._rate(toy_config(backend="ray"), data) is None
