@@ -238,6 +238,7 @@ def test_auto_keeps_features_up_to_its_bound(trained, tmp_path, monkeypatch) -> 
 # -- which mistakes --------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(2, 4), st.integers(0, 14))
 def test_confident_mistakes_are_all_mistakes_in_falling_order(seed, n, classes, count) -> None:
     rng = np.random.default_rng(seed)
@@ -674,7 +675,8 @@ def test_class_names_that_look_like_numbers_or_nothing(new_place, tmp_path) -> N
     shutil.copytree(place.dataset, folder)
     for old, new in names.items():
         (folder / old).rename(folder / new)
-    result = place.done("explain", dataset=folder, target="0,1,2,3,4,5,6,7,8", epochs=1)
+    given = {"dataset": folder, "epochs": 1, "num_models": 1, "num_examples": 1}
+    result = place.done("explain", **given, target="0,1,2,3,4,5,6,7,8")
     shown = [line.split()[2] for line in result.out.splitlines() if line.split()[:1] == ["target"]]
     targets = pd.read_parquet(
         place.artifacts(result.tags["trak_run_id"]) / "scores" / "targets.parquet"

@@ -47,7 +47,7 @@ IDS = st.lists(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(IDS, st.sampled_from(["", "\ufeff"]), st.sampled_from(["\n", "\r\n", "\n\n", "\n  \n"]))
 def test_a_list_is_read_as_it_was_written(tmp_path_factory, ids, mark, end) -> None:
     file = tmp_path_factory.mktemp("list") / "keep.txt"
@@ -55,7 +55,7 @@ def test_a_list_is_read_as_it_was_written(tmp_path_factory, ids, mark, end) -> N
     assert read_ids(str(file)) == ids
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     IDS, st.text(st.characters(exclude_categories=["Cs", "Cc"])), st.integers(0, 2), st.booleans()
 )
@@ -378,6 +378,7 @@ def test_names_of_exported_files() -> None:
         assert export_files(arm, [arm], [0.05, 0.1], "remove") == {f"{arm}.csv": None}
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.data())
 def test_kept_and_removed_are_the_training_set_divided(n, data) -> None:
     removed = np.array(sorted(data.draw(st.sets(st.integers(0, n - 1)))), np.int64)

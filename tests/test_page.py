@@ -645,6 +645,7 @@ def test_any_text_is_escaped(text: str) -> None:
     assert figure.attributes["title"] == text and figure.all("img")[0].attributes["alt"] == text
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
 def test_a_picture_is_embedded_without_loss(height, width, seed) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -742,9 +743,8 @@ def test_a_report_has_what_evaluate_found_of_the_same_scores(nasty) -> None:
     table = pd.read_csv(place.artifacts(made.run_id) / "evaluation.csv").set_index("method")
     assert [row[0] for row in rows] == ["trak", "loss", "random"]
     assert rows[0][1].split()[0] == f"{table.loc['trak', 'lds']:.3f}"
-    # Of other scores nothing is known, and a table that is gone is no reason to fail.
-    other = place.done("ablation", **given, arms="loss", lambda_reg=0.3)
-    assert "Not measured" in page_of(place, other.run_id, "report.html").text
+    # Before, nothing was known; and a table that is gone is no reason to fail.
+    assert "Not measured" in page_of(place, first.run_id, "report.html").text
     (place.artifacts(made.run_id) / "evaluation.csv").unlink()
     third = place.done("ablation", **given, arms="helpful")
     assert "evaluation.csv is gone" in third.err
@@ -769,6 +769,7 @@ def test_shares_that_are_written_alike_keep_their_columns(tmp_path) -> None:
     }  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(max_size=40), st.sampled_from(["..", "../x", ".", "a//b", "a/", "/a"])))
 def test_a_class_of_any_name_can_be_counted_in_mlflow(name: str) -> None:
     from mlflow.utils.validation import _validate_metric_name
