@@ -94,7 +94,8 @@ def describe(steps: list[Step], jobs: int) -> list[str]:
         lines.append(f"  {step.stage:<{width}}  {step.what}{seconds}")
     known = [step.seconds for step in steps if step.seconds is not None]
     if len(known) == len(steps) and len([s for s in known if s]) > 1:
-        lines.append(f"  in all about {duration(sum(known))}, {jobs} tasks at a time")
+        total = f"in all about {duration(sum(known))}, {jobs} tasks at a time"
+        lines.append(f"  {total}, less what an earlier command finished")
     return ["plan:", *lines]
 
 
