@@ -90,7 +90,7 @@ def sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str]
     judged = table[~table["arm"].isin(CONTROLS) & (table["n_removed"] > 0)]
     acted = {"remove": "removed", "relabel": "relabelled", "both": "removed or relabelled"}
     return [
-        f"{config.num_models} models ({config.model}) were trained on {share} each of "
+        f"{config.num_models} models ({Path(config.model).name}) were trained on {share} each of "
         f"{n['train']} training images of {len(data.class_names)} classes{planted}, and TRAK scored "
         f"every image for its effect on {n['validation']} validation images.",
         f"What each arm chose was {acted[config.action]}, the model was trained again under {seeds} "

@@ -45,9 +45,11 @@ def _print(console: Console, title: str, columns: Sequence[str], rows: list[list
     from rich.text import Text
 
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in columns:
+    for i, column in enumerate(columns):
         side = "left" if column in (columns[0], "example", "") else "right"
-        shown.add_column(column, justify=side, no_wrap=bool(column))
+        # Where a table is too wide words give way, and figures do not.
+        width = max((len(row[i]) for row in rows), default=0) if side == "right" else None
+        shown.add_column(column, justify=side, no_wrap=bool(column), min_width=width)
     for row in rows:
         shown.add_row(*map(Text, row))  # a name in brackets is no markup
     console.print(shown)
@@ -106,7 +108,7 @@ def print_explanations(table: pd.DataFrame) -> None:
                 f"{row['score']:+.3g}",
                 row["file_name"] or row["example_id"],
                 row["label_name"],
-                "flipped on purpose" if row["is_flipped"] else "",
+                "flipped" if row["is_flipped"] else "",
             ]
         )
     title = "What raised, and what lowered, the margin of each label most"

@@ -51,9 +51,11 @@ def make(config: Config, data: ImageData) -> None:
     tracking.log_table(table, "comparison")
     tracking.log_table(classes, "per_class")
     with tracking.artifact_folder() as folder:
-        figures = {"comparison": folder / "comparison.png", "curves": folder / "curves.png"}
+        figures = {"comparison": folder / "comparison.png"}
         plots.comparison(table, figures["comparison"])
-        plots.removal_curves(table, figures["curves"])
+        plots.removal_curves(table, folder / "curves.png")
+        if len(config.fracs) > 1:  # of one share a curve shows nothing
+            figures["curves"] = folder / "curves.png"
         page = ablation_page.page(
             config,
             data,

@@ -618,7 +618,7 @@ def test_three_on_each_side_are_printed(capsys) -> None:
     assert len(shown) == 6 and all(
         f"{side}4" not in "".join(lines) for side in ("helpful", "harmful")
     )
-    assert ["flipped on purpose" in line for line in shown] == [False, True, False] * 2
+    assert ["flipped" in line for line in shown] == [False, True, False] * 2
     assert "raised it" in shown[0] and "lowered it" in shown[3]
     assert "target 1: cat" in shown[0] and "dog 0.90" in shown[0]
     assert "id7" in lines[-2]  # an example without a file

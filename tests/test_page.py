@@ -697,7 +697,7 @@ def test_a_report_of_a_folder_with_such_names(nasty) -> None:
     finetune_id = place.client().get_run(trak_id).data.tags["finetune_run_id"]
     assert {result.run_id, trak_id, finetune_id} <= set(codes)
     plots = [i for i in tree.all("img") if i.attributes.get("class") == "plot"]
-    for image, name in zip(plots, ("comparison.png", "curves.png"), strict=True):
+    for image, name in zip(plots, ("comparison.png",), strict=True):  # one share has no curve
         content = base64.b64decode(image.attributes["src"].split(",", 1)[1])
         assert content == (place.artifacts(result.run_id) / name).read_bytes()
 
