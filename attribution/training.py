@@ -205,7 +205,9 @@ def stacking_pays(config: Config) -> bool:
 
 
 def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int) -> float:
-    """Wall time that one example of a training step takes in one thread here, the best of three.
+    """What one example of a training step takes in one thread here, in seconds, the best of three.
+
+    On a CPU it is the process's own time, which other work on the machine changes little.
 
     Args:
         flops: of its forward pass; they bound the trial's batch, so that it stays short.
@@ -217,15 +219,15 @@ def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int
     images = torch.zeros(n, 3, config.image_size, config.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     torch.set_num_threads(1)
-    times = []
+    times, clock = [], time.process_time if device.type == "cpu" else time.perf_counter
     try:
-        for _ in range(3):  # the first one warms up; a busy machine disturbs some
-            start = time.perf_counter()
+        for _ in range(3):  # the first one warms up
+            start = clock()
             with autocast(config, device):
                 loss = model(images).logits.float().logsumexp(1).sum()
             loss.backward()
             loss.item()  # waits for a GPU
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     finally:
         torch.set_num_threads(threads)
     return min(times) / n
