@@ -16,6 +16,8 @@ from PIL import Image
 from attribution.data import ImageData
 from attribution.explanation import Explanation
 
+SHOWN = 128  # pixels a side, at most: a page holds a hundred pictures
+
 
 @cache
 def _environment():
@@ -41,9 +43,10 @@ def embedded(content: bytes) -> str:
 
 
 def picture(pixels: np.ndarray) -> str:
-    """An image, uint8 (h, w, 3), as such an address."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    """An image, uint8 (h, w, 3), as such an address; made smaller where it is larger than it is shown."""
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    image.thumbnail((SHOWN, SHOWN))
+    image.save(file, "PNG", optimize=True)
     return embedded(file.getvalue())
 
 

@@ -37,7 +37,7 @@ def make_plan(stage: str, config: Config, data: ImageData) -> list[Step]:
             reused = Step(upstream, f"reuses run {run_id}", 0.0)
         else:
             chain.insert(0, upstream)
-    rate = _rate(config, data)
+    rate = 0.0 if chain == ["explain"] else _rate(config, data)
     steps = [_step(name, config, data, rate) for name in chain]
     return [reused, *steps] if reused else steps
 

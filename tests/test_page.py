@@ -779,3 +779,9 @@ def test_a_class_of_any_name_can_be_counted_in_mlflow(name: str) -> None:
     _validate_metric_name(metric_name(f"removed/{name}"))
     if re.fullmatch(r"[\w-]+( [\w-]+)*", name):
         assert metric_name(f"removed/{name}") == f"removed/{name}"
+
+
+def test_a_large_picture_is_embedded_as_small_as_it_is_shown() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    content = base64.b64decode(pages.picture(pixels).split(",", 1)[1])
+    assert max(Image.open(io.BytesIO(content)).size) == pages.SHOWN

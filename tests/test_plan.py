@@ -62,3 +62,10 @@ def test_the_rate_is_that_of_all_workers(tmp_path, monkeypatch) -> None:
     one, two = (plan._rate(toy_config(jobs=jobs), data) for jobs in (1, 2))
     assert one == pytest.approx(2 * two) and one == pytest.approx(0.01 * plan.OVERHEAD)
     assert plan._rate(toy_config(backend="ray"), data) is None
+
+
+def test_nothing_is_timed_where_nothing_is_trained(new_place, monkeypatch) -> None:
+    place = new_place("plan-explain")
+    place.done("trak")
+    monkeypatch.setattr(plan, "seconds_per_example", None)  # to call it would fail
+    assert "explain" in place.done("explain", target="0").err.split("plan:")[1]
