@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Place
 from test_bad_input import refused
-from toy import toy_checkpoints, toy_config, toy_data
+from toy import toy_config, toy_data
 
-from attribution import disk
+from attribution import disk, models
+from attribution.config import parse, resolve
+from attribution.data import load_data
 from attribution.disk import Need, check_disk, gibibytes, stage_need
 from attribution.errors import InputError
 from attribution.trak import compute_scores
 
+NewPlace = Callable[..., Place]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -23,25 +28,40 @@ def size(folder: Path, pattern: str = "*") -> int:
     return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
 
 
+def weights(place: Place, run_id: str) -> dict[str, bytes]:
+    files = place.artifacts(run_id).rglob("*.safetensors")
+    return {file.parent.name: file.read_bytes() for file in files}
+
+
 def test_the_estimate_of_scoring_is_what_scoring_leaves(tmp_path: Path) -> None:
     data = toy_data(tmp_path, n_train=200)
     config = toy_config(num_models=2, proj_dim=64, num_blocks=4)
-    compute_scores(config, data, toy_checkpoints(tmp_path, config, data), tmp_path / "work")
+    model = models.build("resnet-mini", data.class_names, seed=0)
+    models.save(model, tmp_path / "model", 16, *models.normalisation("resnet-mini"))
+    compute_scores(config, data, [tmp_path / "model"] * 2, tmp_path / "work")
     written = size(tmp_path / "work")
     assert stage_need("trak", config, data).work == pytest.approx(written, rel=0.1)
     assert stage_need("trak", config, data).work < 1.1 * written
 
 
-def test_the_estimate_of_artifacts_is_what_a_command_leaves(chain: tuple) -> None:
-    place, result = chain
-    with place.active():
-        config, data = place.resolved("trak")
+@pytest.fixture(scope="module")
+def scored(new_place: NewPlace) -> tuple[Place, Any]:
+    """A place where `trak` made everything, and that command's result."""
+    place = new_place("scored")
+    return place, place.done("trak")
+
+
+def test_the_estimate_of_artifacts_is_what_a_command_leaves(scored) -> None:
+    place, result = scored
+    config = resolve(parse("trak", place.argv("trak")) | {"cache_dir": str(place.cache)})
+    data = load_data(config)
     needs = {stage: stage_need(stage, config, data).artifacts for stage in ("finetune", "trak")}
-    run_id = result.tags["trak_run_id"]
-    matrices = size(place.artifacts(run_id), "*.np*")
+    matrices = sum(
+        size(place.artifacts(result.run_id), name) for name in ("scores.npy", "train.npy")
+    )
     assert needs["trak"] == pytest.approx(matrices, rel=0.2)
-    weights = size(place.artifacts(result.tags["finetune_run_id"]), "*.safetensors")
-    assert needs["finetune"] == pytest.approx(weights, rel=0.1)
+    checkpoints = size(place.artifacts(result.tags["finetune_run_id"]), "*.safetensors")
+    assert needs["finetune"] == pytest.approx(checkpoints, rel=0.1)
 
 
 @pytest.mark.parametrize("where", ["work", "artifacts"])
@@ -75,18 +95,17 @@ def test_sizes_are_told_as_people_do() -> None:
 
 @pytest.mark.parametrize(("keep", "left"), [("best", 1), ("none", 0)])
 def test_checkpoints_go_when_the_command_has_ended_and_come_back_the_same(
-    chain: tuple, new_place, keep: str, left: int
+    scored, new_place: NewPlace, keep: str, left: int
 ) -> None:
-    source, first = chain
+    source, first = scored
     place = new_place("copy", like=source)
     finetune_id = first.tags["finetune_run_id"]
-    before = {f.parent.name: f.read_bytes() for f in place.artifacts(finetune_id).rglob("*.safetensors")}
+    before = weights(place, finetune_id)
     result = place.done("trak", lambda_reg=0.3, keep_checkpoints=keep)
     assert f"{2 - left} checkpoints of run {finetune_id} deleted" in result.err
-    after = {f.parent.name: f.read_bytes() for f in place.artifacts(finetune_id).rglob("*.safetensors")}
+    after = weights(place, finetune_id)
     assert len(after) == left and after.items() <= before.items()
     assert place.done("ablation", lambda_reg=0.3).made() == {"ablation"}  # needs none of them
     again = place.done("trak", lambda_reg=0.7)
     assert again.made() == {"finetune", "trak"}
-    anew = place.artifacts(again.tags["finetune_run_id"]).rglob("*.safetensors")
-    assert {f.parent.name: f.read_bytes() for f in anew} == before
+    assert weights(place, again.tags["finetune_run_id"]) == before

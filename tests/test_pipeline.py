@@ -495,6 +495,9 @@ def test_a_killed_ablation_goes_on_and_ends_the_same(chain, new_place: NewPlace)
     result = place.done("ablation")
     assert result.made() == {"ablation"}
     assert "6 models to compare, 6 of them" not in result.err
+    assert (
+        place.client().get_run(killed.info.run_id).info.status == "KILLED"
+    )  # said by the next one
     ours, theirs = (
         where.artifacts(run.run_id) / "comparison.csv"
         for where, run in ((place, result), (undisturbed, first))

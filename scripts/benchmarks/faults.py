@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -50,8 +51,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     A row a backend and kind: `failed`, commands that hung or did not go on; `kept`, finished units of
     work that lay in the cache when it was stopped, and `lost`, those of them that were made again;
     `different`, results not identical to an undisturbed run's; `orphans`, processes left;
-    `untold`, commands that a full disk ended without a line that says so; `badly_marked`, runs that a signal which can be answered did not leave KILLED; `slowest_stop`,
-    seconds from such a signal to the end.
+    `untold`, commands that a full disk ended without a line that says so; `badly_marked`, runs that a
+    signal which can be answered did not leave KILLED; `slowest_stop`, seconds from such a signal to
+    the end.
     """
     rows = []
     for backend in options.backends:
@@ -140,12 +142,16 @@ class Place:
     def units(self) -> dict[str, int]:
         """When each finished unit of work that the cache holds was written, in nanoseconds."""
         work, found = self.folder / "cache" / "work", {}
-        units = [file.parent for file in work.rglob("done")]
-        units += [file.parent for file in work.glob("[!.]*/*/logits.npz")]
-        units += work.glob("retrainings/[!.]*.npz")
-        for unit in units:
-            with contextlib.suppress(OSError):  # discarded since
-                found[str(unit.relative_to(work))] = unit.stat().st_mtime_ns
+        for folder, _, names in os.walk(work):  # which does not mind what is discarded meanwhile
+            place = Path(folder)
+            if any(part.startswith(".") for part in place.relative_to(work).parts):
+                continue
+            units = [place] if {"done", "logits.npz"} & set(names) else []
+            if place.name == "retrainings":
+                units = [place / name for name in names if re.fullmatch(r"[^.].*\.npz", name)]
+            for unit in units:
+                with contextlib.suppress(OSError):
+                    found[str(unit.relative_to(work))] = unit.stat().st_mtime_ns
         return found
 
     def results(self) -> dict[str, str]:

@@ -1,0 +1,277 @@
+"""Commands that are stopped, doubled, repeated, or left alone by their store."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Place
+from mlflow.exceptions import MlflowException
+from test_bad_input import refused
+from test_pipeline import child_environment
+
+from attribution import store
+from attribution.signals import STOPPING, Stopped, ended_by_signals
+from scripts.benchmarks import faults
+
+NewPlace = Callable[..., Place]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_is_an_exception_and_the_next_one_is_not(number: int) -> None:
+    before = signal.getsignal(number)
+    cleared_up = False
+    with pytest.raises(Stopped) as stop, ended_by_signals():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), number)
+            cleared_up = True
+            for timer in threading.enumerate():
+                if isinstance(timer, threading.Timer):
+                    timer.cancel()
+    assert stop.value.number == number and cleared_up
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_clearing_up_that_takes_too_long_is_cut_short() -> None:
+    code = """if True:
+        import os, signal, time
+        from attribution import signals
+        signals.GRACE_SECONDS = 0.1
+        with signals.ended_by_signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                time.sleep(60)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_commands_stopped_at_random_moments_lose_nothing(
+    new_place: NewPlace, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short version of `python -m scripts.benchmark faults`."""
+    place = new_place("faults")
+    small = dict(flag[2:].split("=") for flag in place.argv("ablation"))
+    monkeypatch.setattr(faults, "SETTINGS", small | {"jobs": 2})
+    monkeypatch.setattr(faults, "COMMANDS", {"ablation": {}})
+    options = argparse.Namespace(
+        backends=["local"], commands=["ablation"], kinds=["Ctrl-C"], trials=2, seed=3
+    )
+    [row] = faults.run(options)
+    assert row["trials"] == 2
+    for name in ("failed", "lost", "different", "orphans", "badly_marked"):
+        assert row[name] == 0, row
+
+
+# -- two at once -----------------------------------------------------------------------------------
+
+
+def test_two_commands_at_once_on_a_new_store_make_one_result(new_place: NewPlace) -> None:
+    place = new_place("two")
+    command = [sys.executable, "-m", "scripts.finetune", *place.argv("finetune")]
+    environment = child_environment(place) | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{place.root / 'new.db'}",
+        "MLFLOW_EXPERIMENT_NAME": "Default",
+    }
+    both = [
+        subprocess.Popen(
+            command, cwd=place.root, env=environment | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    ids = {out.split("finetune run: ")[1].split()[0] for out, _ in said}
+    assert len(ids) == 1
+    assert sum("reusing run" in err for _, err in said) == 1
+    assert sum("another process is making it" in err for _, err in said) == 1
+
+
+# -- the store -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def new_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a store that is not there yet."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
+    return tmp_path / "new.db"
+
+
+def test_a_store_appears_whole_or_not_at_all(
+    new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.os, "replace", killed)
+        store.open_store(tmp_path / "cache")
+    assert not new_store.exists()
+    unfinished = new_store.with_name("new.db.unfinished")
+    unfinished.write_bytes(unfinished.read_bytes()[:5000])  # as a kill in the middle leaves it
+    store.open_store(tmp_path / "cache")
+    assert new_store.exists() and not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MlflowException("API request failed with 401 Client Error"), "MLFLOW_TRACKING_PASSWORD"),
+        (MlflowException("Max retries exceeded"), "Max retries exceeded"),
+        (OSError(28, "No space left on device", "/disk/file"), "/disk/file"),
+        (ValueError("a mistake of the code"), ""),
+        (FileNotFoundError(2, "no such file", "x"), ""),
+        (MlflowException.invalid_parameter_value("of the code too"), ""),
+    ],
+)
+def test_what_is_told_in_a_line_and_what_is_not(error: Exception, words: str) -> None:
+    told = store.failure(error)
+    assert (words in told) if words else not told
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    """A tracking server that answers everything with `server.status`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(self.server.status)
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "MLFLOW_TRACKING_USERNAME"), (403, "MLFLOW_TRACKING_USERNAME"), (500, "500")],
+)
+def test_a_server_that_refuses_or_fails(
+    place: Place, server, monkeypatch: pytest.MonkeyPatch, status: int, words: str
+) -> None:
+    import mlflow
+
+    server.status = status
+    uri = f"http://127.0.0.1:{server.server_port}"
+    other = Place(
+        **vars(place) | {"environment": {**place.environment, "MLFLOW_TRACKING_URI": uri}}
+    )
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(Place, "runs", lambda self, stage="": [])
+    try:
+        result = other.run("finetune")
+    finally:
+        mlflow.set_tracking_uri(None)
+    error, go_on = result.err.strip().splitlines()[-2:]
+    assert result.code == 1 and error.startswith(f"error: MLFLOW_TRACKING_URI={uri}: ")
+    assert words in error and "Traceback" not in result.err
+    assert str(place.cache / "work") in go_on and "python -m scripts.finetune --dataset=" in go_on
+
+
+# -- replay ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def replayed(new_place: NewPlace) -> tuple[Place, Any, Any]:
+    """A place with an ablation, and that run's replay."""
+    place = new_place("replay")
+    first = place.done("ablation")
+    return place, first, place.done("ablation", replay=first.run_id)
+
+
+def test_a_replay_makes_everything_anew_and_says_that_it_is_the_same(replayed) -> None:
+    place, first, again = replayed
+    assert again.made() == {"finetune", "trak", "ablation"}
+    lines = dict(line.rsplit(None, 1) for line in again.out.splitlines() if line[:1] != " ")
+    for name in (
+        "finetune  checkpoints",
+        "trak      scores/scores.npy",
+        "ablation  comparison.csv",
+    ):
+        assert lines[name] == "identical", again.out
+    assert f"replay of run {first.run_id}: identical" in again.out
+    tags = place.client().get_run(again.run_id).data.tags
+    assert tags["replay_of"] == first.run_id and tags["replay_result"] == "identical"
+    assert not list((place.cache / "replays").rglob("*.*"))
+
+
+def test_a_replay_is_never_reused_by_another_command(replayed) -> None:
+    place, first, again = replayed
+    assert first.run_id in place.done("ablation").err
+    assert place.runs("trak")[-1].info.run_id != first.tags["trak_run_id"]
+    assert again.tags["trak_run_id"] not in place.done("trak").err
+
+
+def test_a_replay_that_differs_says_where_and_fails(replayed) -> None:
+    place, first, _ = replayed
+    file = place.artifacts(first.run_id) / "comparison.csv"
+    kept = file.read_text()
+    environment = place.artifacts(first.run_id) / "environment.json"
+    then = environment.read_text()
+    try:
+        header, line, *rest = kept.splitlines()
+        column = header.split(",").index("accuracy_mean")
+        cells = line.split(",")
+        cells[column] = str(float(cells[column]) + 0.25)
+        file.write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
+        environment.write_text(then.replace('"torch": "', '"torch": "1'))
+        result = place.run("ablation", replay=first.run_id)
+    finally:
+        file.write_text(kept)
+        environment.write_text(then)
+    assert result.code == 1
+    assert "differs by at most 0.25 (accuracy_mean)" in result.out
+    assert f"replay of run {first.run_id}: differs" in result.out
+    assert "torch: 12." in result.err and " then, 2." in result.err
+
+
+def test_what_cannot_be_replayed(replayed, images: Path, tmp_path: Path) -> None:
+    place, first, _ = replayed
+    refused(place, "ablation", "replay=nothing: no such run", replay="nothing")
+    trak_id = first.tags["trak_run_id"]
+    refused(place, "ablation", f"replay={trak_id}: is a run of stage trak", replay=trak_id)
+    refused(place, "ablation", "frac=0.3: the run built on", replay=first.run_id, frac=0.3)
+
+
+def test_a_run_records_what_it_was_made_with(replayed) -> None:
+    import json
+
+    place, first, _ = replayed
+    for run_id in (first.run_id, first.tags["trak_run_id"], first.tags["finetune_run_id"]):
+        found = json.loads((place.artifacts(run_id) / "environment.json").read_text())
+        assert found["torch"] and found["cores"] and "processor" in found
+        if (ROOT / ".git").exists():
+            assert len(found["commit"]) == 40 and isinstance(found["commit_is_dirty"], bool)
