@@ -70,7 +70,12 @@ def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int
     Args:
         probabilities: (n, C).
         labels: (n,).
+
+    Raises:
+        InputError: they are of other data.
     """
+    if len(probabilities) != len(labels):
+        raise InputError(f"logits: are of {len(probabilities)} targets, the data has {len(labels)}")
     predicted = probabilities.argmax(1)
     order = np.argsort(-probabilities.max(1), kind="stable")
     return [int(i) for i in order if predicted[i] != labels[i]][:count]
