@@ -224,6 +224,10 @@ class Ensemble:
         self._check_labels(labels, self.validation_logits)
         return np.mean([losses(logits, labels) for logits in self.validation_logits], axis=0)
 
+    def best(self, labels: np.ndarray) -> int:
+        """The checkpoint with the lowest mean loss on the targets."""
+        return int(np.argmin([losses(logits, labels).mean() for logits in self.validation_logits]))
+
     def metrics(self, data: ImageData) -> dict[str, float]:
         """Validation metrics: their mean over checkpoints, and those of the averaged prediction."""
         labels = data.labels("validation")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +36,32 @@ def hardware() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def environment() -> dict[str, Any]:
+    """The same with the command line and the commit: what a run has to record to be repeated."""
+    return hardware() | {"command": sys.argv} | _commit()
+
+
+def _commit() -> dict[str, Any]:
+    """The code's commit and whether it was changed since; nothing where it is not in git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20
+        )
+        done.check_returncode()
+        return done.stdout.strip()
+
+    try:
+        if (
+            Path(git("rev-parse", "--show-toplevel")).resolve() != root
+        ):  # installed within another's
+            return {}
+        return {"commit": git("rev-parse", "HEAD"), "commit_is_dirty": bool(git("status", "-s"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
 
 
 def _processor() -> str:

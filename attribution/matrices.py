@@ -81,6 +81,18 @@ def open_matrix(file: Path) -> np.ndarray:
     return np.lib.format.open_memmap(regular(file), mode="r")
 
 
+def reserve(files: Iterable[Path]) -> None:
+    """Let the disk set room aside for files that are to be written through memory maps.
+
+    Raises:
+        OSError: there is none; a write into such a map would end the process.
+    """
+    for file in files:
+        if hasattr(os, "posix_fallocate"):
+            with file.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, os.path.getsize(file))
+
+
 def write_matrix(
     file: Path, blocks: Iterable[np.ndarray], shape: tuple[int, int], dtype: str = "<f4"
 ) -> None:

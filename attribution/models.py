@@ -137,6 +137,16 @@ def forward_flops(name: str, image_size: int) -> int | None:
     return counter.get_total_flops()
 
 
+def parameter_count(name: str, classes: int) -> int:
+    """Numbers that a checkpoint holds, buffers included; its own head is replaced by one for `classes`."""
+    model = _skeleton(name)
+    total = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not heads:
+        return total
+    return total + (classes - heads[-1].out_features) * (heads[-1].in_features + 1)
+
+
 @cache
 def _skeleton(name: str) -> nn.Module:
     """The model without weights, on the meta device.

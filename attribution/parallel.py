@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from attribution.errors import InputError
+from attribution.signals import held_for_children
 
 if TYPE_CHECKING:
     from attribution.config import Config
@@ -215,7 +216,8 @@ class _Workers:
         # A new one where the last is broken.
         self.executor = get_reusable_executor(self.jobs, timeout=300, env=self.environment)
         arguments = (self.function, self.threads, os.getpid(), *self.shared, *arguments)
-        return self.executor.submit(_call_in_worker, *arguments)
+        with held_for_children():
+            return self.executor.submit(_call_in_worker, *arguments)
 
     def wait(self, futures: list) -> Any:
         from concurrent.futures import FIRST_COMPLETED, wait

@@ -6,8 +6,7 @@ import io
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from torch import Tensor
 
 from attribution.config import Config
 from attribution.errors import InputError
+from attribution.matrices import reserve
 from attribution.sources import Source, chunks, content
+from attribution.workspace import alone, writing
 
 PATCH_COLOUR = (255, 0, 255)
 RECIPE = "1"  # raise when the same file would be decoded to other pixels
@@ -39,17 +40,6 @@ def short_hash(items: Iterable[str]) -> str:
     return blake2b("\n".join(items).encode(), digest_size=16).hexdigest()
 
 
-@contextmanager
-def writing(config: Config) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"cache_dir={config.cache_dir}: cannot be written ({error.strerror or error}); "
-            "name a writable folder"
-        ) from error
-
-
 def cached_pixels(
     source: Source, table: pd.DataFrame, config: Config, cache: Path
 ) -> tuple[Path, set[str]]:
@@ -58,8 +48,13 @@ def cached_pixels(
     folder = cache / "pixels" / key
     bad = _read_cache(folder, table, config.image_size)
     if bad is None:
-        with writing(config):
-            bad = _build_cache(folder, source, table, config.image_size)
+        with (
+            writing(config),
+            alone(cache, f"pixels-{key}", "data: another process decodes it; waiting"),
+        ):
+            bad = _read_cache(folder, table, config.image_size)
+            if bad is None:
+                bad = _build_cache(folder, source, table, config.image_size)
     if bad and config.on_bad_image == "stop":
         first, *others = table["name"][table["digest"].isin(bad)]
         raise InputError(
@@ -80,31 +75,34 @@ def painted_pixels(file: Path, has_patch: np.ndarray, cache: Path) -> Path:
     key = short_hash([RECIPE, "patch", file.parent.name, has_patch.tobytes().hex()])
     folder = cache / "pixels" / key
     shape = open_pixels(file).shape
-    if not _is_whole(folder / "pixels.npy", shape):
-        with _remade(folder, lambda: _is_whole(folder / "pixels.npy", shape)) as new:
-            shutil.copyfile(file, new / "pixels.npy")
-            pixels = np.load(new / "pixels.npy", mmap_mode="r+")
-            side = max(2, shape[1] // 6)
-            for row in np.flatnonzero(has_patch):
-                pixels[row, side : 2 * side, side : 2 * side] = PATCH_COLOUR
-            pixels.flush()
+    with alone(cache, f"pixels-{key}", "data: another process paints it; waiting"):
+        if not _is_whole(folder / "pixels.npy", shape):
+            with _remade(folder) as new:
+                shutil.copyfile(file, new / "pixels.npy")
+                pixels = np.load(new / "pixels.npy", mmap_mode="r+")
+                side = max(2, shape[1] // 6)
+                for row in np.flatnonzero(has_patch):
+                    pixels[row, side : 2 * side, side : 2 * side] = PATCH_COLOUR
+                pixels.flush()
     return folder / "pixels.npy"
 
 
 @contextmanager
-def _remade(folder: Path, is_whole: Callable[[], bool]) -> Iterator[Path]:
-    """A new folder that takes the place of what may lie there, broken, once it is filled."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _remade(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of what may lie there, broken, once it is filled.
+
+    The caller is alone, so that an unfinished one is a killed process's.
+    """
+    new = folder.with_name(f"{folder.name}.unfinished")
+    for old in (folder, new):
+        shutil.rmtree(old, ignore_errors=True)
     open_pixels.cache_clear()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
+    new.mkdir()
+    try:
         yield new
-        try:
-            os.replace(new, folder)
-        except OSError:  # fine if another process was faster
-            if not is_whole():
-                raise
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _is_whole(file: Path, shape: tuple[int, ...]) -> bool:
@@ -126,7 +124,7 @@ def _read_cache(folder: Path, table: pd.DataFrame, size: int) -> set[str] | None
 
 
 def _build_cache(folder: Path, source: Source, table: pd.DataFrame, size: int) -> set[str]:
-    with _remade(folder, lambda: _read_cache(folder, table, size) is not None) as new:
+    with _remade(folder) as new:
         good = _decode_all(new / "pixels.npy", source, table["row"].to_numpy(), size)
         bad = set(table["digest"][~good])
         (new / "skipped.json").write_text(json.dumps(sorted(bad)))
@@ -160,9 +158,7 @@ def _decode_all(file: Path, source: Source, rows: np.ndarray, size: int) -> np.n
 
 def _new_pixels(file: Path, n: int, size: int) -> np.ndarray:
     pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (n, size, size, 3))
-    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash while writing
-        with open(file, "r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, os.path.getsize(file))
+    reserve([file])
     return pixels
 
 

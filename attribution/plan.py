@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.disk import Need, gibibytes, total_need
 from attribution.models import forward_flops
 from attribution.parallel import resolve_jobs
 from attribution.removal import FRAC_FREE
@@ -28,8 +29,17 @@ class Step:
     seconds: float | None
 
 
-def make_plan(stage: str, config: Config, data: ImageData) -> list[Step]:
-    """The stages that this command will compute, first to last; what is finished ends the chain."""
+@dataclass(frozen=True)
+class Plan:
+    """What will be computed, first to last, after what is reused, if anything is."""
+
+    steps: list[Step]
+    stages: list[str]
+    need: Need
+
+
+def make_plan(stage: str, config: Config, data: ImageData) -> Plan:
+    """The stages that this command will compute; what is finished ends the chain."""
     chain, reused = [stage], None
     while (upstream := UPSTREAM.get(chain[0])) and not reused:
         run_id = getattr(config, f"{upstream}_run_id") or find_finished(upstream, config, data)
@@ -39,7 +49,7 @@ def make_plan(stage: str, config: Config, data: ImageData) -> list[Step]:
             chain.insert(0, upstream)
     rate = 0.0 if chain == ["explain"] else _rate(config, data)
     steps = [_step(name, config, data, rate) for name in chain]
-    return [reused, *steps] if reused else steps
+    return Plan([reused, *steps] if reused else steps, chain, total_need(chain, config, data))
 
 
 def _step(stage: str, config: Config, data: ImageData, rate: float | None) -> Step:
@@ -85,8 +95,9 @@ def _rate(config: Config, data: ImageData) -> float | None:
     return OVERHEAD * seconds_per_example(config, data.class_names, flops) / jobs
 
 
-def describe(steps: list[Step], jobs: int) -> list[str]:
+def describe(plan: Plan, jobs: int) -> list[str]:
     """The plan as lines for a terminal."""
+    steps = plan.steps
     width = max(len(step.stage) for step in steps)
     lines = []
     for step in steps:
@@ -96,6 +107,10 @@ def describe(steps: list[Step], jobs: int) -> list[str]:
     if len(known) == len(steps) and len([s for s in known if s]) > 1:
         total = f"in all about {duration(sum(known))}, {jobs} tasks at a time"
         lines.append(f"  {total}, less what an earlier command finished")
+    most, kept = plan.need.work + plan.need.artifacts, plan.need.artifacts
+    lines.append(
+        f"  disk: about {gibibytes(most)} while it runs, {gibibytes(kept)} of them for good"
+    )
     return ["plan:", *lines]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
-from attribution.matrices import ahead, open_matrix, row_blocks, write_matrix
+from attribution.matrices import ahead, open_matrix, reserve, row_blocks, write_matrix
 from attribution.memory import keep_freed_memory
 from attribution.parallel import Files, parallel_map, read_folder, resolve_jobs, write_folder
 from attribution.progress import progress
@@ -258,6 +258,9 @@ def run_traker(
     device = str(resolve_device(config.device))
     traker, state = make_traker(config, n, checkpoint, folder, m, device)
     traker.load_checkpoint(state, model_id=m)
+    reserve(
+        folder.glob("*/grads.mmap")
+    )  # on a full disk an error now, and not a crash while writing
     for batch in batches:
         traker.featurize(batch, num_samples=len(batch[1]))
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attribution import notes, tracking
+from attribution import notes, outputs, tracking
+from attribution.command import run_entry_point
 from attribution.errors import InputError
 from scripts import trak
 
@@ -64,7 +65,7 @@ def make(config: Config, data: ImageData) -> None:
             [each for each in removed if each.arm != "none"],
             figures,
             known_quality(trak_id),
-            tracking.lineage(),
+            tracking.lineage(mlflow.active_run().info.run_id),
             machine.hardware(),
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
@@ -131,7 +132,7 @@ def log_trial(
     from attribution.ablation_page import Removed
 
     trial = outcome.trial
-    with mlflow.start_run(run_name=trial.name, nested=True):
+    with tracking.open_run(run_name=trial.name, nested=True):
         note = f"{notes.first_line(removal.ARMS[trial.arm])}\n\n{verdict}; {notes.ARM}"
         tags = {"stage": "ablation_arm", "arm": trial.arm, "verdict": verdict, notes.NOTE: note}
         mlflow.set_tags(tags)
@@ -221,7 +222,7 @@ def export(run_id: str, config: Config) -> None:
     """Write which training examples an arm keeps, for `keep` of every entry point."""
     wanted = exports(config)
     for file, kept in [(file, kept_by(run_id, config, frac)) for file, frac in wanted.items()]:
-        tracking.save(kept, file)
+        outputs.save(kept, file)
         tracking.say(f"kept by {config.export_arm}: --keep {file}")
 
 
@@ -239,4 +240,4 @@ def kept_by(run_id: str, config: Config, frac: float | None) -> Path:
 
 
 if __name__ == "__main__":
-    tracking.run_entry_point("ablation", make, show, sys.argv[1:], exports)
+    run_entry_point("ablation", make, show, sys.argv[1:], exports)

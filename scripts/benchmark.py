@@ -11,6 +11,7 @@ from typing import Any
 
 WHAT = (
     "features", "scores", "training", "ablation", "precision", "peers", "scaling", "defaults", "null",
+    "faults", "outages",
 )  # fmt: skip
 UNTABLED = ("part", "note")
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from attribution import notes, tracking
+from attribution.command import run_entry_point
 from scripts import finetune, trak
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 def make(config: Config, data: ImageData) -> None:
     """Find or compute scores and a bank, judge every method by it, and log table and figure."""
-    import shutil
-
-    import mlflow
     import numpy as np
 
     from attribution import evaluation, methods, plots
@@ -31,10 +29,9 @@ def make(config: Config, data: ImageData) -> None:
     evaluation.check_brittleness(config, len(data.rows("train")))
     given = known_bank(config, data)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
-    finetune_id = mlflow.get_run(trak_id).data.tags["finetune_run_id"]
-    mlflow.set_tag("finetune_run_id", finetune_id)
+    finetune_id = tracking.obtain("finetune", config, data, finetune.make)
     bank = given or new_bank(config, data)
-    work = tracking.work_folder(config, tracking.fingerprint("evaluate", config, data)[:16])
+    work = tracking.stage_folder("evaluate", config, data)
     subject = methods.Subject(
         config,
         data,
@@ -58,7 +55,6 @@ def make(config: Config, data: ImageData) -> None:
         bank.save(folder, config, data)
     with tracking.artifact_folder() as folder:
         plots.evaluation(table, brittle, folder / "evaluation.png")
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def known_bank(config: Config, data: ImageData) -> Bank | None:
@@ -84,7 +80,7 @@ def log_method(row: pd.Series) -> None:
     from attribution import methods
 
     name = row["method"]
-    with mlflow.start_run(run_name=name, nested=True):
+    with tracking.open_run(run_name=name, nested=True):
         note = notes.first_line(methods.METHODS[name])
         mlflow.set_tags({"stage": "evaluate_method", "method": name, notes.NOTE: note})
         mlflow.log_param("method", name)
@@ -108,4 +104,4 @@ def show(run_id: str, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    tracking.run_entry_point("evaluate", make, show, sys.argv[1:])
+    run_entry_point("evaluate", make, show, sys.argv[1:])

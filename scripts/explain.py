@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attribution import tracking
+from attribution import outputs, tracking
+from attribution.command import run_entry_point
 from attribution.errors import InputError
 from scripts import finetune, trak
 
@@ -28,6 +29,8 @@ def make(config: Config, data: ImageData) -> None:
     explanation.check(config, data)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
     finetune_id = mlflow.get_run(trak_id).data.tags["finetune_run_id"]
+    if config.image:  # which needs the checkpoints themselves
+        finetune_id = tracking.obtain("finetune", config, data, finetune.make)
     mlflow.set_tag("finetune_run_id", finetune_id)
     found = explain(config, data, trak_id, finetune_id)
     with tracking.artifact_folder() as folder:
@@ -86,7 +89,7 @@ def show(run_id: str, config: Config) -> None:
     report.print_explanations(table)
     page = tracking.artifact_path(run_id, "explanation.html")
     if config.output:
-        saved = tracking.save_artifacts(run_id, config, (".html", ".png", ".csv"))
+        saved = outputs.save_artifacts(run_id, config, (".html", ".png", ".csv"))
         page = saved / page.name
     print(f"explain run: {run_id}")
     tracking.say(f"next: open {page}")
@@ -99,4 +102,4 @@ def files(config: Config) -> list[Path]:
 
 
 if __name__ == "__main__":
-    tracking.run_entry_point("explain", make, show, sys.argv[1:], files)
+    run_entry_point("explain", make, show, sys.argv[1:], files)

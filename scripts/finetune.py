@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attribution import tracking
+from attribution.command import run_entry_point
 
 if TYPE_CHECKING:
     from attribution.config import Config
@@ -15,15 +16,13 @@ if TYPE_CHECKING:
 
 def make(config: Config, data: ImageData) -> None:
     """Train every checkpoint and log weights, masks, logits and curves to the active run."""
-    import shutil
-
     import mlflow
     import numpy as np
 
     from attribution import ensemble, models, plots
 
     models.check_image_size(models.build(config.model, data.class_names, seed=0), config.image_size)
-    work = tracking.work_folder(config, tracking.fingerprint("finetune", config, data)[:16])
+    work = tracking.stage_folder("finetune", config, data)
     masks = ensemble.subset_masks(
         len(data.rows("train")), config.num_models, config.subset_fraction, config.seed
     )
@@ -45,7 +44,6 @@ def make(config: Config, data: ImageData) -> None:
         np.savez(folder / "logits.npz", **members.arrays())
         data.examples.to_parquet(folder / "examples.parquet", index=False)
         plots.training_curves([c.history for c in checkpoints], folder / "curves.png")
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def show(run_id: str, config: Config) -> None:
@@ -66,4 +64,4 @@ def checkpoint_folders(run_id: str, num_models: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    tracking.run_entry_point("finetune", make, show, sys.argv[1:])
+    run_entry_point("finetune", make, show, sys.argv[1:])

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from attribution import tracking
+from attribution.command import run_entry_point
 from scripts import finetune
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 def make(config: Config, data: ImageData) -> None:
     """Find or train the checkpoints, score them, and log the score artifact to the active run."""
-    import shutil
     import time
 
     import mlflow
@@ -32,8 +32,7 @@ def make(config: Config, data: ImageData) -> None:
     members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
     if not members.is_out_of_sample:
         tracking.say("trak: some examples were seen by every checkpoint: losses are in-sample")
-    key = tracking.fingerprint("trak", config, data)
-    work = tracking.work_folder(config, key[:16])
+    work = tracking.stage_folder("trak", config, data)
     start = time.monotonic()
     folders = finetune.checkpoint_folders(finetune_id, config.num_models)
     stores = featurize(config, data, folders, work)
@@ -58,7 +57,7 @@ def make(config: Config, data: ImageData) -> None:
         "estimator_version": tracking.ESTIMATOR_VERSION,
         "alignment": {"groups": "label", "group_weights": "exp_loss"},
         "loss_is_out_of_sample": members.is_out_of_sample,
-        "fingerprint": key,
+        "fingerprint": tracking.fingerprint("trak", config, data),
         "data_fingerprint": data.fingerprint,
         "finetune_run_id": finetune_id,
     }
@@ -70,7 +69,6 @@ def make(config: Config, data: ImageData) -> None:
     if features.are_wanted(config, stores):
         with tracking.artifact_folder("features") as folder:
             features.write_features(folder, stores, config)
-    shutil.rmtree(work, ignore_errors=True)
     images = config.num_models * (len(train) + len(targets))
     mlflow.log_metrics(
         {
@@ -120,4 +118,4 @@ def show(run_id: str, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    tracking.run_entry_point("trak", make, show, sys.argv[1:])
+    run_entry_point("trak", make, show, sys.argv[1:])

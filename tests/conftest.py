@@ -138,7 +138,7 @@ class Place:
         """The stage's command in this process, as `python -m scripts.STAGE` would run it."""
         import importlib
 
-        from attribution import tracking
+        from attribution.command import run_entry_point
 
         module = importlib.import_module(f"scripts.{stage}")
         files = {"ablation": "exports", "explain": "files"}.get(
@@ -154,7 +154,7 @@ class Place:
             before = {run.info.run_id for run in self.runs()}
             try:
                 argv = self.argv(stage, **given)
-                tracking.run_entry_point(stage, module.make, module.show, argv, *saved)
+                run_entry_point(stage, module.make, module.show, argv, *saved)
             except SystemExit as stop:
                 code = stop.code
             new = [run for run in self.runs() if run.info.run_id not in before]

@@ -330,14 +330,14 @@ def test_a_cache_that_cannot_be_written(place: Place, tmp_path: Path, stage: str
 def test_a_file_store(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, scheme: str
 ) -> None:
-    from attribution import tracking
+    from attribution.command import run_entry_point
     from scripts import finetune
 
     uri = f"{scheme}{tmp_path / 'mlruns'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(SystemExit) as stop:
         argv = place.argv("finetune")
-        tracking.run_entry_point("finetune", finetune.make, finetune.show, argv)
+        run_entry_point("finetune", finetune.make, finetune.show, argv)
     said = capsys.readouterr()
     check_refusal(Result(stop.value.code, said.out, said.err, []), f"MLFLOW_TRACKING_URI={uri}")
     assert not (tmp_path / "mlruns").exists()

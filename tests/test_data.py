@@ -7,7 +7,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -611,17 +614,34 @@ def test_broken_cache_is_rebuilt(load, root, decodes) -> None:
     assert [p.name for p in file.parent.parent.iterdir()] == [file.parent.name]  # no leftovers
 
 
-def test_cache_finished_by_another_process_is_used(load, root, monkeypatch, tmp_path) -> None:
-    ready = load(root, cache_dir=str(tmp_path / "ready")).pixels_file.parent
-    original = pixels._decode_all
+def test_a_cache_that_another_is_making_is_waited_for(load, root, monkeypatch) -> None:
+    """Locks of two threads exclude one another as those of two processes do."""
+    original, started, made = pixels._decode_all, threading.Event(), []
 
     def slow(*args):
-        result = original(*args)
-        ready.rename(tmp_path / "cache" / "pixels" / ready.name)
-        return result
+        made.append(args)
+        started.set()
+        time.sleep(0.5)
+        return original(*args)
 
     monkeypatch.setattr(pixels, "_decode_all", slow)
-    assert load(root).pixels().shape == (25, 8, 8, 3)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(load, root)
+        assert started.wait(30)
+        second = pool.submit(load, root)
+    assert (first.result().pixels() == second.result().pixels()).all()
+    assert len(made) == 1
+
+
+def test_what_a_killed_process_left_of_a_cache_is_replaced(load, root) -> None:
+    file = load(root).pixels_file
+    expected = file.read_bytes()
+    unfinished = file.parent.with_name(f"{file.parent.name}.unfinished")
+    file.parent.rename(unfinished)
+    (unfinished / "pixels.npy").write_bytes(expected[:100])
+    (unfinished / "other").write_text("")
+    assert load(root).pixels_file.read_bytes() == expected
+    assert [path.name for path in file.parent.parent.iterdir()] == [file.parent.name]
 
 
 def test_pickle_is_small_and_the_map_is_shared(load) -> None:

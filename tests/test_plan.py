@@ -9,7 +9,8 @@ from test_removal import full_evidence
 from toy import toy_config, toy_data
 
 from attribution import plan
-from attribution.plan import Step, describe, duration
+from attribution.disk import Need
+from attribution.plan import Plan, Step, describe, duration
 from attribution.removal import plan_trials
 
 
@@ -29,9 +30,13 @@ def test_durations_are_rounded_as_befits_an_estimate(seconds, words) -> None:
 
 
 def test_lines_add_up_and_leave_out_what_is_not_known() -> None:
-    lines = describe([Step("finetune", "a", 60.0), Step("trak", "b", 30.0)], 2)
-    assert lines[0] == "plan:" and lines[-1].startswith("  in all about 2 min")
-    assert "about" not in " ".join(describe([Step("finetune", "a", None)], 2))
+    def lines(*steps: Step) -> list[str]:
+        return describe(Plan(list(steps), [], Need(work=3 << 30, artifacts=1 << 29)), 2)
+
+    known = lines(Step("finetune", "a", 60.0), Step("trak", "b", 30.0))
+    assert known[0] == "plan:" and known[-2].startswith("  in all about 2 min")
+    assert known[-1] == "  disk: about 3.5 GiB while it runs, 512 MiB of them for good"
+    assert "about" not in " ".join(lines(Step("finetune", "a", None))[:-1])
 
 
 @pytest.mark.parametrize("arms", ["none,random,harmful", "harmful,negative,loss", "random", "none"])

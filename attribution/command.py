@@ -1,0 +1,278 @@
+"""The life of one command: its flags, its run, what it reuses or makes, and how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attribution import tracking
+from attribution.config import AUTO, FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
+from attribution.errors import InputError
+from attribution.outputs import refuse_existing
+from attribution.signals import Stopped, ended_by_signals
+from attribution.store import failure, open_store
+from attribution.workspace import discard
+
+if TYPE_CHECKING:
+    from attribution.data import ImageData, Listing
+
+
+def run_entry_point(
+    stage: str,
+    make: tracking.Make,
+    show: Callable[[str, Config], None],
+    argv: Any = None,
+    files: Callable[[Config], Iterable[Path]] = lambda config: (),
+) -> None:
+    """The life of one command: parse, open the run, reuse or make, show, and exit.
+
+    Exit codes: 2 bad input, 1 a store or disk that failed (or a replay that differs), 128 + the
+    signal's number when stopped by one.
+
+    Args:
+        make: computes the stage and logs it to the active run.
+        show: prints the result of the run with this id, and saves what was asked for.
+        files: what `show` will save, and is refused where it is there.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    with ended_by_signals():
+        try:
+            given = parse(stage, argv)  # what is wrong with a flag is said before the slow imports
+            if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
+                resolve(given)
+            _quiet()
+            run_id, config = _find_or_make(stage, make, files, given)
+            show(run_id, config)
+            if config.replay and not _is_identical(config.replay, run_id):
+                sys.exit(1)
+        except InputError as error:
+            tracking.say(f"error: {error}")
+            sys.exit(2)
+        except KeyboardInterrupt as stop:
+            tracking.say("stopped; the same command goes on from what is finished")
+            sys.exit(128 + stop.number if isinstance(stop, Stopped) else 130)
+        except Exception as error:
+            reason = failure(error)
+            if not reason:
+                raise
+            tracking.say(f"error: {reason}")
+            command = shlex.join(["python", "-m", f"scripts.{stage}", *argv])
+            kept = _cache(given) / ("replays" if given.get("replay") else "work")
+            tracking.say(
+                f"what is finished is kept in {kept}; this goes on and sends it: {command}"
+            )
+            sys.exit(1)
+
+
+def _find_or_make(
+    stage: str,
+    make: tracking.Make,
+    files: Callable[[Config], Iterable[Path]],
+    given: dict[str, Any],
+) -> tuple[str, Config]:
+    """The id of the run that holds the result, and the resolved parameters."""
+    with _entry_run(stage, given) as run:
+        config, data = _prepare(stage, given)
+        refuse_existing(files(config), config)
+        with tracking.making(stage, config, data) as run_id:
+            if run_id:
+                tracking.mark_reused(stage, run_id)
+            else:
+                run_id = run.info.run_id
+                tracking.describe(stage, config, data)
+                _say_plan(stage, config, data)
+                make(config, data)
+                tracking.log_environment()
+    # Not before the run is FINISHED: a kill in between would lose both.
+    if config.replay:
+        discard(tracking.work_folder(config))
+    else:
+        discard(tracking.stage_folder(stage, config, data))
+    if config.keep_checkpoints != "all":
+        _drop_checkpoints(config, data, tracking.lineage(run_id)["finetune run"])
+    return run_id, config
+
+
+def _drop_checkpoints(config: Config, data: ImageData, run_id: str) -> None:
+    """Delete the artifacts of all checkpoints, or of all but the one with the lowest validation loss."""
+    from attribution.ensemble import Ensemble
+
+    members = Ensemble.load(tracking.artifact_path(run_id, "training/logits.npz"))
+    best = members.best(data.labels("validation"))
+    dropped = [
+        m for m in range(len(members.masks)) if config.keep_checkpoints == "none" or m != best
+    ]
+    tracking.delete_artifacts(run_id, [f"checkpoints/{m:03d}" for m in dropped])
+    tracking.say(f"finetune: {len(dropped)} checkpoints of run {run_id} deleted (keep_checkpoints)")
+
+
+def _cache(given: dict[str, Any]) -> Path:
+    return Path(given.get("cache_dir") or FIELDS["cache_dir"].default_factory()).expanduser()
+
+
+def _is_identical(original: str, run_id: str) -> bool:
+    from attribution import replay  # numpy takes its time
+
+    return replay.show(original, run_id)
+
+
+def _say_plan(stage: str, config: Config, data: ImageData) -> None:
+    import mlflow
+
+    from attribution import disk, parallel, plan
+
+    found = plan.make_plan(stage, config, data)
+    disk.check_disk(found.need, config, mlflow.active_run().info.artifact_uri)
+    jobs = parallel.resolve_jobs(config.jobs, config.device, 1 << 30)
+    for line in plan.describe(found, jobs):
+        tracking.say(line)
+
+
+def _quiet() -> None:
+    """Silence what a user of this project can do nothing about."""
+    import warnings
+
+    import mlflow  # noqa: F401  (it sets its own levels on import)
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+    warnings.filterwarnings("ignore")
+    names = ("mlflow", "mlflow.store.db.utils", "alembic", "datasets", "TRAK", "STORE", "urllib3")
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _entry_run(stage: str, given: dict[str, Any]) -> Iterator[Any]:
+    import mlflow
+
+    open_store(_cache(given))
+    with tracking.open_run() as run:
+        mlflow.set_tag("stage", stage)
+        tracking.name_run(stage)
+        try:
+            yield run
+        except InputError as error:
+            mlflow.set_tag("error", str(error))
+            raise
+
+
+def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
+    """Resolve the parameters against the runs built on, and load the data."""
+    run_ids = {name: given.get(f"{name}_run_id") for name in ("trak", "finetune")}
+    inherited: dict[str, Any] = {}
+    if given.get("replay"):
+        inherited = _inherit(stage, given["replay"], "replay")
+        # Threads decide last bits; who names other ones asks for another comparison.
+        executed = ("jobs", "device", "backend", "gpus_per_task")
+        inherited |= {k: given[k] for k in executed if k in given}
+    for upstream, run_id in run_ids.items():
+        if run_id:
+            inherited = {**_inherit(upstream, run_id), **inherited}
+    # "auto" says nothing that could contradict the run built on.
+    asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
+    config = _resolve_hardware(resolve(asked, inherited))
+    from attribution.data import LEFT_OUT, list_data, load_data
+
+    listing = list_data(config)
+    if config.preset == "images":
+        config = _settle(stage, config, listing, asked.keys() | inherited.keys())
+    data = load_data(config, listing)
+    if config.replay and tracking.run_tags(config.replay)["data_fingerprint"] != data.fingerprint:
+        raise InputError(f"replay={config.replay}: dataset={config.dataset} has changed since")
+    for upstream, run_id in run_ids.items():
+        if run_id and tracking.run_tags(run_id).get("fingerprint") != tracking.fingerprint(
+            upstream, config, data
+        ):
+            raise InputError(
+                f"{upstream}_run_id={run_id}: was made from other data, another model, or another "
+                f"version of this project than dataset={config.dataset} gives now; leave it out"
+            )
+    counts = ", ".join(f"{len(data.rows(s))} {s}" for s in ("train", "validation", "test"))
+    flips = int(data.table("train")["is_flipped"].sum())
+    tracking.say(
+        f"data: {config.dataset}, {len(data.class_names)} classes, {counts}, {flips} labels flipped"
+    )
+    for note, count in (("undecodable files skipped", len(data.skipped)),
+                        ("copies of test images dropped", data.dropped_duplicates),
+                        ("training examples left out by keep", len(data.rows(LEFT_OUT)))):  # fmt: skip
+        if count:
+            tracking.say(f"data: {count} {note}")
+    return config, data
+
+
+def _settle(stage: str, config: Config, listing: Listing, known: Set[str]) -> Config:
+    """Choose by the data what neither the caller nor the run built on has said, and tell."""
+    from attribution import auto
+
+    groups = STAGE_GROUPS[stage]
+    names = [n for n in AUTO if n not in known and FIELDS[n].metadata["group"] in groups]
+    if not names:
+        return config
+    facts = auto.gather(config, listing)
+    chosen = auto.choose(facts, {n: getattr(config, n) for n in AUTO if n not in names})
+    config = dataclasses.replace(config, **chosen)
+    steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
+    source = f"median side {facts.side}"
+    if facts.own_size:
+        capped = ", without a GPU at most 64" * (config.image_size < facts.own_size)
+        source = f"the model's own is {facts.own_size}{capped * (not facts.has_gpu)}"
+    remarks = {"image_size": f" ({source})", "epochs": f" ({steps:,} steps)"}
+    said = "" if "model" in known else f"model {config.model}, "
+    said += ", ".join(f"{name} {value}{remarks.get(name, '')}" for name, value in chosen.items())
+    tracking.say(f"auto: {said}")
+    return config
+
+
+def _resolve_hardware(config: Config) -> Config:
+    from attribution.training import resolve_device, resolve_precision
+
+    device = resolve_device(config.device)
+    resolved = {}
+    for name in ("precision", "feature_precision"):
+        if name == "feature_precision" and config.trak_run_id:
+            continue  # the scores are there
+        dtype = resolve_precision(getattr(config, name), device, name)
+        resolved[name] = str(dtype).removeprefix("torch.")
+    # traker's own gradients know no autocast.
+    if config.projector == "normal" and not config.trak_run_id:
+        if config.feature_precision == "bfloat16":
+            raise InputError("feature_precision=bfloat16: projector=normal is float32 only")
+        resolved |= {"feature_precision": "float32", "num_blocks": 1}
+    return dataclasses.replace(config, device=str(device), **resolved)
+
+
+def _inherit(stage: str, run_id: str, parameter: str = "") -> dict[str, Any]:
+    """The parameters that an upstream run, or one to be replayed, was made with.
+
+    Raises:
+        InputError: no such run, of another stage, or not FINISHED.
+    """
+    import mlflow
+
+    name = parameter or f"{stage}_run_id"
+    groups = (*STAGE_GROUPS[stage], *(["execution"] if parameter == "replay" else []))
+    try:
+        run = mlflow.get_run(run_id)
+    except mlflow.exceptions.MlflowException:
+        raise InputError(f"{name}={run_id}: no such run in {mlflow.get_tracking_uri()}") from None
+    found = run.data.tags.get("stage")
+    if found != stage:
+        raise InputError(f"{name}={run_id}: is a run of stage {found}, not {stage}")
+    if run.info.status != "FINISHED":
+        raise InputError(f"{name}={run_id}: is {run.info.status}, not FINISHED")
+    if "fingerprint" not in run.data.tags:
+        other = run.data.tags.get("reused_run_id")
+        raise InputError(f"{name}={run_id}: only points to run {other}; name that one")
+    names = Config.__dataclass_fields__.keys() & run.data.params.keys()
+    wanted = {n for n in names - {"cache_dir"} if FIELDS[n].metadata["group"] in groups}
+    resolved = {n: run.data.tags.get(f"resolved.{n}", run.data.params[n]) for n in wanted}
+    return {n: convert(n, text) for n, text in resolved.items()}

@@ -1,0 +1,97 @@
+"""The tracking store: opened by one command at a time, made whole or not at all, and its failures told."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from attribution.errors import InputError
+from attribution.workspace import alone
+
+# Of an OSError: what the machine lacks, and not the code.
+LACKING = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
+OWN_MISTAKES = (
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+)  # MLflow's codes for what the code did wrong
+REFUSED = ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED")
+
+
+def open_store(cache: Path) -> None:
+    """Reach the store, and make its database if that is new.
+
+    Two processes that make one database collide, and one that is killed in the middle leaves what
+    MLflow can no longer open: so one at a time, under another name until it is whole.
+
+    Raises:
+        InputError: it is of a kind that MLflow has retired, or cache_dir cannot be written.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("file:") or "://" not in uri:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI={uri}: MLflow has retired its file store; move the old mlruns "
+            "folder away or set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
+        )
+    try:
+        with alone(cache, "store", "another process is opening the tracking store; waiting"):
+            file = _database(uri)
+            if file and not file.exists():
+                _make(file)
+    except OSError as error:
+        if error.errno in LACKING:
+            raise
+        reason = error.strerror or error
+        raise InputError(f"cache_dir={cache}: cannot be written ({reason})") from None
+    try:
+        mlflow.MlflowClient().search_experiments(max_results=1)
+    except MlflowException as error:
+        if "UnicodeError" in str(error) or "InvalidURL" in str(error):
+            raise InputError(f"MLFLOW_TRACKING_URI={uri}: not an address") from None
+        raise
+
+
+def _database(uri: str) -> Path | None:
+    """The file of an sqlite store."""
+    from sqlalchemy.engine import make_url
+
+    if not uri.startswith("sqlite:"):
+        return None
+    name = make_url(uri).database
+    return Path(name) if name and name != ":memory:" else None
+
+
+def _make(file: Path) -> None:
+    import mlflow
+
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+    os.replace(unfinished, file)
+
+
+def failure(error: BaseException) -> str:
+    """What the tracking store or the machine failed at, in a line; empty where it is neither."""
+    import mlflow
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, (mlflow.exceptions.MlflowException, RequestException, SQLAlchemyError)):
+        if getattr(error, "error_code", "") in OWN_MISTAKES:
+            return ""
+        if any(word in text for word in REFUSED):
+            text = (
+                "the server refuses the credentials; set MLFLOW_TRACKING_USERNAME and "
+                f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN ({text[:120]})"
+            )
+        return f"MLFLOW_TRACKING_URI={mlflow.get_tracking_uri()}: {text}"
+    if isinstance(error, OSError) and error.errno in LACKING:
+        return text
+    return ""

@@ -1,0 +1,317 @@
+"""Real commands, killed at seeded random moments or starved: is all that was finished kept, bit by bit?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("SIGKILL", "SIGKILL to all", "SIGTERM", "Ctrl-C", "dead worker", "twice", "full disk")
+# Small, but with every kind of unit: checkpoints, shards, factors, retrainings alone and in stacks.
+SETTINGS = {"num_models": 4, "epochs": 4, "jobs": 2}
+COMMANDS = {
+    "ablation": {"num_seeds": 12, "arms": "none,random,harmful,loss"},
+    "evaluate": {"num_subsets": 10, "num_repeats": 2, "brittleness_targets": 2},
+    "explain": {},
+}
+# What has to be equal to the last bit.
+RESULTS = ("model.safetensors", "logits.npz", "scores.npy", "suspects.csv", "comparison.csv",
+           "per_class.csv", "margins.npy", "evaluation.csv", "brittleness.csv", "explanation.csv")  # fmt: skip
+TIMES = ("seconds", "milliseconds_per_gradient")  # metrics that differ each time
+GENTLE = ("SIGTERM", "Ctrl-C")  # signals that a process can answer
+PATIENCE = 900  # seconds until a command counts as hanging
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of this sub-benchmark."""
+    parser.add_argument("--trials", type=int, default=25, help="of each backend")
+    parser.add_argument("--backends", nargs="+", default=["local"], choices=("local", "ray"))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=tuple(COMMANDS))
+    parser.add_argument("--seed", type=int, default=0, help="of moments, kinds and commands")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Interrupt each kind of command at random moments of its undisturbed time, and start it again.
+
+    A row a backend and kind: `failed`, commands that hung or did not go on; `kept`, finished units of
+    work that lay in the cache when it was stopped, and `lost`, those of them that were made again;
+    `different`, results not identical to an undisturbed run's; `orphans`, processes left;
+    `untold`, commands that a full disk ended without a line that says so; `badly_marked`, runs that a signal which can be answered did not leave KILLED; `slowest_stop`,
+    seconds from such a signal to the end.
+    """
+    rows = []
+    for backend in options.backends:
+        draw = random.Random(f"{options.seed}/{backend}")
+        undisturbed = {name: _undisturbed(name, backend) for name in options.commands}
+        for number in range(options.trials):
+            name = options.commands[number % len(options.commands)]
+            kind = draw.choice(options.kinds)
+            trial = {"backend": backend, "command": name, "kind": kind}
+            try:
+                trial |= interrupt(name, backend, kind, draw, *undisturbed[name])
+            except (RuntimeError, TimeoutError) as error:
+                trial |= {"failed": 1, "reason": str(error)}
+            rows.append(trial)
+            print(trial, file=sys.stderr, flush=True)
+    return summary(rows)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trials counted by backend and kind."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    table = table.reindex(columns=list(dict.fromkeys([*table, "failed", "told"])))
+    table = table.fillna({"failed": 0, "told": 1})
+    table["untold"] = 1 - table["told"]
+    counted = ("failed", "untold", "kept", "lost", "different", "orphans", "badly_marked")
+    wanted = {"trials": ("kind", "size"), **{name: (name, "sum") for name in counted}}
+    counts = table.groupby(["backend", "kind"], sort=False).agg(
+        **wanted, slowest_stop=("slowest_stop", "max")
+    )
+    return counts.reset_index().to_dict("records")
+
+
+@dataclass
+class Place:
+    """A store and a cache of their own, and the command that fills them."""
+
+    folder: Path
+    name: str
+    backend: str = "local"
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self) -> subprocess.Popen:
+        """The command, at the head of a session of its own: what it leaves there is an orphan."""
+        given = {**SETTINGS, **COMMANDS[self.name], "backend": self.backend, **self.settings}
+        flags = [f"--{name}={value}" for name, value in given.items()]
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
+        places = {"TRAK_ABLATION_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
+        places["TMPDIR"] = str(self.folder)
+        with (self.folder / "err.txt").open("a") as err:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"scripts.{self.name}", *flags],
+                cwd=self.folder,
+                env={**kept, **places, **self.environment},
+                stdout=subprocess.DEVNULL,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def finish(self) -> int:
+        """Start it and wait; how many units of work that were finished before it made again.
+
+        Raises:
+            RuntimeError: it failed.
+            TimeoutError: it hangs.
+        """
+        before, again = self.units(), set()
+        process, deadline = self.start(), time.monotonic() + PATIENCE
+        while process.poll() is None:
+            now = self.units()
+            again |= {unit for unit in before if now.get(unit, before[unit]) != before[unit]}
+            if time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise TimeoutError(f"{self.name}: no end after {PATIENCE} s")
+            time.sleep(0.1)
+        self.check(process)
+        return len(again)
+
+    def check(self, process: subprocess.Popen) -> None:
+        """Raise RuntimeError where it failed."""
+        if process.wait(PATIENCE):
+            raise RuntimeError((self.folder / "err.txt").read_text()[-2000:])
+
+    def units(self) -> dict[str, int]:
+        """When each finished unit of work that the cache holds was written, in nanoseconds."""
+        work, found = self.folder / "cache" / "work", {}
+        units = [file.parent for file in work.rglob("done")]
+        units += [file.parent for file in work.glob("[!.]*/*/logits.npz")]
+        units += work.glob("retrainings/[!.]*.npz")
+        for unit in units:
+            with contextlib.suppress(OSError):  # discarded since
+                found[str(unit.relative_to(work))] = unit.stat().st_mtime_ns
+        return found
+
+    def results(self) -> dict[str, str]:
+        """Hash of every result file and of all metrics of FINISHED runs, by stage and name."""
+        found: dict[str, str] = {}
+        for run in self.runs():
+            if run.info.status != "FINISHED" or "reused_run_id" in run.data.tags:
+                continue
+            name = f"{run.data.tags['stage']}/{run.info.run_name if 'fingerprint' not in run.data.tags else ''}"
+            metrics = {k: v for k, v in run.data.metrics.items() if k not in TIMES}
+            found[f"{name}/metrics"] = json.dumps(metrics, sort_keys=True)
+            for root in self.folder.rglob(f"{run.info.run_id}/artifacts"):
+                for file in root.rglob("*"):
+                    if file.name in RESULTS:
+                        content = hashlib.sha256(file.read_bytes()).hexdigest()
+                        found[f"{name}/{file.relative_to(root)}"] = content
+        return found
+
+    def runs(self) -> list[Any]:
+        """All runs of the store."""
+        from mlflow import MlflowClient
+
+        uri = self.environment.get("MLFLOW_TRACKING_URI", "")
+        if not uri:
+            database = self.folder / "mlflow.db"
+            if not database.exists():
+                return []
+            uri = f"sqlite:///{database}"
+        return list(MlflowClient(uri).search_runs(["0"]))
+
+
+@contextlib.contextmanager
+def new_place(name: str, backend: str) -> Iterator[Place]:
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        yield Place(Path(folder), name, backend)
+
+
+def _undisturbed(name: str, backend: str) -> tuple[float, dict[str, str]]:
+    with new_place(name, backend) as place:
+        start = time.monotonic()
+        place.finish()
+        return time.monotonic() - start, place.results()
+
+
+def interrupt(
+    name: str,
+    backend: str,
+    kind: str,
+    draw: random.Random,
+    seconds: float,
+    expected: dict[str, str],
+) -> dict[str, Any]:
+    """One trial.
+
+    Args:
+        draw: of the moment, between nothing and `seconds`.
+        expected: results of an undisturbed run.
+    """
+    with new_place(name, backend) as place, _small_disk(place.folder, kind == "full disk"):
+        found = dict.fromkeys(("kept", "lost", "orphans", "badly_marked"), 0)
+        moments, slowest = [], 0.0
+        for _ in range(2 if kind == "twice" else 1):
+            moments.append(round(draw.uniform(0, seconds), 1))
+            process = place.start()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moments[-1])
+            if kind == "full disk":
+                found["told"] = _starve(place, process)
+                break
+            took = _stop(process, kind, draw)
+            if kind == "dead worker":
+                place.check(process)
+                break
+            found["orphans"] += _orphans(process.pid)
+            found["kept"] += len(place.units())
+            if kind in GENTLE:
+                slowest = max(slowest, took)
+                states = ("KILLED", "FINISHED")
+                found["badly_marked"] += sum(run.info.status not in states for run in place.runs())
+        if kind != "dead worker":
+            found["lost"] = place.finish()
+        differ = different(place.results(), expected)
+        return {"moments": moments, **found, "different": differ, "slowest_stop": slowest}
+
+
+def different(found: dict[str, str], expected: dict[str, str]) -> int:
+    return sum(found.get(key) != value for key, value in expected.items())
+
+
+def _stop(process: subprocess.Popen, kind: str, draw: random.Random) -> float:
+    """Do what the kind says; seconds until the command has ended, if it is to end."""
+    start = time.monotonic()
+    if process.poll() is not None:
+        return 0.0
+    if kind == "dead worker":
+        workers = _workers(process.pid)
+        if workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(draw.choice(workers), signal.SIGKILL)
+        return 0.0
+    actions: dict[str, Callable[[], None]] = {
+        "SIGKILL": process.kill,
+        "twice": process.kill,
+        "SIGKILL to all": lambda: os.killpg(process.pid, signal.SIGKILL),
+        "SIGTERM": process.terminate,
+        "Ctrl-C": lambda: os.killpg(process.pid, signal.SIGINT),  # as a terminal sends it
+    }
+    actions[kind]()
+    process.wait(PATIENCE)
+    return time.monotonic() - start
+
+
+def _starve(place: Place, process: subprocess.Popen) -> int:
+    """Fill the disk until the command has ended; whether it told why, if it failed."""
+    filler = place.folder / "filler"
+    with filler.open("wb", buffering=0) as out, contextlib.suppress(OSError):
+        while True:
+            out.write(bytes(1 << 16))
+    code = process.wait(PATIENCE)
+    filler.unlink()
+    lines = (place.folder / "err.txt").read_text().splitlines()
+    return int(not code or any(line.startswith("error: ") for line in lines[-3:]))
+
+
+@contextlib.contextmanager
+def _small_disk(folder: Path, wanted: bool) -> Iterator[None]:
+    """A disk of 400 MiB of its own in this folder, for which one has to be root."""
+    if not wanted:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _session(leader: int) -> list[int]:
+    """Living processes of a session, its leader left out."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, *fields = stat.read_text().rpartition(")")[2].split()
+            number = int(stat.parent.name)
+            if int(fields[2]) == leader and state != "Z" and number != leader:
+                found.append(number)
+    return found
+
+
+def _workers(leader: int) -> list[int]:
+    """Worker processes: those of the session that compute."""
+    found = []
+    for number in _session(leader):
+        with contextlib.suppress(OSError):
+            words = (Path("/proc") / str(number) / "cmdline").read_bytes()
+            if b"popen_loky" in words or b"ray::" in words:
+                found.append(number)
+    return found
+
+
+def _orphans(leader: int, seconds: float = 5.0) -> int:
+    """Processes of the session that are there so long after it was stopped."""
+    deadline = time.monotonic() + seconds
+    while (left := _session(leader)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for number in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    return len(left)

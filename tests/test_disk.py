@@ -1,0 +1,92 @@
+"""Disk: the estimate is what is written, and what will not fit is refused before anything is begun."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from conftest import Place
+from test_bad_input import refused
+from toy import toy_checkpoints, toy_config, toy_data
+
+from attribution import disk
+from attribution.disk import Need, check_disk, gibibytes, stage_need
+from attribution.errors import InputError
+from attribution.trak import compute_scores
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def size(folder: Path, pattern: str = "*") -> int:
+    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
+
+
+def test_the_estimate_of_scoring_is_what_scoring_leaves(tmp_path: Path) -> None:
+    data = toy_data(tmp_path, n_train=200)
+    config = toy_config(num_models=2, proj_dim=64, num_blocks=4)
+    compute_scores(config, data, toy_checkpoints(tmp_path, config, data), tmp_path / "work")
+    written = size(tmp_path / "work")
+    assert stage_need("trak", config, data).work == pytest.approx(written, rel=0.1)
+    assert stage_need("trak", config, data).work < 1.1 * written
+
+
+def test_the_estimate_of_artifacts_is_what_a_command_leaves(chain: tuple) -> None:
+    place, result = chain
+    with place.active():
+        config, data = place.resolved("trak")
+    needs = {stage: stage_need(stage, config, data).artifacts for stage in ("finetune", "trak")}
+    run_id = result.tags["trak_run_id"]
+    matrices = size(place.artifacts(run_id), "*.np*")
+    assert needs["trak"] == pytest.approx(matrices, rel=0.2)
+    weights = size(place.artifacts(result.tags["finetune_run_id"]), "*.safetensors")
+    assert needs["finetune"] == pytest.approx(weights, rel=0.1)
+
+
+@pytest.mark.parametrize("where", ["work", "artifacts"])
+def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch, where: str) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2 << 30))
+    config = toy_config(cache_dir=str(tmp_path / "cache"))
+    uri = (tmp_path / "mlruns" / "1").as_uri()
+    check_disk(Need(**{where: 1 << 30}), config, uri)
+    check_disk(Need(artifacts=9 << 30), config, "s3://bucket/1")  # not a disk of this machine
+    with pytest.raises(InputError, match=r"cache_dir=.*about 2\.1 GiB .* 2\.0 GiB are free"):
+        check_disk(Need(**{where: 2 << 30}), config, uri)
+
+
+def test_needs_on_one_disk_add_up(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2 << 30))
+    config, uri = toy_config(cache_dir=str(tmp_path)), tmp_path.as_uri()
+    with pytest.raises(InputError, match="free"):
+        check_disk(Need(work=1 << 30, artifacts=1 << 30), config, uri)
+
+
+def test_a_command_that_does_not_fit_leaves_nothing(new_place, monkeypatch) -> None:
+    place: Place = new_place("full")
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage(0, 0, 1 << 20))
+    refused(place, "trak", f"cache_dir={place.cache}", "make room")
+    assert place.unfinished() == set()
+
+
+def test_sizes_are_told_as_people_do() -> None:
+    assert gibibytes(3 << 29) == "1.5 GiB" and gibibytes(5 << 20) == "5 MiB"
+
+
+@pytest.mark.parametrize(("keep", "left"), [("best", 1), ("none", 0)])
+def test_checkpoints_go_when_the_command_has_ended_and_come_back_the_same(
+    chain: tuple, new_place, keep: str, left: int
+) -> None:
+    source, first = chain
+    place = new_place("copy", like=source)
+    finetune_id = first.tags["finetune_run_id"]
+    before = {f.parent.name: f.read_bytes() for f in place.artifacts(finetune_id).rglob("*.safetensors")}
+    result = place.done("trak", lambda_reg=0.3, keep_checkpoints=keep)
+    assert f"{2 - left} checkpoints of run {finetune_id} deleted" in result.err
+    after = {f.parent.name: f.read_bytes() for f in place.artifacts(finetune_id).rglob("*.safetensors")}
+    assert len(after) == left and after.items() <= before.items()
+    assert place.done("ablation", lambda_reg=0.3).made() == {"ablation"}  # needs none of them
+    again = place.done("trak", lambda_reg=0.7)
+    assert again.made() == {"finetune", "trak"}
+    anew = place.artifacts(again.tags["finetune_run_id"]).rglob("*.safetensors")
+    assert {f.parent.name: f.read_bytes() for f in anew} == before
