@@ -6,13 +6,14 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from attribution.config import Config
-from attribution.errors import InputError
+from attribution.errors import InputError, reason
 from attribution.matrices import reserve
-from attribution.sources import Source, chunks, content
+from attribution.sources import Source, chunks, content, open_image
 from attribution.workspace import alone, writing
 
 PATCH_COLOUR = (255, 0, 255)
+LARGE = 1 << 24  # pixels; only one image of more is decoded at a time, which bounds the memory
+_large = Lock()
 RECIPE = "1"  # raise when the same file would be decoded to other pixels
 
 
@@ -138,8 +141,8 @@ def _decode_all(file: Path, source: Source, rows: np.ndarray, size: int) -> np.n
 
     def decode(cell: dict[str, Any]) -> np.ndarray | None:
         try:
-            return decode_image(source.open(io.BytesIO(content(cell))), size)
-        except Exception:  # Pillow's plugins raise whatever they like on damaged files
+            return read_image(content(cell), size, source.open)
+        except InputError:
             return None
 
     with ThreadPoolExecutor() as pool:
@@ -160,6 +163,23 @@ def _new_pixels(file: Path, n: int, size: int) -> np.ndarray:
     pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (n, size, size, 3))
     reserve([file])
     return pixels
+
+
+def read_image(
+    content: bytes, size: int, open: Callable[[io.BytesIO], Image.Image] = open_image
+) -> np.ndarray:
+    """decode_image of what a file holds.
+
+    Raises:
+        InputError: no image, damaged, of another format than FORMATS, or of more than twice
+            Pillow's MAX_IMAGE_PIXELS (179 million).
+    """
+    try:
+        image = open(io.BytesIO(content))
+        with _large if image.width * image.height > LARGE else nullcontext():
+            return decode_image(image, size)
+    except Exception as error:  # Pillow's plugins raise whatever they like on damaged files
+        raise InputError(f"no picture that Pillow can decode ({reason(error)})") from None
 
 
 def decode_image(image: Image.Image, size: int) -> np.ndarray:
