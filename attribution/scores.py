@@ -16,6 +16,9 @@ from attribution.files import read_json, sha256
 from attribution.matrices import open_matrix, row_blocks, write_matrix
 
 if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     import pandas as pd
 
 SCHEMA_VERSION = 1
@@ -270,7 +273,6 @@ def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:
 
 
 def _read_table(path: Path, length: int, promised: str, source: str | Path) -> pd.DataFrame:
-    import pandas as pd
     from pyarrow.parquet import ParquetFile
 
     def refused(what: str) -> InputError:
@@ -279,13 +281,11 @@ def _read_table(path: Path, length: int, promised: str, source: str | Path) -> p
     try:
         if sha256(path) != promised:
             raise refused("does not have its hash")
-        summary = ParquetFile(path).metadata
-        if summary.num_rows != length:  # before a row is decoded: few bytes may claim many
-            raise refused(f"has {summary.num_rows} rows, not {length}")
-        groups = map(summary.row_group, range(summary.num_row_groups))
-        if sum(group.total_byte_size for group in groups) > MOST_TABLE_BYTES:
-            raise refused(f"is larger than {MOST_TABLE_BYTES >> 20} MiB")
-        table = pd.read_parquet(path).reset_index(drop=True)
+        file = ParquetFile(path)
+        rows = file.metadata.num_rows
+        if rows != length:  # before a row is decoded: few bytes may claim many
+            raise refused(f"has {rows} rows, not {length}")
+        table = _decoded(file).to_pandas().reset_index(drop=True)
     except InputError:
         raise
     except Exception as error:  # pyarrow raises many kinds on a broken file
@@ -295,6 +295,8 @@ def _read_table(path: Path, length: int, promised: str, source: str | Path) -> p
         raise refused(f"lacks the columns {sorted(missing)}")
     if len(table) != length:
         raise refused(f"has {len(table)} rows, not {length}")
+    if not table.columns.is_unique:
+        raise refused("has two columns of one name")
     for kind, names in KINDS.items():
         for name in names:
             if name in table and not _is_of(kind, table[name]):
@@ -302,6 +304,28 @@ def _read_table(path: Path, length: int, promised: str, source: str | Path) -> p
     if (table["position"] != range(length)).any():
         raise refused("is not in order of position")
     return table
+
+
+def _decoded(file: ParquetFile) -> pyarrow.Table:
+    """The rows of a file, some at a time: a long text that every row refers to is stored once.
+
+    Raises:
+        ValueError: they take too much memory.
+    """
+    import pyarrow
+
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    size = sum(group.total_byte_size for group in groups)
+    batches, taken = [], 0
+    if size <= MOST_TABLE_BYTES:
+        for batch in file.iter_batches(max(1, min(1 << 16, MOST_TABLE_BYTES // max(1, size)))):
+            batches.append(batch)
+            taken += batch.nbytes
+            if taken > MOST_TABLE_BYTES:
+                break
+    if max(size, taken) > MOST_TABLE_BYTES:
+        raise ValueError(f"larger than {MOST_TABLE_BYTES >> 20} MiB")
+    return pyarrow.Table.from_batches(batches, file.schema_arrow)
 
 
 def _is_of(kind: str, column: pd.Series) -> bool:
