@@ -16,10 +16,9 @@ from attribution.files import read_json, sha256
 from attribution.matrices import open_matrix, row_blocks, write_matrix
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow
     from pyarrow.parquet import ParquetFile
-
-    import pandas as pd
 
 SCHEMA_VERSION = 1
 SIGN = "positive = helpful: the example's presence in training raises the target's margin"
