@@ -309,7 +309,7 @@ def _decoded(file: ParquetFile) -> pyarrow.Table:
     """The rows of a file, some at a time: a long text that every row refers to is stored once.
 
     Raises:
-        ValueError: they take too much memory.
+        ValueError: they take too much memory, or are not what their types say.
     """
     import pyarrow
 
@@ -324,7 +324,9 @@ def _decoded(file: ParquetFile) -> pyarrow.Table:
                 break
     if max(size, taken) > MOST_TABLE_BYTES:
         raise ValueError(f"larger than {MOST_TABLE_BYTES >> 20} MiB")
-    return pyarrow.Table.from_batches(batches, file.schema_arrow)
+    table = pyarrow.Table.from_batches(batches, file.schema_arrow)
+    table.validate(full=True)  # of texts, that they are UTF-8
+    return table
 
 
 def _is_of(kind: str, column: pd.Series) -> bool:
