@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import math
 import re
 import sys
@@ -84,6 +85,7 @@ def fuzz(name: str, cases: int, root: int) -> Found:
     found, chunk = Found(), 0
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in command.py: Pillow's and numpy's are no refusals
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)
         strategy, read = TARGETS[name](Path(folder))
         while found.cases < cases:
             quiet = settings(
