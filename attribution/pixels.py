@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from attribution.config import Config
 from attribution.errors import InputError, reason
 from attribution.matrices import reserve
-from attribution.sources import Source, chunks, content, open_image
+from attribution.sources import FORMATS, Source, chunks, content, open_image
 from attribution.workspace import alone, writing
 
 PATCH_COLOUR = (255, 0, 255)
@@ -59,12 +59,22 @@ def cached_pixels(
             if bad is None:
                 bad = _build_cache(folder, source, table, config.image_size)
     if bad and config.on_bad_image == "stop":
-        first, *others = table["name"][table["digest"].isin(bad)]
+        is_bad = table["digest"].isin(bad)
+        first, *others = table["name"][is_bad]
         raise InputError(
-            f"dataset={config.dataset}: {first}{f' and {len(others)} others' * bool(others)} "
-            "cannot be decoded; repair or remove what is damaged, or set on_bad_image=skip"
+            f"dataset={config.dataset}: {first}{f' and {len(others)} others' * bool(others)} cannot "
+            "be decoded; repair or remove what is damaged, or set on_bad_image=skip "
+            f"({_why_not(source, int(table['row'][is_bad].iloc[0]), config.image_size)})"
         )
     return folder / "pixels.npy", bad
+
+
+def _why_not(source: Source, row: int, size: int) -> str:
+    try:
+        read_image(content(source.cells(np.array([row]))[0]), size, source.open)
+    except InputError as error:
+        return str(error)
+    return "an earlier command could not"
 
 
 def painted_pixels(file: Path, has_patch: np.ndarray, cache: Path) -> Path:
@@ -178,8 +188,10 @@ def read_image(
         image = open(io.BytesIO(content))
         with _large if image.width * image.height > LARGE else nullcontext():
             return decode_image(image, size)
+    except UnidentifiedImageError:
+        raise InputError(f"no picture of a known format: {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's plugins raise whatever they like on damaged files
-        raise InputError(f"no picture that Pillow can decode ({reason(error)})") from None
+        raise InputError(f"no picture that can be decoded: {reason(error)}") from None
 
 
 def decode_image(image: Image.Image, size: int) -> np.ndarray:
