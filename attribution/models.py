@@ -299,16 +299,24 @@ def load(folder: Path) -> nn.Module:
 
 
 def fingerprint(name: str) -> str:
-    """What a model name stands for: the content of a folder, else the name itself."""
+    """What a model name stands for: the content of a folder, else the name itself.
+
+    Raises:
+        InputError: a folder that is no model's.
+    """
     if name in MINI_CONFIGS:
         return json.dumps(MINI_CONFIGS[name], sort_keys=True)
     if not Path(name).is_dir():
         return name
+    try:
+        _check_folder(name)
+    except Exception as error:  # json and the system raise many kinds
+        raise _unloadable(name, error) from error
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(name).iterdir()):
         if path.suffix in (".json", ".safetensors"):
             digest.update(path.name.encode())
-            with regular(path).open("rb") as file:
+            with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
     return digest.hexdigest()

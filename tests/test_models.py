@@ -353,19 +353,11 @@ def test_a_folder_that_somebody_else_spoiled_is_refused(folder: Path, spoil, say
         "build": lambda: models.build(str(folder), CLASSES, 0),
         "image size": lambda: models.own_image_size(str(folder)),
         "normalisation": lambda: models.normalisation(str(folder)),
-        "fingerprint": lambda: fingerprint(folder),
+        "fingerprint": lambda: models.fingerprint(str(folder)),
     }
     for action, fragment in says.items():
         message = refusal(actions[action])
         assert fragment in message and str(folder) in message, message
-
-
-def fingerprint(folder: Path) -> str:
-    """It is asked for of folders that have been loaded; a pipe there would be waited for."""
-    try:
-        return models.fingerprint(str(folder))
-    except OSError as error:
-        raise InputError(str(error)) from None
 
 
 def edit_preprocessor(folder: Path, **changes) -> None:
