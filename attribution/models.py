@@ -95,11 +95,10 @@ def _check_folder(name: str, weights: bool = False) -> None:
     folder = Path(name)
     if name in MINI_CONFIGS or not folder.is_dir():
         return
-    sizes = {
-        file.name: regular(file).stat().st_size for file in folder.iterdir() if not file.is_dir()
-    }
-    size = sum(sizes[file] for file in sizes if file.endswith(".safetensors"))
-    described = read_json(folder / "config.json").get("num_labels", 0)
+    files = {file.name: regular(file) for file in folder.iterdir() if not file.is_dir()}
+    size = sum(f.stat().st_size for f in files.values() if f.suffix == ".safetensors")
+    config = read_json(files["config.json"]) if "config.json" in files else {}
+    described = config.get("num_labels", 0)
     if weights and described <= size:
         described = sum(p.numel() for p in _skeleton.__wrapped__(name).parameters())
     if 0 < size < described:

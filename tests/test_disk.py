@@ -80,14 +80,10 @@ def test_checkpoints_go_when_the_command_has_ended_and_come_back_the_same(
     source, first = chain
     place = new_place("copy", like=source)
     finetune_id = first.tags["finetune_run_id"]
-    before = {
-        f.parent.name: f.read_bytes() for f in place.artifacts(finetune_id).rglob("*.safetensors")
-    }
+    before = {f.parent.name: f.read_bytes() for f in place.artifacts(finetune_id).rglob("*.safetensors")}
     result = place.done("trak", lambda_reg=0.3, keep_checkpoints=keep)
     assert f"{2 - left} checkpoints of run {finetune_id} deleted" in result.err
-    after = {
-        f.parent.name: f.read_bytes() for f in place.artifacts(finetune_id).rglob("*.safetensors")
-    }
+    after = {f.parent.name: f.read_bytes() for f in place.artifacts(finetune_id).rglob("*.safetensors")}
     assert len(after) == left and after.items() <= before.items()
     assert place.done("ablation", lambda_reg=0.3).made() == {"ablation"}  # needs none of them
     again = place.done("trak", lambda_reg=0.7)
