@@ -11,7 +11,9 @@ import numpy as np
 
 from attribution.config import Config
 from attribution.data import ImageData
-from attribution.errors import InputError
+from attribution.errors import InputError, reason
+from attribution.files import is_bool, read_json
+from attribution.matrices import open_matrix
 from attribution.retraining import Series, retrained_logits
 from attribution.scores import local_folder
 from attribution.tracking import training_key
@@ -64,14 +66,11 @@ def load_bank(source: str, config: Config, data: ImageData) -> Bank:
     """
     folder = local_folder(source, "bank")
     try:
-        spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-        masks, margins = (
-            np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("masks", "margins")
-        )
-        wanted = spec["fingerprint"]
+        wanted = read_json(folder / "spec.json")["fingerprint"]
+        # Mapped, a file is never taken to be larger than it is.
+        masks, margins = (open_matrix(folder / f"{name}.npy") for name in ("masks", "margins"))
     except Exception as error:  # numpy and json raise many kinds on broken files
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"bank={source}: cannot be read ({reason})") from None
+        raise InputError(f"bank={source}: cannot be read ({reason(error)})") from None
     if wanted != fingerprint(config, data):
         raise InputError(
             f"bank={source}: was built for other data, labels, model or training settings; "
@@ -79,11 +78,16 @@ def load_bank(source: str, config: Config, data: ImageData) -> Bank:
         )
     shape = len(data.rows("train")), len(data.rows(TARGETS))
     right = masks.ndim == 2 and margins.ndim == 3 and (masks.shape[1], margins.shape[2]) == shape
-    if not right or len(masks) != len(margins) or masks.dtype != bool:
+    if not right or len(masks) != len(margins) or min(margins.shape) == 0 or len(masks) < 2:
         raise InputError(f"bank={source}: arrays {masks.shape}, {margins.shape} do not fit {shape}")
+    if not is_bool(masks) or margins.dtype.kind != "f":
+        raise InputError(
+            f"bank={source}: masks are {masks.dtype} and margins {margins.dtype}, "
+            "not truth values and real numbers"
+        )
     if not np.isfinite(margins).all():
         raise InputError(f"bank={source}: a margin is not finite")
-    return Bank(masks, margins)
+    return Bank(np.array(masks), np.array(margins, np.float64))
 
 
 def build_bank(

@@ -146,6 +146,7 @@ def _quiet() -> None:
 
     warnings.filterwarnings("ignore")
     names = ("mlflow", "mlflow.store.db.utils", "alembic", "datasets", "TRAK", "STORE", "urllib3")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # an image that is damaged is told by name
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -260,7 +260,9 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
     words = sys.argv[1:] if argv is None else argv
     found = vars(parser.parse_args([_underscored(word) for word in words]))
-    return {name: convert(name, text) for name, text in found.items()}
+    # Of --name=-- argparse makes an empty list.
+    texts = {name: text if isinstance(text, str) else "--" for name, text in found.items()}
+    return {name: convert(name, text) for name, text in texts.items()}
 
 
 def _underscored(word: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from attribution import models
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.errors import InputError, reason
+from attribution.files import is_bool, read_arrays, read_json
 from attribution.parallel import Files, parallel_map, read_folder, resolve_jobs, write_folder
 from attribution.progress import progress
 from attribution.training import (
@@ -60,7 +63,7 @@ def train_checkpoints(
 ) -> list[Checkpoint]:
     """Train (or pick up from `work`) one checkpoint a row of masks, (num_models, n_train)."""
     folders = [work / f"{m:03d}" for m in range(len(masks))]
-    missing = [m for m, folder in enumerate(folders) if not folder.exists()]
+    missing = [m for m, folder in enumerate(folders) if not _is_whole(folder, data)]
     tasks = [(derive_seed(config.seed, "checkpoint", m), masks[m]) for m in missing]
     names = [f"checkpoint {folders[m].name}" for m in missing]
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
@@ -86,10 +89,25 @@ def _train_checkpoint(config: Config, data: ImageData, seed: int, keep: np.ndarr
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
-    with np.load(folder / "logits.npz", allow_pickle=False) as logits:
-        arrays = logits["train"], logits["validation"]
-    history = json.loads((folder / "history.json").read_text())
-    return Checkpoint(folder / "model", history, *arrays)
+    arrays = read_arrays(folder / "logits.npz", ("train", "validation"))
+    return Checkpoint(folder / "model", read_json(folder / "history.json"), *arrays)
+
+
+def _is_whole(folder: Path, data: ImageData) -> bool:
+    """Whether an earlier run finished this checkpoint; what is there and damaged is taken away."""
+    if not folder.exists():
+        return False
+    try:
+        found = _read_checkpoint(folder)
+        models.load(found.folder)
+        logits = found.train_logits, found.validation_logits
+        wanted = [(len(data.rows(s)), len(data.class_names)) for s in ("train", "validation")]
+        if [each.shape for each in logits] == wanted and all(np.isfinite(x).all() for x in logits):
+            return True
+    except Exception:  # numpy, json and zipfile raise many kinds on damaged files
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 @dataclass(frozen=True)
@@ -117,9 +135,42 @@ class Ensemble:
 
     @classmethod
     def load(cls, file: Path) -> Ensemble:
-        """Read the arrays that arrays() gave."""
-        with np.load(file, allow_pickle=False) as arrays:
-            return cls(arrays["masks"], arrays["train_logits"], arrays["validation_logits"])
+        """Read the arrays that arrays() gave.
+
+        Raises:
+            InputError: the file holds anything else, or a logit that is not finite.
+        """
+        try:
+            found = cls(*read_arrays(file, ("masks", "train_logits", "validation_logits")))
+            found._check()
+        except Exception as error:  # numpy and zipfile raise many kinds on broken files
+            raise InputError(f"logits={file}: cannot be read ({reason(error)})") from None
+        return found
+
+    def _check(self) -> None:
+        logits = self.train_logits, self.validation_logits
+        shapes = [self.masks.shape, *(each.shape for each in logits)]
+        (train, validation), masks = (each.shape for each in logits), self.masks
+        if not (
+            [len(s) for s in shapes] == [2, 3, 3]
+            and masks.shape == train[:2]
+            and (len(masks), train[2]) == (validation[0], validation[2])
+            and train[2] >= 2
+            and masks.size
+        ):
+            raise ValueError(f"shapes {shapes} do not fit one another")
+        if not is_bool(masks) or any(each.dtype.kind != "f" for each in logits):
+            raise ValueError("holds other types than truth values and real numbers")
+        if not all(np.isfinite(each).all() for each in logits):
+            raise ValueError("a logit is not finite")
+
+    def _check_labels(self, labels: np.ndarray, logits: np.ndarray) -> None:
+        """Refuse data that these logits are not of."""
+        if len(labels) != logits.shape[1] or labels.max() >= logits.shape[2]:
+            raise InputError(
+                f"logits: are of {logits.shape[1]} examples and {logits.shape[2]} classes, "
+                f"the data has {len(labels)} and {labels.max() + 1}"
+            )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The content, to be kept as an .npz file."""
@@ -141,6 +192,7 @@ class Ensemble:
         by all, it is over those that did see it, for every example: a mean over both kinds would
         rank examples by how often they happened to be left out.
         """
+        self._check_labels(labels, self.train_logits)
         each = np.stack([losses(logits, labels) for logits in self.train_logits])
         counted = self._counted()
         return np.where(counted, each, 0).sum(axis=0) / counted.sum(axis=0)
@@ -169,6 +221,7 @@ class Ensemble:
 
     def validation_loss(self, labels: np.ndarray) -> np.ndarray:
         """Mean loss in nats of each target over the checkpoints, (n_validation,)."""
+        self._check_labels(labels, self.validation_logits)
         return np.mean([losses(logits, labels) for logits in self.validation_logits], axis=0)
 
     def best(self, labels: np.ndarray) -> int:

@@ -35,7 +35,8 @@ def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray
 
     Intervals (95 %) are percentile bootstraps over subsets and targets at once (LDS, ceiling,
     slope) or over training examples (AUROC), the same draws for every method. What a method does
-    not offer is NaN.
+    not offer is NaN, as is what is undefined: LDS and slope of scores that predict one margin for
+    every subset. A target whose measured margins are all equal counts in no mean.
     """
     actual = bank.margins.mean(axis=1)
     predicted = {

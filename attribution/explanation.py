@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from attribution import features
 from attribution.config import Config, nearest
 from attribution.data import ImageData
 from attribution.errors import InputError
-from attribution.pixels import decode_image
+from attribution.files import regular
+from attribution.pixels import read_image
 from attribution.scores import Scores
 from attribution.trak import TARGETS
 
@@ -70,7 +69,12 @@ def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int
     Args:
         probabilities: (n, C).
         labels: (n,).
+
+    Raises:
+        InputError: they are of other data.
     """
+    if len(probabilities) != len(labels):
+        raise InputError(f"logits: are of {len(probabilities)} targets, the data has {len(labels)}")
     predicted = probabilities.argmax(1)
     order = np.argsort(-probabilities.max(1), kind="stable")
     return [int(i) for i in order if predicted[i] != labels[i]][:count]
@@ -168,11 +172,11 @@ def read_picture(config: Config) -> np.ndarray:
         InputError: it is not there, or cannot be decoded.
     """
     try:
-        content = Path(config.image).expanduser().read_bytes()
-        return np.array(decode_image(Image.open(io.BytesIO(content)), config.image_size))
-    except Exception as error:  # Pillow's plugins raise whatever they like on damaged files
-        reason = getattr(error, "strerror", None) or "no picture that Pillow can decode"
-        raise InputError(f"image={config.image}: cannot be read ({reason})") from None
+        file = regular(Path(config.image).expanduser())
+        return np.array(read_image(file.read_bytes(), config.image_size))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"image={config.image}: cannot be read ({why})") from None
 
 
 def _sides(scores: Scores, target: int, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,8 @@ import torch
 
 from attribution import models
 from attribution.config import Config
-from attribution.errors import InputError
+from attribution.errors import InputError, reason
+from attribution.files import read_json, sha256
 from attribution.matrices import ahead, open_matrix, row_blocks, write_matrix
 from attribution.pixels import to_batch
 from attribution.training import resolve_device
@@ -50,7 +50,7 @@ def write_features(folder: Path, stores: list[Store], config: Config) -> None:
     document = {
         "schema_version": SCHEMA_VERSION,
         "num_models": len(stores),
-        "sha256": {str(f.relative_to(folder)): _sha256(f) for f in sorted(folder.rglob("*.npy"))},
+        "sha256": {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*.npy"))},
     }
     (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
 
@@ -60,11 +60,6 @@ def _whitened(factors: np.ndarray, blocks: Iterable[np.ndarray]) -> Iterator[np.
     computer = RidgeScoreComputer(torch.float32, "cpu", num_blocks=len(factors) // k)
     stacked = torch.from_numpy(factors).view(-1, k, k)
     return (computer.whiten(torch.from_numpy(block), stacked).numpy() for block in blocks)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,13 @@ class StoredFeatures:
             features: of the new examples under each checkpoint, (b, blocks k) float32.
 
         Raises:
-            InputError: they are not as long as the stored ones.
+            InputError: they are not as long, or of as many checkpoints, as the stored ones; or what
+                was stored makes scores that are not finite.
         """
+        if len(features) != self.num_models:
+            raise InputError(
+                f"features: the stored ones are of {self.num_models} checkpoints, not {len(features)}"
+            )
         scale = np.array(open_matrix(self.folder / "scale.npy"))
         total = np.zeros((len(scale), len(features[0])), np.float32)
         for m, own in enumerate(features):
@@ -95,7 +95,10 @@ class StoredFeatures:
             train = open_matrix(self.folder / f"{m:03d}" / "train.npy")
             products = [block.astype(np.float32) @ white.T for block in row_blocks(train)]
             total += np.concatenate(products)
-        return total * scale
+        total *= scale
+        if not np.isfinite(total).all():
+            raise InputError(f"features={self.folder}: make scores that are not finite")
+        return total
 
 
 def load_features(folder: Path) -> StoredFeatures:
@@ -105,18 +108,31 @@ def load_features(folder: Path) -> StoredFeatures:
         InputError: something is missing, or differs from what metadata.json promises.
     """
     try:
-        document = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-        count, hashes = int(document["num_models"]), dict(document["sha256"])
+        document = read_json(folder / "metadata.json")
+        count, hashes = document["num_models"], dict(document["sha256"])
         if document["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"not of schema {SCHEMA_VERSION}")
-        names = [f"{m:03d}/{name}.npy" for m in range(count) for name in ("factor", "train")]
-        for name in [*names, "scale.npy"]:
-            if _sha256(folder / name) != hashes.get(name):
-                raise ValueError(f"{name} does not have its hash")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"features={folder}: cannot be read ({reason})") from None
+        if type(count) is not int or not 0 < count < len(hashes):  # two files each, and scale.npy
+            raise ValueError(f"num_models {count!r} does not fit its {len(hashes)} hashes")
+        n, one = _check_matrix(folder, "scale.npy", hashes, np.float32)
+        for m in range(count):
+            length, k = _check_matrix(folder, f"{m:03d}/factor.npy", hashes, np.float32)
+            train = _check_matrix(folder, f"{m:03d}/train.npy", hashes, np.float16)
+            if one != 1 or length % k or train != (n, length):
+                raise ValueError(f"factors {length, k} and features {train} of {n} do not fit")
+    except Exception as error:  # numpy and json raise many kinds on broken files
+        raise InputError(f"features={folder}: cannot be read ({reason(error)})") from None
     return StoredFeatures(folder, count)
+
+
+def _check_matrix(folder: Path, name: str, hashes: dict, dtype: type) -> tuple[int, int]:
+    """The shape of a file that is what its hash and its place promise; names come from here alone."""
+    if sha256(folder / name) != hashes.get(name):
+        raise ValueError(f"{name} does not have its hash")
+    matrix = open_matrix(folder / name)
+    if matrix.dtype != dtype or matrix.ndim != 2 or not matrix.size:
+        raise ValueError(f"{name} is {matrix.dtype} {matrix.shape}, not {dtype.__name__} (n, k)")
+    return matrix.shape
 
 
 def probabilities(config: Config, checkpoints: list[Path], pixels: np.ndarray) -> np.ndarray:

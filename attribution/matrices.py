@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from attribution.errors import InputError
+from attribution.files import regular
 
 BLOCK_ROWS = 4096  # at most: enough for a product of matrices to run at full speed
 BLOCK_BYTES = 1 << 27
@@ -72,8 +73,12 @@ def _is_whole_file(matrix: np.ndarray) -> bool:
 
 
 def open_matrix(file: Path) -> np.ndarray:
-    """Memory map of a .npy file, read only; never an archive or a pickle, unlike np.load."""
-    return np.lib.format.open_memmap(file, mode="r")
+    """Memory map of a .npy file, read only; never an archive or a pickle, unlike np.load.
+
+    Raises:
+        Exception: of many kinds, where it is not one, or shorter than its header says.
+    """
+    return np.lib.format.open_memmap(regular(file), mode="r")
 
 
 def reserve(files: Iterable[Path]) -> None:

@@ -6,11 +6,14 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from attribution.errors import InputError
+from attribution.errors import InputError, reason
+from attribution.files import read_json, regular
 
 # Small enough to train from scratch in seconds on a CPU.
 MINI_CONFIGS = {
@@ -45,32 +48,67 @@ def build(name: str, class_names: tuple[str, ...], seed: int) -> nn.Module:
         from transformers import ResNetConfig, ResNetForImageClassification
 
         return ResNetForImageClassification(ResNetConfig(**MINI_CONFIGS[name], **labels))
-    model = _from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+    model, info = _from_pretrained(name, ignore_mismatched_sizes=True, **labels)
     _renew_head(model, len(class_names))
+    # What is missing, or of another shape, was drawn at random, as heads alone may be.
+    drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == len(class_names):
+            drawn -= {f"{path}.weight", f"{path}.bias"}
+    drawn = sorted(key for key in drawn if not key.endswith("num_batches_tracked"))
+    if drawn:
+        raise InputError(f"model={name}: its tensors do not fit its config: {drawn[:3]}")
     return model
 
 
-def _from_pretrained(name: str, **options: object) -> nn.Module:
+def _from_pretrained(name: str, **options: object) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, finite throughout, and what transformers says of its tensors."""
     from transformers import AutoModelForImageClassification
 
     _quiet_transformers()
     try:
-        return AutoModelForImageClassification.from_pretrained(
+        _check_folder(name, weights=True)
+        model, info = AutoModelForImageClassification.from_pretrained(
             name,
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.float32,
+            output_loading_info=True,
             **options,
         )
+    except InputError:
+        raise
     except Exception as error:  # transformers raises many kinds for the same mistake
         raise _unloadable(name, error) from error
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"model={name}: its tensor {key} is not finite")
+    return model, info
+
+
+def _check_folder(name: str, weights: bool = False) -> None:
+    """Refuse a model folder that transformers would hang on, or take any amount of memory for.
+
+    Args:
+        weights: also where the config describes more numbers than the safetensors have bytes.
+    """
+    folder = Path(name)
+    if name in MINI_CONFIGS or not folder.is_dir():
+        return
+    files = {file.name: regular(file) for file in folder.iterdir() if not file.is_dir()}
+    size = sum(f.stat().st_size for f in files.values() if f.suffix == ".safetensors")
+    config = read_json(files["config.json"]) if "config.json" in files else {}
+    described = config.get("num_labels", 0)
+    if weights and described <= size:
+        described = sum(p.numel() for p in _skeleton.__wrapped__(name).parameters())
+    if 0 < size < described:
+        raise ValueError(f"config.json describes {described:,} numbers, in {size:,} bytes")
 
 
 def _unloadable(name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
     return InputError(
         f"model={name}: cannot be loaded; it must be {', '.join(MINI_CONFIGS)}, a "
-        f"from_pretrained folder with safetensors, or a Hub id that can be reached ({reason})"
+        f"from_pretrained folder with safetensors, or a Hub id that can be reached ({reason(error)})"
     )
 
 
@@ -95,29 +133,50 @@ def _renew_head(model: nn.Module, num_labels: int) -> None:
 
 @cache
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel that the model was pretrained with."""
-    if name in MINI_CONFIGS:
-        return IMAGENET_MEAN, IMAGENET_STD
-    from transformers import AutoImageProcessor
+    """Mean and standard deviation a channel that the model was pretrained with; ImageNet's unless told.
 
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        return tuple(processor.image_mean), tuple(processor.image_std)
-    except (OSError, ValueError, AttributeError, TypeError):
+    Raises:
+        InputError: the model's preprocessor cannot be read, or divides by nothing.
+    """
+    processor = None if name in MINI_CONFIGS else _processor(name)
+    mean, std = (getattr(processor, f"image_{k}", None) for k in ("mean", "std"))
+    if mean is None or std is None:
         return IMAGENET_MEAN, IMAGENET_STD
+    try:
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        if len(mean) == len(std) == 3 and np.isfinite([*mean, *std]).all() and min(std) > 0:
+            return mean, std
+    except (TypeError, ValueError):
+        pass
+    raise InputError(
+        f"model={name}: its preprocessor's image_mean {mean} and image_std {std} must be three finite "
+        "numbers each, the latter above 0"
+    )
 
 
 def own_image_size(name: str) -> int:
-    """The side in pixels that a pretrained model's preprocessor or config asks for; 224 unless told."""
+    """The side in pixels that a pretrained model's preprocessor or config asks for; 224 unless told.
+
+    Raises:
+        InputError: the model or its preprocessor cannot be read.
+    """
+    processor = _processor(name)
+    sizes = [getattr(processor, "crop_size", None), getattr(processor, "size", None)]
+    sides = [(dict(s).get("height") or dict(s).get("shortest_edge")) for s in sizes if s]
+    return next(filter(None, [*sides, getattr(_skeleton(name).config, "image_size", None)]), 224)
+
+
+def _processor(name: str) -> Any:
+    """The preprocessor of a model; None where it has none that transformers knows."""
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        sizes = [getattr(processor, "crop_size", None), getattr(processor, "size", None)]
-    except (OSError, ValueError, AttributeError, TypeError):
-        sizes = []
-    sides = [(dict(s).get("height") or dict(s).get("shortest_edge")) for s in sizes if s]
-    return next(filter(None, [*sides, getattr(_skeleton(name).config, "image_size", None)]), 224)
+        _check_folder(name)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # of many kinds, for none and for a broken one
+        if (Path(name) / "preprocessor_config.json").exists():
+            raise _unloadable(name, error) from error
+        return None
 
 
 @cache
@@ -157,6 +216,7 @@ def _skeleton(name: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig
 
     try:
+        _check_folder(name)
         if name in MINI_CONFIGS:
             config = ResNetConfig(**MINI_CONFIGS[name])
         else:
@@ -192,10 +252,9 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
     except (ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        reason = " ".join(str(error).split())[:160]
         own = getattr(model.config, "image_size", "not told")
         raise InputError(
-            f"image_size={image_size}: the model refuses it ({reason}); its config's is {own}"
+            f"image_size={image_size}: the model refuses it ({reason(error)}); its config's is {own}"
         ) from error
     finally:
         model.train(training)
@@ -228,9 +287,10 @@ def load(folder: Path) -> nn.Module:
     """The model of a folder written by save, in eval mode.
 
     Raises:
-        InputError: missing, not safetensors, or with tensors that do not fit its config.
+        InputError: missing, not safetensors, or with tensors that do not fit its config or are not
+            finite.
     """
-    model, info = _from_pretrained(str(folder), output_loading_info=True, local_files_only=True)
+    model, info = _from_pretrained(str(folder), local_files_only=True)
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise InputError(f"checkpoint={folder}: tensors do not fit its config: {wrong[:3]}")
@@ -238,11 +298,19 @@ def load(folder: Path) -> nn.Module:
 
 
 def fingerprint(name: str) -> str:
-    """What a model name stands for: the content of a folder, else the name itself."""
+    """What a model name stands for: the content of a folder, else the name itself.
+
+    Raises:
+        InputError: a folder that is no model's.
+    """
     if name in MINI_CONFIGS:
         return json.dumps(MINI_CONFIGS[name], sort_keys=True)
     if not Path(name).is_dir():
         return name
+    try:
+        _check_folder(name)
+    except Exception as error:  # json and the system raise many kinds
+        raise _unloadable(name, error) from error
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(name).iterdir()):
         if path.suffix in (".json", ".safetensors"):

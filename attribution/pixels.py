@@ -6,28 +6,31 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from attribution.config import Config
-from attribution.errors import InputError
+from attribution.errors import InputError, reason
 from attribution.matrices import reserve
-from attribution.sources import Source, chunks, content
+from attribution.sources import FORMATS, Source, chunks, content, open_image
 from attribution.workspace import alone, writing
 
 PATCH_COLOUR = (255, 0, 255)
+LARGE = 1 << 24  # pixels; only one image of more is decoded at a time, which bounds the memory
+_large = Lock()
 RECIPE = "1"  # raise when the same file would be decoded to other pixels
 
 
@@ -56,12 +59,22 @@ def cached_pixels(
             if bad is None:
                 bad = _build_cache(folder, source, table, config.image_size)
     if bad and config.on_bad_image == "stop":
-        first, *others = table["name"][table["digest"].isin(bad)]
+        is_bad = table["digest"].isin(bad)
+        first, *others = table["name"][is_bad]
         raise InputError(
-            f"dataset={config.dataset}: {first}{f' and {len(others)} others' * bool(others)} "
-            "cannot be decoded; repair or remove what is damaged, or set on_bad_image=skip"
+            f"dataset={config.dataset}: {first}{f' and {len(others)} others' * bool(others)} cannot "
+            "be decoded; repair or remove what is damaged, or set on_bad_image=skip "
+            f"({_why_not(source, int(table['row'][is_bad].iloc[0]), config.image_size)})"
         )
     return folder / "pixels.npy", bad
+
+
+def _why_not(source: Source, row: int, size: int) -> str:
+    try:
+        read_image(content(source.cells(np.array([row]))[0]), size, source.open)
+    except InputError as error:
+        return str(error)
+    return "an earlier command could not"
 
 
 def painted_pixels(file: Path, has_patch: np.ndarray, cache: Path) -> Path:
@@ -138,8 +151,8 @@ def _decode_all(file: Path, source: Source, rows: np.ndarray, size: int) -> np.n
 
     def decode(cell: dict[str, Any]) -> np.ndarray | None:
         try:
-            return decode_image(source.open(io.BytesIO(content(cell))), size)
-        except Exception:  # Pillow's plugins raise whatever they like on damaged files
+            return read_image(content(cell), size, source.open)
+        except InputError:
             return None
 
     with ThreadPoolExecutor() as pool:
@@ -160,6 +173,25 @@ def _new_pixels(file: Path, n: int, size: int) -> np.ndarray:
     pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (n, size, size, 3))
     reserve([file])
     return pixels
+
+
+def read_image(
+    content: bytes, size: int, open: Callable[[io.BytesIO], Image.Image] = open_image
+) -> np.ndarray:
+    """decode_image of what a file holds.
+
+    Raises:
+        InputError: no image, damaged, of another format than FORMATS, or of more than twice
+            Pillow's MAX_IMAGE_PIXELS (179 million).
+    """
+    try:
+        image = open(io.BytesIO(content))
+        with _large if image.width * image.height > LARGE else nullcontext():
+            return decode_image(image, size)
+    except UnidentifiedImageError:
+        raise InputError(f"no picture of a known format: {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's plugins raise whatever they like on damaged files
+        raise InputError(f"no picture that can be decoded: {reason(error)}") from None
 
 
 def decode_image(image: Image.Image, size: int) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from attribution import tracking
 from attribution.errors import InputError
+from attribution.files import read_json, sha256
 
 # What is compared, stage by stage; of a folder every file of weights.
 RESULTS = {
@@ -62,7 +61,7 @@ def _difference(original: Path, replay: Path) -> str:
         weights = [sorted(folder.rglob("*.safetensors")) for folder in (original, replay)]
         if len(weights[0]) != len(weights[1]):
             return f"{len(weights[0])} checkpoints then, {len(weights[1])} now"
-        changed = sum(_sha256(a) != _sha256(b) for a, b in zip(*weights, strict=True))
+        changed = sum(sha256(a) != sha256(b) for a, b in zip(*weights, strict=True))
         return f"{changed} of {len(weights[0])} checkpoints differ" if changed else ""
     if original.suffix == ".csv":
         return _table_difference(original, replay)
@@ -97,16 +96,11 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
     return {"": loaded} if file.suffix == ".npy" else dict(loaded)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _changes(original: str, replay: str) -> list[str]:
     """What was another thing when the original was made: versions, hardware, commit."""
     try:
         then, now = (
-            json.loads(tracking.artifact_path(run_id, tracking.ENVIRONMENT).read_text())
+            read_json(tracking.artifact_path(run_id, tracking.ENVIRONMENT))
             for run_id in (original, replay)
         )
     except (InputError, ValueError):

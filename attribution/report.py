@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from attribution.comparison import JUDGED, verdict
+from attribution.errors import printable
 from attribution.removal import trial_name
 from attribution.statistics import detectable_effect, seeds_needed
 
@@ -51,7 +52,8 @@ def _print(console: Console, title: str, columns: Sequence[str], rows: list[list
         width = max((len(row[i]) for row in rows), default=0) if side == "right" else None
         shown.add_column(column, justify=side, no_wrap=bool(column), min_width=width)
     for row in rows:
-        shown.add_row(*map(Text, row))  # a name in brackets is no markup
+        # A name in brackets is no markup, and one with control characters steers no terminal.
+        shown.add_row(*(Text(printable(text)) for text in row))
     console.print(shown)
 
 
@@ -134,6 +136,10 @@ def power(table: pd.DataFrame) -> str:
         return ""
     seeds = int(table["n_seeds"].iloc[0])
     detectable = rows["accuracy_vs_random_detectable"]
+    if not detectable.max() > 0:
+        return (
+            f"All {seeds} seeds gave each arm the same difference from random: no power is known."
+        )
     text = (
         f"With {seeds} seeds a difference from random of {detectable.median():.4f} (median over arms; "
         f"{detectable.min():.4f} to {detectable.max():.4f}) is found with 80 % power, before Holm."

@@ -88,7 +88,12 @@ def retrained_logits(
     keys = [[digest(*settings, stack.key()) for stack in series] for series in stacks]
     distinct = dict(zip(sum(keys, []), sum(stacks, []), strict=True))
     store = ResultStore(work)
-    results = {key: found["logits"] for key in distinct if (found := store.get(key))}
+    shape = len(data.rows(split)), len(data.class_names)
+    results = {
+        key: logits
+        for key, series in distinct.items()
+        if (logits := _kept(store, key, (len(series), *shape))) is not None
+    }
     todo = [key for key in distinct if key not in results]
     total, left = (sum(len(distinct[key]) for key in some) for some in (distinct, todo))
     say(f"{stage}: {total} models to compare, {left} of them to train")
@@ -101,6 +106,14 @@ def retrained_logits(
             results[todo[index]] = np.array(logits)  # Ray's own would pin its store's memory
             advance(len(logits))
     return [np.concatenate([results[key] for key in series]) for series in keys]
+
+
+def _kept(store: ResultStore, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The logits of an earlier command, if they are there and can be no others."""
+    logits = (store.get(key) or {}).get("logits")
+    if logits is None or logits.shape != shape or logits.dtype != np.float32:
+        return None
+    return logits if np.isfinite(logits).all() else None
 
 
 def _retrain(config: Config, data: ImageData, stack: Series, split: str) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attribution.errors import InputError
+from attribution.errors import InputError, reason
+from attribution.files import read_json, sha256
 from attribution.matrices import open_matrix, row_blocks, write_matrix
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
 
 SCHEMA_VERSION = 1
 SIGN = "positive = helpful: the example's presence in training raises the target's margin"
@@ -26,6 +28,14 @@ REQUIRED_COLUMNS = {
     },
     "targets.parquet": {"position", "example_id", "label", "label_name", "loss"},
 }  # fmt: skip
+# What a column holds, where a table has it: other types would fail, or mislead, far from here.
+KINDS = {
+    "whole numbers": ("position", "label", "true_label", "predicted_label"),
+    "finite numbers": ("alignment", "self_influence", "loss", "label_quality"),
+    "texts": ("example_id", "label_name", "file_name"),
+    "truth values": ("is_flipped",),
+}
+MOST_TABLE_BYTES = 1 << 30  # of a table, decoded
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Scores:
         if k < 1:
             raise InputError(f"k={k}: must be at least 1")
         column = np.asarray(self.values[:, target])
+        if not np.isfinite(column).all():
+            raise InputError(f"target={target}: a score of it is not finite")
         order = np.argsort(sign * column, kind="stable")[:k]
         return self.train.iloc[order].assign(score=column[order])
 
@@ -97,7 +109,7 @@ def top_k(values: np.ndarray, k: int, largest: bool = True) -> tuple[np.ndarray,
         (n_targets, k): the best first, equal ones by position; fewer than k where n_train is.
 
     Raises:
-        InputError: k below 1.
+        InputError: k below 1, or a score among the best that is not finite.
     """
     if k < 1:
         raise InputError(f"k={k}: must be at least 1")
@@ -108,6 +120,8 @@ def top_k(values: np.ndarray, k: int, largest: bool = True) -> tuple[np.ndarray,
     for block in row_blocks(values):
         best.add(block if largest else -block, first)
         first += len(block)
+    if not np.isfinite(best.scores).all():
+        raise InputError("scores: not all are finite")
     return best.rows, sign * best.scores
 
 
@@ -120,8 +134,8 @@ class _Best:
 
     def add(self, block: np.ndarray, first: int) -> None:
         """Take in rows (b, m), of which the topmost is row `first` of the matrix."""
-        # A later row has to be better, not equal: ties go to the earlier row.
-        better = block > self.scores[:, -1]
+        # A later row has to be better, not equal: ties go to the earlier row. NaN gets in, and is told.
+        better = ~(block <= self.scores[:, -1])
         if len(block) > 1 and np.count_nonzero(better) > 4 * self.scores.size:
             half = len(block) // 2  # fewer will pass in the second half, once the first is in
             self.add(block[:half], first)
@@ -132,6 +146,7 @@ class _Best:
         column = np.concatenate([np.repeat(np.arange(m), k), columns])
         row = np.concatenate([self.rows.ravel(), rows + first])
         score = np.concatenate([self.scores.ravel(), block[rows, columns]])
+        score[np.isnan(score)] = np.inf
         order = np.lexsort((-score, column))  # stable, and equal scores are in order of rows
         counts = np.bincount(column, minlength=m)
         chosen = order[(np.cumsum(counts) - counts)[:, None] + np.arange(k)]
@@ -176,8 +191,8 @@ def write_scores(
         "sign": SIGN,
         "unit": "margin (log-odds of the target's label)",
         "shape": list(matrix.shape),
-        "sha256": _sha256(file),
-        "sha256_tables": {name: _sha256(folder / name) for name in REQUIRED_COLUMNS},
+        "sha256": sha256(file),
+        "sha256_tables": {name: sha256(folder / name) for name in REQUIRED_COLUMNS},
         **metadata,
     }
     (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -186,25 +201,29 @@ def write_scores(
 def load_scores(source: str | Path) -> Scores:
     """Read a score artifact from a folder, or from a run as 'runs:/RUN_ID/scores'.
 
+    Whoever wrote it: nothing is unpickled, and nothing read that is larger than its file.
+
     Raises:
-        InputError: something is missing, or differs from what metadata.json promises.
+        InputError: something is missing, or differs from what metadata.json promises; a score that
+            is not finite; a column of another kind than it has to be.
     """
     folder = local_folder(str(source))
     metadata = _read_metadata(folder, source)
     matrix = folder / "scores.npy"
     try:
-        if _sha256(matrix) != metadata["sha256"]:
-            raise InputError(f"scores={source}: scores.npy does not have the hash in metadata.json")
+        has_hash = sha256(matrix) == metadata["sha256"]
         values = open_matrix(matrix)
-    except InputError:
-        raise
     except Exception as error:  # numpy raises many kinds on a broken header
-        raise InputError(f"scores={source}: scores.npy cannot be read ({error})") from None
+        raise InputError(f"scores={source}: scores.npy cannot be read ({reason(error)})") from None
+    if not has_hash:
+        raise InputError(f"scores={source}: scores.npy does not have the hash in metadata.json")
     if values.dtype != np.float32 or list(values.shape) != metadata["shape"]:
         raise InputError(
             f"scores={source}: scores.npy is {values.dtype} {values.shape}, "
             f"not float32 {tuple(metadata['shape'])} as metadata.json says"
         )
+    if not all(np.isfinite(block).all() for block in row_blocks(values)):
+        raise InputError(f"scores={source}: scores.npy holds values that are not finite")
     tables = [
         _read_table(folder / name, length, metadata["sha256_tables"][name], source)
         for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True)
@@ -225,18 +244,17 @@ def local_folder(source: str, parameter: str = "scores") -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(source))
     except Exception as error:  # each artifact store raises its own kind
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{parameter}={source}: cannot be had ({reason})") from None
+        raise InputError(f"{parameter}={source}: cannot be had ({reason(error)})") from None
 
 
 def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:
     try:
-        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        metadata = read_json(folder / "metadata.json")
     except OSError:
         raise InputError(
             f"scores={source}: no metadata.json there; is it a scores folder?"
         ) from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise InputError(f"scores={source}: metadata.json is not valid JSON") from None
     if not isinstance(metadata, dict) or metadata.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"scores={source}: metadata.json is not of schema {SCHEMA_VERSION}")
@@ -253,26 +271,70 @@ def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _read_table(path: Path, length: int, sha256: str, source: str | Path) -> pd.DataFrame:
-    import pandas as pd
+def _read_table(path: Path, length: int, promised: str, source: str | Path) -> pd.DataFrame:
+    from pyarrow.parquet import ParquetFile
+
+    def refused(what: str) -> InputError:
+        return InputError(f"scores={source}: {path.name} {what}")
 
     try:
-        if _sha256(path) != sha256:
-            raise InputError(f"scores={source}: {path.name} does not have its hash")
-        table = pd.read_parquet(path)
+        if sha256(path) != promised:
+            raise refused("does not have its hash")
+        file = ParquetFile(path)
+        rows = file.metadata.num_rows
+        if rows != length:  # before a row is decoded: few bytes may claim many
+            raise refused(f"has {rows} rows, not {length}")
+        table = _decoded(file).to_pandas().reset_index(drop=True)
     except InputError:
         raise
     except Exception as error:  # pyarrow raises many kinds on a broken file
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"scores={source}: {path.name} cannot be read ({reason})") from None
+        raise refused(f"cannot be read ({reason(error)})") from None
     missing = REQUIRED_COLUMNS[path.name] - set(table.columns)
     if missing:
-        raise InputError(f"scores={source}: {path.name} lacks the columns {sorted(missing)}")
+        raise refused(f"lacks the columns {sorted(missing)}")
     if len(table) != length:
-        raise InputError(f"scores={source}: {path.name} has {len(table)} rows, not {length}")
+        raise refused(f"has {len(table)} rows, not {length}")
+    if not table.columns.is_unique:
+        raise refused("has two columns of one name")
+    for kind, names in KINDS.items():
+        for name in names:
+            if name in table and not _is_of(kind, table[name]):
+                raise refused(f"has a column {name} that does not hold {kind}")
+    if (table["position"] != range(length)).any():
+        raise refused("is not in order of position")
     return table
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _decoded(file: ParquetFile) -> pyarrow.Table:
+    """The rows of a file, some at a time: a long text that every row refers to is stored once.
+
+    Raises:
+        ValueError: they take too much memory, or are not what their types say.
+    """
+    import pyarrow
+
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    size = sum(group.total_byte_size for group in groups)
+    batches, taken = [], 0
+    if size <= MOST_TABLE_BYTES:
+        for batch in file.iter_batches(max(1, min(1 << 16, MOST_TABLE_BYTES // max(1, size)))):
+            batches.append(batch)
+            taken += batch.nbytes
+            if taken > MOST_TABLE_BYTES:
+                break
+    if max(size, taken) > MOST_TABLE_BYTES:
+        raise ValueError(f"larger than {MOST_TABLE_BYTES >> 20} MiB")
+    table = pyarrow.Table.from_batches(batches, file.schema_arrow)
+    table.validate(full=True)  # of texts, that they are UTF-8
+    return table
+
+
+def _is_of(kind: str, column: pd.Series) -> bool:
+    if kind == "texts":
+        return all(isinstance(value, str) for value in column)
+    values = column.to_numpy()
+    if kind == "truth values":
+        return values.dtype == bool
+    if kind == "whole numbers":
+        return values.dtype.kind in "iu" and bool((values >= 0).all())
+    return values.dtype.kind in "iuf" and bool(np.isfinite(values).all())

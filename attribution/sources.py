@@ -16,12 +16,21 @@ import numpy as np
 from PIL import Image
 
 from attribution.config import Config, nearest
-from attribution.errors import InputError
+from attribution.errors import InputError, reason
+from attribution.files import regular
 
 VALIDATION_NAMES = ("validation", "valid", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
+# Of Pillow's formats those; others would start programs (EPS: Ghostscript), whatever the file is called.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar")
+MOST_BYTES = 1 << 30  # of an image's file
 CHUNK = 256  # images read and decoded at a time, which bounds the memory
+
+
+def open_image(file: io.BytesIO) -> Image.Image:
+    """An image that is not decoded yet, of one of the FORMATS."""
+    return Image.open(file, formats=FORMATS)
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Source:
     labels: np.ndarray
     parts: np.ndarray
     cells: Callable[[np.ndarray], list[dict[str, Any]]]  # row numbers to {"bytes", "path"}
-    open: Callable[[io.BytesIO], Image.Image] = Image.open
+    open: Callable[[io.BytesIO], Image.Image] = open_image
     root: Path | None = None  # file names are told relative to it
     column: Callable[[str], list[Any] | None] = lambda name: None  # other values of every row
 
@@ -73,8 +82,10 @@ def _digits() -> Source:
 def _folder(root: Path, config: Config, cache: Path) -> Source:
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _tabular(_load(config, str(root), saved=True), config)
-    folders = {"train": _class_folders(root)}
-    parts = {part: _class_folders(root / part) for part in ("train", "test", *VALIDATION_NAMES)}
+    folders = {"train": _class_folders(root, config)}
+    parts = {
+        part: _class_folders(root / part, config) for part in ("train", "test", *VALIDATION_NAMES)
+    }
     # A class may be called "train": it is a part only if it holds folders of images itself.
     if any(parts["train"].values()):
         folders = {part: classes for part, classes in parts.items() if any(classes.values())}
@@ -89,15 +100,30 @@ def _folder(root: Path, config: Config, cache: Path) -> Source:
     )
 
 
-def _class_folders(folder: Path) -> dict[Path, set[str]]:
+def _class_folders(folder: Path, config: Config) -> dict[Path, set[str]]:
     """The image suffixes in each visible subfolder; an empty set where it holds no image."""
     found: dict[Path, set[str]] = {}
     for child in sorted(folder.iterdir()) if folder.is_dir() else []:
         if child.is_dir() and not child.name.startswith("."):
-            files = (file.name for file in os.scandir(child) if file.is_file())
-            shown = (name for name in files if not name.startswith("."))
-            found[child] = {os.path.splitext(n)[1] for n in shown if n.lower().endswith(SUFFIXES)}
+            shown = (entry for entry in os.scandir(child) if not entry.name.startswith("."))
+            images = [entry for entry in shown if entry.name.lower().endswith(SUFFIXES)]
+            for entry in images:
+                _check_name(entry, config)
+            found[child] = {os.path.splitext(entry.name)[1] for entry in images if entry.is_file()}
     return found
+
+
+def _check_name(file: os.DirEntry, config: Config) -> None:
+    """Refuse what `datasets` would leave out without a word, or take for an address."""
+    if file.is_symlink() and not os.path.exists(file):
+        what = "is a link that leads nowhere; repair or remove it"
+    elif "::" in file.path:
+        what = "has '::' in its path, which stands for an address; rename it"
+    elif file.path.encode(errors="replace") != os.fsencode(file.path):
+        what = "has a name that is not UTF-8; rename it"
+    else:
+        return
+    raise InputError(f"dataset={config.dataset}: {file.path} {what}")
 
 
 def _class_folder_source(
@@ -125,9 +151,10 @@ def _load(config: Config, name: str, saved: bool = False, **options: Any) -> dic
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, **options)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         advice = "" if local else "; name a data set of the Hub that can be reached, or a folder"
-        raise InputError(f"dataset={config.dataset}: cannot be loaded: {reason}{advice}") from error
+        raise InputError(
+            f"dataset={config.dataset}: cannot be loaded: {reason(error)}{advice}"
+        ) from error
     finally:
         if local and shown:
             datasets.enable_progress_bars()
@@ -210,8 +237,9 @@ def content(cell: dict[str, Any]) -> bytes:
     if cell["bytes"] is not None:
         return cell["bytes"]
     try:
-        return Path(cell["path"]).read_bytes()
-    except (OSError, TypeError):
+        file = regular(Path(cell["path"]))
+        return file.read_bytes() if file.stat().st_size <= MOST_BYTES else b""
+    except (OSError, TypeError, ValueError):
         return b""
 
 

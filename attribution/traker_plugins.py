@@ -143,7 +143,8 @@ class RidgeScoreComputer(AbstractScoreComputer):
         """Gram matrices (blocks, k, k) in float64 of features that come some rows at a time.
 
         Raises:
-            InputError: a feature is not finite, or so large that its square overflows.
+            InputError: a feature is not finite, or so large that its square overflows; or all of
+                a block are so small that their squares vanish.
         """
         gram = None
         for some in rows:
@@ -152,6 +153,13 @@ class RidgeScoreComputer(AbstractScoreComputer):
             gram = products.double() if gram is None else gram.add_(products)
         if not gram.isfinite().all():
             raise InputError("the training features are not finite; is the checkpoint diverged?")
+        # Below that, squares lose digits in float32; of zeros no ridge could make a Gram matrix.
+        float32 = torch.finfo(torch.float32)
+        if (gram.diagonal(dim1=1, dim2=2).amax(1) < float32.tiny / float32.eps).any():
+            raise InputError(
+                "the training features of a block are zero, or nearly so; is the checkpoint "
+                "diverged, or does a part of the model not take part?"
+            )
         return gram
 
     def factor(self, xtx: Tensor) -> Tensor:
@@ -169,7 +177,7 @@ class RidgeScoreComputer(AbstractScoreComputer):
         factor, info = torch.linalg.cholesky_ex(regularised)
         # The Gram matrix carries float32 rounding, so a pivot below that is no better than zero.
         noise = torch.finfo(torch.float32).eps * diagonal.max()
-        if info > 0 or factor.diagonal().square().min() <= noise:
+        if info > 0 or not factor.diagonal().square().min() > noise:
             raise InputError(
                 f"F^T F + l I is singular with lambda_reg {self.lambda_reg} and proj_dim "
                 f"{len(xtx)}; raise lambda_reg, e.g. to 0.1"

@@ -6,12 +6,13 @@ import argparse
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 WHAT = (
     "features", "scores", "training", "ablation", "precision", "peers", "scaling", "defaults", "null",
-    "faults", "outages",
+    "faults", "outages", "fuzz",
 )  # fmt: skip
 UNTABLED = ("part", "note")
 
@@ -43,6 +44,8 @@ def main() -> None:
     if options.json:
         document = {"what": options.what, "hardware": machine, "rows": rows}
         Path(options.json).write_text(json.dumps(document, indent=2) + "\n")
+    if any(row.get("undocumented") for row in rows):
+        sys.exit(1)
 
 
 def _log(what: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:

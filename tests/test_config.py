@@ -364,3 +364,12 @@ def test_a_bad_value_exits_with_2_and_one_line_before_any_heavy_import() -> None
 def test_help_of_an_entry_point_exits_with_0(stage: str) -> None:
     done = python("-m", f"scripts.{stage}", "--help")
     assert done.returncode == 0 and "--dataset" in done.stdout
+
+
+@pytest.mark.parametrize("word", ["--epochs=--", "--learning_rate=--", "--augment=--"])
+def test_two_dashes_are_a_value_like_any_other(word: str) -> None:
+    """Found by fuzzing: argparse makes an empty list of them."""
+    name = word[2:].partition("=")[0]
+    with pytest.raises(InputError, match=f"^{name}=--: "):
+        resolve(parse("finetune", [word]))
+    assert parse("finetune", ["--model=--"]) == {"model": "--"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -809,3 +811,171 @@ def test_real_photographs(load, decodes) -> None:
     assert (loaded.pixels()[123] == expected).all()
     load(FOOD, image_size=64)
     assert len(decodes) == 9986
+
+
+# Folders and files that somebody else has made
+
+
+def claims(width: int, height: int, colour: int = 0) -> bytes:
+    """A PNG of one colour, so well compressed that it is small however large the image is."""
+    row = bytes(1 + (-(-width // 8) if colour == 0 else 3 * width))
+    packer = zlib.compressobj(9)
+    body = b"".join(packer.compress(row * 100) for _ in range(-(-height // 100))) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1 if colour == 0 else 8, colour, 0, 0, 0)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    chunks = (chunk(b"IHDR", header), chunk(b"IDAT", body), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def eps() -> bytes:
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+UNKNOWN = "no picture of a known format: JPEG, PNG"
+UNDECODABLE = {
+    "zero bytes": (b"", UNKNOWN),
+    "a bomb": (claims(20_000, 20_000), "exceeds limit"),
+    "a header that claims a bomb": (claims(1, 1)[:16] + b"\x7f" * 8, "no picture that can be decoded"),
+    "cut off": (png(1)[:90], "no picture that can be decoded: image file is truncated"),
+    "PostScript under another name": (eps(), UNKNOWN),
+    "a table": (b"PAR1", UNKNOWN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "says"), UNDECODABLE.values(), ids=UNDECODABLE)
+def test_what_is_no_image_stops_the_run_or_is_skipped(load, root, content, says) -> None:
+    (root / "cat" / "odd.png").write_bytes(content)
+    for _ in range(2):  # what is remembered of the first time has the same reason
+        fails(load, root, f"dataset={root}", "cat/odd.png", "on_bad_image=skip", says)
+    loaded = load(root, on_bad_image="skip")
+    assert loaded.skipped == ("cat/odd.png",) and len(loaded.examples) == 25
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (20_000, 100)])
+def test_sizes_that_nobody_expects(load, root, size) -> None:
+    Image.new("RGB", size, (200, 100, 50)).save(root / "cat" / "odd.png")
+    loaded = load(root)
+    (row,) = np.flatnonzero(loaded.examples["file_name"] == "cat/odd.png")
+    assert (loaded.pixels()[row] == [200, 100, 50]).all()
+
+
+def test_a_program_is_not_started_for_a_picture(monkeypatch) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
+    with pytest.raises(InputError, match="no picture of a known format"):
+        pixels.read_image(eps(), 8)
+    assert not started
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch) -> None:
+    monkeypatch.setattr(pixels, "LARGE", 10)
+    running, most, original = [], [], pixels.decode_image
+
+    def counted(*arguments):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.005)
+        running.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(pixels, "decode_image", counted)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: pixels.read_image(png(i), 8), range(12)))
+    assert max(most) == 1 and len(most) == 12
+
+
+BROKEN = {
+    "a link to nowhere": (lambda f: f.symlink_to("/nowhere/x.png"), "link that leads nowhere"),
+    "a link to itself": (lambda f: f.symlink_to(f), "link that leads nowhere"),
+    "no UTF-8": (lambda f: write_bytes_name(f), "a name that is not UTF-8"),
+    "an address": (lambda f: f.with_name("http::x.png").write_bytes(png(99)), "has '::'"),
+}  # fmt: skip
+
+
+def write_bytes_name(file: Path) -> None:
+    with open(os.fsencode(file.parent) + b"/\xff\xfe.png", "wb") as out:
+        out.write(png(99))
+
+
+@pytest.mark.parametrize(("make", "says"), BROKEN.values(), ids=BROKEN)
+def test_an_image_that_would_be_left_out_without_a_word_is_told(load, root, make, says) -> None:
+    make(root / "cat" / "odd.png")
+    fails(load, root, f"dataset={root}", "cat", says)
+
+
+def test_two_links_to_each_other_are_told(load, root) -> None:
+    (root / "cat" / "a.png").symlink_to(root / "cat" / "b.png")
+    (root / "cat" / "b.png").symlink_to(root / "cat" / "a.png")
+    fails(load, root, "link that leads nowhere")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda root: (root / "cat" / "loop").symlink_to(root / "cat"),
+        lambda root: (root / "loop").symlink_to(root / "loop"),
+        lambda root: os.mkfifo(root / "cat" / "pipe.png"),
+        lambda root: (root / "cat" / "folder.png").mkdir(),
+    ],
+    ids=["a loop in a class", "a loop", "a pipe", "a folder"],
+)
+def test_what_is_no_file_is_left_out(load, root, make) -> None:
+    make(root)
+    assert len(load(root).examples) == 25
+
+
+def test_a_folder_that_is_a_link_to_the_whole_is_an_empty_class(load, root) -> None:
+    (root / "loop").symlink_to(root)
+    fails(load, root, "empty class 'loop'")
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "new\nline", "é 😀", "\u202eevil", "-rf", "%s {x} $y$", "a.zip", "\x1b[31m"]
+)
+def test_any_name_that_is_a_name_is_taken(load, tmp_path, name) -> None:
+    root = tmp_path / "images"
+    write_classes(root, {name: 3, "other": 3})
+    for file in (root / name).iterdir():
+        file.rename(file.with_name(f"{name} {file.name}"))
+    loaded = load(root)
+    assert set(loaded.class_names) == {name, "other"}
+    assert {f for f in loaded.examples["file_name"] if f.startswith(name)} == {
+        f"{name}/{file.name}" for file in (root / name).iterdir()
+    }
+    fails(load, root, "classes=x", classes="x,other")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "../../../etc/passwd", "/nowhere", "\0", "", "/"])
+def test_a_path_in_a_table_is_read_as_an_image_or_not_at_all(load, tmp_path, path) -> None:
+    part = hub_dataset(0, [6, 6])
+    images = [{"bytes": png(i), "path": f"{i}.png"} for i in range(11)]
+    part = part.remove_columns("image").add_column(
+        "image", [*images, {"bytes": None, "path": path}]
+    )
+    folder = write_parquet(tmp_path / "hub", train=part)
+    fails(load, folder, "cannot be decoded", image_column="image")
+    loaded = load(folder, image_column="image", on_bad_image="skip")
+    assert len(loaded.skipped) == 1 and len(loaded.examples) == 11
+
+
+def test_a_file_too_large_for_an_image_is_not_read(load, tmp_path) -> None:
+    from attribution import sources
+
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(sources.MOST_BYTES + 1)
+    assert sources.content({"bytes": None, "path": str(tmp_path / "large.png")}) == b""
+
+
+def test_a_folder_in_hub_format_cannot_bring_code(load, tmp_path) -> None:
+    folder = write_parquet(tmp_path / "hub", train=hub_dataset(0, [6, 6]))
+    mark = tmp_path / "executed"
+    (folder / "hub.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    fails(load, folder, f"dataset={folder}", "scripts are no longer supported")
+    assert not mark.exists()

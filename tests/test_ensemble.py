@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from attribution import ensemble, models
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.ensemble import Ensemble, label_quality, subset_masks, train_checkpoints
+from attribution.errors import InputError
 from attribution.training import predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,6 +200,67 @@ def test_an_ensemble_kept_as_an_archive_is_loaded_as_it_was(tmp_path: Path) -> N
         np.testing.assert_array_equal(found, array)
 
 
+def archive(file: Path, **changes) -> Path:
+    """An ensemble's archive of 4 models, 12 and 5 examples and 3 classes, with other arrays."""
+    np.savez(file, **(made(subset_masks(12, 4, 0.5, 0)).arrays() | changes))
+    return file
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    {
+        "text": lambda f: f.write_bytes(b"text"),
+        "empty": lambda f: f.write_bytes(b""),
+        "truncated": lambda f: f.write_bytes(archive(f).read_bytes()[:500]),
+        "an array missing": lambda f: np.savez(f, masks=np.ones((4, 12), bool)),
+        "compressed": lambda f: np.savez_compressed(f, **made(subset_masks(12, 4, 1, 0)).arrays()),
+        "pickled objects": lambda f: archive(f, masks=np.full((4, 12), {}, object)),
+        "masks of numbers": lambda f: archive(f, masks=np.ones((4, 12))),
+        "masks of neither": lambda f: archive(f, masks=np.full((4, 12), 2, np.uint8).view(bool)),
+        "other models": lambda f: archive(f, masks=np.ones((3, 12), bool)),
+        "other examples": lambda f: archive(f, masks=np.ones((4, 11), bool)),
+        "whole numbers": lambda f: archive(f, train_logits=np.ones((4, 12, 3), int)),
+        "one class": lambda f: archive(
+            f, train_logits=np.ones((4, 12, 1)), validation_logits=np.ones((4, 5, 1))
+        ),
+        "no models": lambda f: archive(
+            f, masks=np.ones((0, 12), bool), train_logits=np.ones((0, 12, 3)),
+            validation_logits=np.ones((0, 5, 3)),
+        ),
+        "NaN": lambda f: archive(f, train_logits=np.full((4, 12, 3), np.nan)),
+        "infinite": lambda f: archive(f, validation_logits=np.full((4, 5, 3), np.inf)),
+        "a pipe": os.mkfifo,
+    }.values(),
+)  # fmt: skip
+def test_logits_that_are_none_are_refused_in_one_line(tmp_path: Path, spoil) -> None:
+    file = tmp_path / "logits.npz"
+    spoil(file)
+    with pytest.raises(InputError, match=f"^logits={file}: cannot be read") as caught:
+        Ensemble.load(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bomb_of_an_archive_takes_no_memory(tmp_path: Path) -> None:
+    """A compressed gigabyte of zeros is a megabyte; its header claims a petabyte more."""
+    header = io.BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": (1 << 48,)}
+    np.lib.format.write_array_header_1_0(header, described)
+    with zipfile.ZipFile(tmp_path / "logits.npz", "w") as file:
+        for name in ("masks", "train_logits", "validation_logits"):
+            file.writestr(f"{name}.npy", header.getvalue() + bytes(100))
+    with pytest.raises(InputError, match="^logits="):
+        Ensemble.load(tmp_path / "logits.npz")
+
+
+def test_labels_of_other_data_are_refused() -> None:
+    joint = made(subset_masks(12, 4, 0.5, 0))
+    for labels in (np.zeros(11, int), np.full(12, 7)):
+        with pytest.raises(InputError, match="^logits: are of 12 examples and 3 classes"):
+            joint.train_loss(labels)
+    with pytest.raises(InputError, match="^logits: are of"):
+        joint.validation_loss(np.zeros(12, int))
+
+
 def test_the_joint_prediction_is_the_mean_of_probabilities(tmp_path: Path) -> None:
     data = toy_data(tmp_path, n_train=4, n_other=3)
     joint = made(np.ones((5, 4), dtype=bool), classes=2, n_validation=3)
@@ -246,6 +311,33 @@ def test_finished_checkpoints_are_picked_up_and_a_missing_one_is_trained_the_sam
         assert a.train_logits.tobytes() == b.train_logits.tobytes()
         assert a.validation_logits.tobytes() == b.validation_logits.tobytes()
         assert a.history == b.history
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "logits cut off": lambda f: (f / "logits.npz").write_bytes(b"PK"),
+        "logits missing": lambda f: (f / "logits.npz").unlink(),
+        "logits of NaN": lambda f: np.savez(
+            f / "logits.npz", train=np.full((24, 2), np.nan), validation=np.zeros((6, 2))
+        ),
+        "logits of other data": lambda f: np.savez(
+            f / "logits.npz", train=np.zeros((23, 2)), validation=np.zeros((6, 2))
+        ),
+        "history": lambda f: (f / "history.json").write_text("["),
+        "weights": lambda f: (f / "model" / "model.safetensors").write_bytes(b""),
+    }.values(),
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_trained_again(
+    setting, tmp_path: Path, trained: list[str], damage
+) -> None:
+    config, data, masks = setting
+    first = train_checkpoints(config, data, masks[:2], tmp_path)
+    damage(tmp_path / "001")
+    second = train_checkpoints(config, data, masks[:2], tmp_path)
+    assert trained[2:] == ["001"]
+    for a, b in zip(first, second):
+        assert a.train_logits.tobytes() == b.train_logits.tobytes()
 
 
 def test_nothing_but_the_checkpoints_is_left_in_the_work_folder(setting, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,13 @@ def test_a_bank_for_something_else_is_refused(kept, tmp_path: Path) -> None:
         lambda f: np.save(f / "margins.npy", np.zeros((10, 1, 5))),
         lambda f: np.save(f / "margins.npy", np.full((10, 1, 6), np.nan)),
         lambda f: np.save(f / "masks.npy", np.ones((10, 20))),
+        lambda f: np.save(f / "masks.npy", np.full((10, 20), 2, np.uint8).view(bool)),
+        lambda f: np.save(f / "masks.npy", np.ones((1, 20), bool)),
+        lambda f: np.save(f / "margins.npy", np.zeros((10, 0, 6))),
+        lambda f: np.save(f / "margins.npy", np.zeros((10, 1, 6), int)),
+        lambda f: (f / "spec.json").write_text("[]"),
+        lambda f: (f / "spec.json").write_text("[" * 100_000),
+        lambda f: ((f / "spec.json").unlink(), os.mkfifo(f / "spec.json")),
     ],
 )
 def test_a_damaged_bank_is_refused_in_one_line(kept, damage) -> None:

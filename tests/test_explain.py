@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,12 @@ def test_damaged_features_are_refused_in_one_line(stored: Path, name: str, damag
     "change",
     [
         lambda d: d | {"schema_version": 2},
-        lambda d: d | {"num_models": 3},
+        *(
+            (lambda d, count=count: d | {"num_models": count})
+            for count in (3, 0, -1, True, 2.0, "2", None, 10**12)
+        ),
+        lambda d: d | {"sha256": {"../" + name: value for name, value in d["sha256"].items()}},
+        lambda d: d | {"sha256": dict.fromkeys(d["sha256"], 1)},
         lambda d: d | {"sha256": {}},
         lambda d: {"schema_version": 1},
         lambda d: [d],
@@ -211,6 +218,70 @@ def test_features_with_other_metadata_are_refused(stored: Path, change) -> None:
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(InputError, match="^features=.*cannot be read"):
         load_features(stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "pickled objects": ("scale.npy", np.full((6, 1), {}, object)),
+        "another type": ("000/train.npy", np.zeros((6, 6), np.float32)),
+        "other examples": ("001/train.npy", np.zeros((5, 6), np.float16)),
+        "other lengths": ("000/train.npy", np.zeros((6, 5), np.float16)),
+        "factors that are no squares": ("001/factor.npy", np.ones((6, 4), np.float32)),
+        "one dimension": ("scale.npy", np.ones(6, np.float32)),
+        "nothing": ("scale.npy", np.ones((0, 1), np.float32)),
+        "two scales": ("scale.npy", np.ones((6, 2), np.float32)),
+    }.values(),
+)
+def test_features_that_do_not_fit_are_refused_whatever_their_hashes(stored, name, values) -> None:
+    np.save(stored / name, values, allow_pickle=True)
+    bless(stored)
+    with pytest.raises(InputError, match="^features=.*cannot be read"):
+        load_features(stored)
+
+
+def bless(stored: Path) -> None:
+    """Give every file the hash that metadata.json promises."""
+    file = stored / "metadata.json"
+    document = json.loads(file.read_text())
+    document["sha256"] = {n: sha256((stored / n).read_bytes()).hexdigest() for n in STORED}
+    file.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("name", ["000/train.npy", "001/factor.npy", "scale.npy"])
+def test_stored_features_that_are_not_finite_make_no_scores(stored: Path, name: str) -> None:
+    values = np.load(stored / name)
+    values.flat[0] = np.nan
+    np.save(stored / name, values)
+    bless(stored)
+    with pytest.raises(InputError, match="^features=.*not finite"):
+        load_features(stored).scores([np.ones((1, 6), np.float32)] * 2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_features_of_other_checkpoints_are_refused(stored: Path, count: int) -> None:
+    with pytest.raises(InputError, match=f"are of 2 checkpoints, not {count}"):
+        load_features(stored).scores([np.zeros((1, 6), np.float32)] * count)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "PostScript", "loop"])
+def test_a_picture_that_is_none_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "a picture.png"
+    make = {
+        "pipe": os.mkfifo,
+        "folder": Path.mkdir,
+        "PostScript": lambda f: f.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        "loop": lambda f: f.symlink_to(f),
+    }
+    make[kind](file)
+    with pytest.raises(InputError, match=f"^image={file}: cannot be read") as caught:
+        explanation.read_picture(toy_config(image=str(file)))
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_of_other_data_explain_no_mistakes() -> None:
+    with pytest.raises(InputError, match="are of 3 targets, the data has 4"):
+        confident_mistakes(np.full((3, 2), 0.5), np.zeros(4, int), 2)
 
 
 def test_features_of_another_length_are_refused(stored: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from attribution import matrices
+from attribution import scores as scores_module
 from attribution.errors import InputError
 from attribution.matrices import write_matrix
 from attribution.scores import (
@@ -377,3 +379,110 @@ def test_a_score_too_large_for_float32_is_not_written(tmp_path: Path) -> None:
 def test_an_address_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
     source = (tmp_path / "nowhere").as_uri()
     assert source in refusal(source)
+
+
+# Artifacts that somebody else has written, their hashes with them
+
+
+def change_table(folder: Path, name: str, change) -> None:
+    """Put another arrow table in place of one, without pandas' and arrow's own notes on it."""
+    from pyarrow import parquet
+
+    table = change(parquet.read_table(folder / name)).replace_schema_metadata()
+    parquet.write_table(table, folder / name, store_schema=False)
+    bless(folder, name)
+
+
+def cells(column: str, values: list):
+    """A change of one column."""
+    import pyarrow as pa
+
+    return lambda table: table.set_column(
+        table.column_names.index(column), column, pa.array(values[: len(table)])
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "says"),
+    [
+        ("position", [0, 2, 1, 3], "not in order of position"),
+        ("position", [0.0, 1.0, 2.0, 3.0], "whole numbers"),
+        ("label", [-1, 0, 0, 0], "whole numbers"),
+        ("label", ["a", "b", "c", "d"], "whole numbers"),
+        ("loss", [0.0, np.nan, 0.0, 0.0], "finite numbers"),
+        ("loss", [None, 1.0, 2.0, 3.0], "finite numbers"),
+        ("alignment", [0.0, np.inf, 0.0, 0.0], "finite numbers"),
+        ("self_influence", [True] * 4, "finite numbers"),
+        ("example_id", [1, 2, 3, 4], "texts"),
+        ("label_name", ["a", None, "c", "d"], "texts"),
+        ("label_name", [b"\xff"] * 4, "texts"),
+        ("label_name", [["a"]] * 4, "texts"),
+    ],
+)
+def test_a_column_of_another_kind_is_refused_by_name(artifact, column, values, says) -> None:
+    change_table(artifact, "train.parquet", cells(column, values))
+    message = refusal(artifact)
+    assert "train.parquet" in message and says in message
+
+
+def test_texts_that_are_no_utf_8_are_refused(artifact: Path) -> None:
+    """Found by fuzzing: pandas decodes them when they are looked at, and no sooner."""
+    import pyarrow as pa
+
+    bad = pa.Array.from_buffers(pa.string(), 3, pa.array(["aa", "bb", "cc"]).buffers()[:2] + [pa.py_buffer(b"a\xff\xfebcc")])  # fmt: skip
+    change_table(artifact, "targets.parquet", lambda t: t.set_column(1, "example_id", bad))
+    assert "UTF8" in refusal(artifact)
+
+
+def test_two_columns_of_one_name_are_refused(artifact: Path) -> None:
+    change_table(artifact, "train.parquet", lambda t: t.append_column("loss", t["alignment"]))
+    assert "two columns" in refusal(artifact)
+
+
+def test_a_small_table_that_decodes_to_a_large_one_is_refused(artifact: Path) -> None:
+    """One long text, to which every row refers."""
+    import pyarrow as pa
+
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 4, pa.int32()), pa.array(["x" * 10**6]))
+    change_table(artifact, "train.parquet", lambda t: t.append_column("file_name", text))
+    assert (artifact / "train.parquet").stat().st_size < 10**5
+    with patch.object(scores_module, "MOST_TABLE_BYTES", 3 * 10**6):
+        assert "larger than" in refusal(artifact)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_not_read(artifact: Path, bad: float) -> None:
+    values = np.zeros((4, 3), np.float32)
+    values[3, 1] = bad
+    replace_matrix(artifact, values)
+    assert "not finite" in refusal(artifact)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 3), (4, 1 << 40), (1 << 62, 1 << 62), (10**30, 3)])
+def test_a_header_that_claims_terabytes_is_refused(artifact: Path, shape: tuple) -> None:
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(48)
+    (artifact / "scores.npy").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    edit_metadata(artifact, sha256=digest, shape=list(shape))
+    with np.errstate(over="ignore"):
+        assert "scores.npy" in refusal(artifact)
+
+
+@pytest.mark.parametrize("name", ["../train.parquet", "/etc/passwd", "../../scores.npy"])
+def test_paths_in_the_metadata_lead_nowhere(artifact: Path, name: str) -> None:
+    """Names of files come from the code alone; what else the metadata names is not opened."""
+    hashes = json.loads((artifact / "metadata.json").read_text())["sha256_tables"]
+    edit_metadata(artifact, sha256_tables={name: "0", "train.parquet": hashes["train.parquet"]})
+    assert "hashes" in refusal(artifact)
+    edit_metadata(artifact, sha256_tables=hashes | {name: "0"}, file=name)
+    assert load_scores(artifact).values.shape == (4, 3)
+
+
+@pytest.mark.parametrize("name", ["scores.npy", "metadata.json", *NAMES])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_what_is_no_file_is_refused(artifact: Path, name: str, kind: str) -> None:
+    file = artifact / name
+    file.unlink()
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "loop": lambda f: f.symlink_to(f)}[kind](file)
+    assert name in refusal(artifact)
