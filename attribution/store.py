@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 from pathlib import Path
 
@@ -13,10 +14,8 @@ from attribution.workspace import alone
 LACKING = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
-OWN_MISTAKES = (
-    "INVALID_PARAMETER_VALUE",
-    "BAD_REQUEST",
-)  # MLflow's codes for what the code did wrong
+# MLflow's codes for what the code did wrong.
+OWN_MISTAKES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 REFUSED = ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
@@ -70,7 +69,8 @@ def _make(file: Path) -> None:
     import mlflow
 
     unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
+    for left in file.parent.glob(f"{glob.escape(unfinished.name)}*"):  # its journal too
+        left.unlink()
     file.parent.mkdir(parents=True, exist_ok=True)
     mlflow.MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
     os.replace(unfinished, file)
