@@ -98,6 +98,11 @@ class Place:
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def err(self) -> Path:
+        """What its commands wrote to stderr, beside the folder: that one's disk may be full."""
+        return self.folder.with_name(f"{self.folder.name}.err")
+
     def start(self) -> subprocess.Popen:
         """The command, at the head of a session of its own: what it leaves there is an orphan."""
         given = {**SETTINGS, **COMMANDS[self.name], "backend": self.backend, **self.settings}
@@ -105,7 +110,7 @@ class Place:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
         places = {"TRAK_ABLATION_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         places["TMPDIR"] = str(self.folder)
-        with (self.folder / "err.txt").open("a") as err:
+        with self.err.open("a") as err:
             return subprocess.Popen(
                 [sys.executable, "-m", f"scripts.{self.name}", *flags],
                 cwd=self.folder,
@@ -137,7 +142,7 @@ class Place:
     def check(self, process: subprocess.Popen) -> None:
         """Raise RuntimeError where it failed."""
         if process.wait(PATIENCE):
-            raise RuntimeError((self.folder / "err.txt").read_text()[-2000:])
+            raise RuntimeError(self.err.read_text()[-2000:])
 
     def units(self) -> dict[str, int]:
         """When each finished unit of work that the cache holds was written, in nanoseconds."""
@@ -186,7 +191,11 @@ class Place:
 @contextlib.contextmanager
 def new_place(name: str, backend: str) -> Iterator[Place]:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        yield Place(Path(folder), name, backend)
+        place = Place(Path(folder), name, backend)
+        try:
+            yield place
+        finally:
+            place.err.unlink(missing_ok=True)
 
 
 def _undisturbed(name: str, backend: str) -> tuple[float, dict[str, str]]:
@@ -272,7 +281,7 @@ def _starve(place: Place, process: subprocess.Popen) -> int:
             out.write(bytes(1 << 16))
     code = process.wait(PATIENCE)
     filler.unlink()
-    lines = (place.folder / "err.txt").read_text().splitlines()
+    lines = place.err.read_text().splitlines()
     return int(not code or any(line.startswith("error: ") for line in lines[-3:]))
 
 

@@ -87,7 +87,7 @@ def disturb(
                     process.wait(draw.uniform(0.3 * seconds, seconds))
                 _outage(kind, options.outage, server, gate, process)
             code = process.wait(PATIENCE)
-            said = (place.folder / "err.txt").read_text().strip().splitlines()
+            said = place.err.read_text().strip().splitlines()
             if kind == "for good":
                 gate.mode = "pass"
                 server.start()
