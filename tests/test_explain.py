@@ -399,7 +399,7 @@ def test_named_targets_are_the_columns_of_the_scores(place) -> None:
             check_side(shown, values[:, target], train, k=4)
     folder = place.artifacts(result.run_id)
     assert {f.name for f in folder.iterdir()} == {
-        "explanation.html", "explanation.csv", "explanation.json",
+        "explanation.html", "explanation.csv", "explanation.json", "environment.json",
         "explanation-target-3.png", "explanation-target-5.png",
     }  # fmt: skip
     for name in ("explanation-target-3.png", "explanation-target-5.png"):
