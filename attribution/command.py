@@ -145,10 +145,11 @@ def _quiet() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
     warnings.filterwarnings("ignore")
-    names = ("mlflow", "mlflow.store.db.utils", "alembic", "datasets", "TRAK", "STORE", "urllib3")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # an image that is damaged is told by name
-    for name in names:
+    for name in ("mlflow", "alembic", "datasets", "TRAK", "STORE", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What these log as an error is raised too, and told in a line of our own.
+    for name in ("PIL", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ CLASS_COLUMNS = [
 
 def retrain(
     config: Config, data: ImageData, trials: Sequence[Trial], seeds: list[int], work: Path
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Retrain every trial under every seed and read the test split once for each model.
 
     Args:

@@ -5,18 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.errors import InputError
 from attribution.parallel import ResultStore, parallel_map, resolve_jobs
 from attribution.progress import progress
 from attribution.tracking import digest, say, training_key
 from attribution.training import predict, resolve_device, stacking_pays, train, train_stacked
 
 STACK = 10  # models trained as one, at most
+
+
+class Retrained(Sequence[np.ndarray]):
+    """Logits (n_models, n, C) float32 of each series, read from disk where they are asked for.
+
+    Many retrainings of a large split do not fit into memory.
+
+    Raises:
+        InputError: on reading, if somebody has deleted them meanwhile.
+    """
+
+    def __init__(self, store: ResultStore, keys: Sequence[Sequence[str]]) -> None:
+        self._store, self._keys = store, keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = [self._store.get(key) for key in self._keys[index]]
+        if None in found:
+            folder = self._store.folder
+            raise InputError(f"cache_dir: a finished retraining is gone from {folder}; try again")
+        return np.concatenate([each["logits"] for each in found if each])
 
 
 @dataclass(frozen=True)
@@ -66,7 +91,7 @@ def retrained_logits(
     split: str,
     work: Path,
     stage: str,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Logits (n_models, n, C) float32 of each series' models on a split.
 
     What is trained at a time, and kept, is a stack: the next STACK models of a series where small
@@ -89,12 +114,9 @@ def retrained_logits(
     distinct = dict(zip(sum(keys, []), sum(stacks, []), strict=True))
     store = ResultStore(work)
     shape = len(data.rows(split)), len(data.class_names)
-    results = {
-        key: logits
-        for key, series in distinct.items()
-        if (logits := _kept(store, key, (len(series), *shape))) is not None
-    }
-    todo = [key for key in distinct if key not in results]
+    todo = [
+        key for key, series in distinct.items() if not _is_kept(store, key, (len(series), *shape))
+    ]
     total, left = (sum(len(distinct[key]) for key in some) for some in (distinct, todo))
     say(f"{stage}: {total} models to compare, {left} of them to train")
     tasks = [(distinct[key], split) for key in todo]
@@ -103,17 +125,16 @@ def retrained_logits(
     with progress(f"{stage}: retrainings", total, total - left) as advance:
         for index, logits in parallel_map(_retrain, tasks, jobs, (config, data), config, names):
             store.put(todo[index], {"logits": logits})
-            results[todo[index]] = np.array(logits)  # Ray's own would pin its store's memory
             advance(len(logits))
-    return [np.concatenate([results[key] for key in series]) for series in keys]
+    return Retrained(store, keys)
 
 
-def _kept(store: ResultStore, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The logits of an earlier command, if they are there and can be no others."""
+def _is_kept(store: ResultStore, key: str, shape: tuple[int, ...]) -> bool:
+    """Whether the logits of an earlier command are there, and can be no others."""
     logits = (store.get(key) or {}).get("logits")
     if logits is None or logits.shape != shape or logits.dtype != np.float32:
-        return None
-    return logits if np.isfinite(logits).all() else None
+        return False
+    return bool(np.isfinite(logits).all())
 
 
 def _retrain(config: Config, data: ImageData, stack: Series, split: str) -> np.ndarray:

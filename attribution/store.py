@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 from pathlib import Path
 
 from attribution.errors import InputError
@@ -82,7 +83,8 @@ def failure(error: BaseException) -> str:
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\(raised as a result of .*?\) | \[SQL: .*", "", text)[:300]  # SQLAlchemy's
     if isinstance(error, (mlflow.exceptions.MlflowException, RequestException, SQLAlchemyError)):
         if getattr(error, "error_code", "") in OWN_MISTAKES:
             return ""

@@ -20,6 +20,7 @@ from attribution.comparison import (
     verdict,
 )
 from attribution.data import ImageData
+from attribution.errors import InputError
 from attribution.removal import Trial
 from attribution.retraining import Series, retrained_logits
 from attribution.training import derive_seed, predict, stacking_pays, train, train_stacked
@@ -409,10 +410,20 @@ def test_a_relabelling_trial_keeps_every_example_and_changes_those_labels(data, 
         np.testing.assert_array_equal(logits, predict(config, model, data, "test"))
 
 
+def test_a_result_that_somebody_deletes_before_it_is_read_is_told(data, tmp_path) -> None:
+    trials = [NONE, HARMFUL]
+    found = retrain(toy_config(**CONFIG), data, trials, SEEDS, tmp_path / "work")
+    assert [each.shape for each in found] == [(2, len(data.rows("test")), 2)] * 2
+    for file in (tmp_path / "work").glob("*.npz"):
+        file.unlink()
+    with pytest.raises(InputError, match=f"cache_dir: .*{tmp_path / 'work'}; try again"):
+        found[1]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty archive", "other compression"])
 def test_a_damaged_result_in_the_store_is_computed_again(data, tmp_path, count, damage) -> None:
     arguments = (toy_config(**CONFIG), data, [NONE], SEEDS, tmp_path / "work")
-    first = retrain(*arguments)
+    first = list(retrain(*arguments))
     file = sorted((tmp_path / "work").glob("*.npz"))[0]
     content = bytearray(file.read_bytes())
     if damage == "truncated":

@@ -228,7 +228,7 @@ def interrupt(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(moments[-1])
             if kind == "full disk":
-                found["told"] = _starve(place, process)
+                found |= _starve(place, process)
                 break
             took = _stop(process, kind, draw)
             if kind == "dead worker":
@@ -273,8 +273,8 @@ def _stop(process: subprocess.Popen, kind: str, draw: random.Random) -> float:
     return time.monotonic() - start
 
 
-def _starve(place: Place, process: subprocess.Popen) -> int:
-    """Fill the disk until the command has ended; whether it told why, if it failed."""
+def _starve(place: Place, process: subprocess.Popen) -> dict[str, Any]:
+    """Fill the disk until the command has ended; whether it told why, if it failed, or what instead."""
     filler = place.folder / "filler"
     with filler.open("wb", buffering=0) as out, contextlib.suppress(OSError):
         while True:
@@ -282,7 +282,8 @@ def _starve(place: Place, process: subprocess.Popen) -> int:
     code = process.wait(PATIENCE)
     filler.unlink()
     lines = place.err.read_text().splitlines()
-    return int(not code or any(line.startswith("error: ") for line in lines[-3:]))
+    told = not code or any(line.startswith("error: ") for line in lines[-3:])
+    return {"told": 1} if told else {"told": 0, "said": lines[-5:]}
 
 
 @contextlib.contextmanager
