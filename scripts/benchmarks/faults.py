@@ -34,6 +34,7 @@ RESULTS = ("model.safetensors", "logits.npz", "scores.npy", "suspects.csv", "com
 TIMES = ("seconds", "milliseconds_per_gradient")  # metrics that differ each time
 GENTLE = ("SIGTERM", "Ctrl-C")  # signals that a process can answer
 PATIENCE = 900  # seconds until a command counts as hanging
+PAUSE = 2.0  # seconds, at most, between a finished unit and what is done then
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +47,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Interrupt each kind of command at random moments of its undisturbed time, and start it again.
+    """Interrupt each kind of command at random moments, and start it again.
 
-    A row a backend and kind: `failed`, commands that hung or did not go on; `kept`, finished units of
+    A moment is a number of finished units of work, drawn from none to all that an undisturbed
+    command makes, and a pause: how fast the machine is just then does not matter.
+
+    A row a backend, kind and stage that was being made: `failed`, commands that hung or did not go on; `kept`, finished units of
     work that lay in the cache when it was stopped, and `lost`, those of them that were made again;
     `different`, results not identical to an undisturbed run's; `orphans`, processes left;
     `untold`, commands that a full disk ended without a line that says so; `badly_marked`, runs that a
@@ -62,9 +66,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         for number in range(options.trials):
             name = options.commands[number % len(options.commands)]
             kind = draw.choice(options.kinds)
-            trial = {"backend": backend, "command": name, "kind": kind}
+            trial = {"backend": backend, "kind": kind, "stage": "", "command": name}
             try:
-                trial |= interrupt(name, backend, kind, draw, *undisturbed[name])
+                trial |= interrupt(name, backend, kind, draw, undisturbed[name])
             except (RuntimeError, TimeoutError) as error:
                 trial |= {"failed": 1, "reason": str(error)}
             rows.append(trial)
@@ -73,7 +77,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trials counted by backend and kind."""
+    """Trials counted by backend, kind and stage."""
     import pandas as pd
 
     table = pd.DataFrame(rows)
@@ -82,7 +86,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     table["untold"] = 1 - table["told"]
     counted = ("failed", "untold", "kept", "lost", "different", "orphans", "badly_marked")
     wanted = {"trials": ("kind", "size"), **{name: (name, "sum") for name in counted}}
-    counts = table.groupby(["backend", "kind"], sort=False).agg(
+    counts = table.groupby(["backend", "kind", "stage"]).agg(
         **wanted, slowest_stop=("slowest_stop", "max")
     )
     return counts.reset_index().to_dict("records")
@@ -97,6 +101,7 @@ class Place:
     backend: str = "local"
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)  # every unit of work that was there at some time
 
     @property
     def err(self) -> Path:
@@ -157,7 +162,22 @@ class Place:
             for unit in units:
                 with contextlib.suppress(OSError):
                     found[str(unit.relative_to(work))] = unit.stat().st_mtime_ns
+        self.seen |= found.keys()
         return found
+
+    def wait(self, process: subprocess.Popen, units: int, pause: float) -> None:
+        """Until it has ended, or so many units have been seen and the pause is over."""
+        while process.poll() is None and len(self.seen) < units:
+            self.units()
+            time.sleep(0.1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(pause)
+
+    def stage(self) -> str:
+        """What is being made, or was when it was stopped."""
+        runs = sorted(self.runs(), key=lambda run: run.info.start_time)
+        stages = [r.data.tags.get("stage", "start") for r in runs if r.info.status != "FINISHED"]
+        return stages[-1] if stages else ("finished" if runs else "start")
 
     def results(self) -> dict[str, str]:
         """Hash of every result file and of all metrics of FINISHED runs, by stage and name."""
@@ -198,51 +218,56 @@ def new_place(name: str, backend: str) -> Iterator[Place]:
             place.err.unlink(missing_ok=True)
 
 
-def _undisturbed(name: str, backend: str) -> tuple[float, dict[str, str]]:
+@dataclass(frozen=True)
+class Undisturbed:
+    """A command that ran to its end: its units of work, seconds until the first of them, its results."""
+
+    units: int
+    start_up: float
+    results: dict[str, str]
+
+
+def _undisturbed(name: str, backend: str) -> Undisturbed:
     with new_place(name, backend) as place:
-        start = time.monotonic()
-        place.finish()
-        return time.monotonic() - start, place.results()
+        process, start = place.start(), time.monotonic()
+        place.wait(process, 1, 0)
+        start_up = time.monotonic() - start
+        place.wait(process, 1 << 30, 0)
+        place.check(process)
+        return Undisturbed(len(place.seen), start_up, place.results())
 
 
 def interrupt(
-    name: str,
-    backend: str,
-    kind: str,
-    draw: random.Random,
-    seconds: float,
-    expected: dict[str, str],
+    name: str, backend: str, kind: str, draw: random.Random, undisturbed: Undisturbed
 ) -> dict[str, Any]:
-    """One trial.
-
-    Args:
-        draw: of the moment, between nothing and `seconds`.
-        expected: results of an undisturbed run.
-    """
+    """One trial; `draw` is of the moments."""
     with new_place(name, backend) as place, _small_disk(place.folder, kind == "full disk"):
-        found = dict.fromkeys(("kept", "lost", "orphans", "badly_marked"), 0)
-        moments, slowest = [], 0.0
-        for _ in range(2 if kind == "twice" else 1):
-            moments.append(round(draw.uniform(0, seconds), 1))
+        found: dict[str, Any] = dict.fromkeys(("kept", "lost", "orphans", "badly_marked"), 0)
+        moments = sorted(draw.randint(0, undisturbed.units) for _ in range(1 + (kind == "twice")))
+        slowest = 0.0
+        for units in moments:
             process = place.start()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(moments[-1])
+            place.wait(process, units, draw.uniform(0, PAUSE if units else undisturbed.start_up))
             if kind == "full disk":
                 found |= _starve(place, process)
-                break
+            if kind == "dead worker":
+                found["stage"] = place.stage()
             took = _stop(process, kind, draw)
             if kind == "dead worker":
                 place.check(process)
                 break
-            found["orphans"] += _orphans(process.pid)
+            found["stage"] = place.stage()
             found["kept"] += len(place.units())
+            if kind == "full disk":
+                break
+            found["orphans"] += _orphans(process.pid)
             if kind in GENTLE:
                 slowest = max(slowest, took)
                 states = ("KILLED", "FINISHED")
                 found["badly_marked"] += sum(run.info.status not in states for run in place.runs())
         if kind != "dead worker":
             found["lost"] = place.finish()
-        differ = different(place.results(), expected)
+        differ = different(place.results(), undisturbed.results)
         return {"moments": moments, **found, "different": differ, "slowest_stop": slowest}
 
 
@@ -267,6 +292,7 @@ def _stop(process: subprocess.Popen, kind: str, draw: random.Random) -> float:
         "SIGKILL to all": lambda: os.killpg(process.pid, signal.SIGKILL),
         "SIGTERM": process.terminate,
         "Ctrl-C": lambda: os.killpg(process.pid, signal.SIGINT),  # as a terminal sends it
+        "full disk": lambda: None,
     }
     actions[kind]()
     process.wait(PATIENCE)
@@ -299,7 +325,7 @@ def _small_disk(folder: Path, wanted: bool) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def _session(leader: int) -> list[int]:
+def session(leader: int) -> list[int]:
     """Living processes of a session, its leader left out."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -314,7 +340,7 @@ def _session(leader: int) -> list[int]:
 def _workers(leader: int) -> list[int]:
     """Worker processes: those of the session that compute."""
     found = []
-    for number in _session(leader):
+    for number in session(leader):
         with contextlib.suppress(OSError):
             words = (Path("/proc") / str(number) / "cmdline").read_bytes()
             if b"popen_loky" in words or b"ray::" in words:
@@ -325,7 +351,7 @@ def _workers(leader: int) -> list[int]:
 def _orphans(leader: int, seconds: float = 5.0) -> int:
     """Processes of the session that are there so long after it was stopped."""
     deadline = time.monotonic() + seconds
-    while (left := _session(leader)) and time.monotonic() < deadline:
+    while (left := session(leader)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for number in left:
         with contextlib.suppress(ProcessLookupError):
