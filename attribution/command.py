@@ -156,10 +156,11 @@ def _quiet() -> None:
 def _entry_run(stage: str, given: dict[str, Any]) -> Iterator[Any]:
     import mlflow
 
-    open_store(_cache(given))
-    with tracking.open_run() as run:
-        mlflow.set_tag("stage", stage)
+    cache = _cache(given)
+    open_store(cache)
+    with tracking.open_run(tags={"stage": stage, **tracking.signature(cache)}) as run:
         tracking.name_run(stage)
+        tracking.end_dead_runs(cache)
         try:
             yield run
         except InputError as error:

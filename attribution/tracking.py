@@ -120,32 +120,48 @@ def making(stage: str, config: Config, data: ImageData) -> Iterator[str | None]:
     key = fingerprint(stage, config, data)[:16]
     waiting = f"{stage}: another process is making it; waiting"
     with alone(Path(config.cache_dir), key, waiting):
-        run_id = find_finished(stage, config, data)
-        if run_id is None:
-            _end_dead_runs(stage, config, data)
-        yield run_id
+        yield find_finished(stage, config, data)
 
 
-def _end_dead_runs(stage: str, config: Config, data: ImageData) -> None:
-    """Mark what a killed process left RUNNING; the caller holds the lock that it would hold."""
+def end_dead_runs(cache: Path) -> None:
+    """Mark KILLED what processes of this machine and cache folder left RUNNING when they were killed."""
     import mlflow
 
     client, active = mlflow.MlflowClient(), mlflow.active_run().info
-    dead = client.search_runs(
+    running = client.search_runs(
         [active.experiment_id],
-        f"tags.fingerprint = '{fingerprint(stage, config, data)}' and tags.made_in = "
-        f"'{_made_in(config)}' and attributes.status = 'RUNNING'",
+        f"tags.made_in = '{_made_in(cache)}' and attributes.status = 'RUNNING'",
     )
-    for run in dead:
+    for run in running:
+        if run.info.run_id == active.run_id or _lives(int(run.data.tags.get("process", 0))):
+            continue
         parts = [part for part in nested_runs(run.info.run_id) if part.info.status == "RUNNING"]
         for each in (run, *parts):
             if each.info.run_id != active.run_id:
                 client.set_terminated(each.info.run_id, "KILLED")
 
 
-def _made_in(config: Config) -> str:
-    """Host and cache folder: processes that share both share their locks."""
-    return f"{socket.gethostname()}:{Path(config.cache_dir).absolute()}".replace("'", "_")
+def _lives(process: int) -> bool:
+    """Whether another process than this one has the number."""
+    if process in (0, os.getpid()):  # what had our number before us has ended
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def signature(cache: Path) -> dict[str, str]:
+    """Tags that tell which process makes a run."""
+    return {"made_in": _made_in(cache), "process": str(os.getpid())}
+
+
+def _made_in(cache: Path) -> str:
+    """Host and cache folder."""
+    return f"{socket.gethostname()}:{cache.expanduser().absolute()}".replace("'", "_")
 
 
 @contextmanager
@@ -207,7 +223,8 @@ def obtain(stage: str, config: Config, data: ImageData, make: Make) -> str:
         if run_id:
             say(f"{stage}: reusing run {run_id}")
         else:
-            with open_run(run_name=stage, nested=True) as run:
+            tags = signature(Path(config.cache_dir))
+            with open_run(run_name=stage, nested=True, tags=tags) as run:
                 run_id = run.info.run_id
                 # Not a part of the run that needed it first: others will build on it too.
                 mlflow.MlflowClient().delete_tag(run_id, "mlflow.parentRunId")
@@ -230,7 +247,6 @@ def describe(stage: str, config: Config, data: ImageData) -> None:
             "stage": stage,
             "fingerprint": key,
             "data_fingerprint": data.fingerprint,
-            "made_in": _made_in(config),
             **({"replay_of": config.replay} if config.replay else {}),
             notes.NOTE: notes.NOTES[stage],
         }

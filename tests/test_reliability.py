@@ -14,13 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from conftest import Place
 from mlflow.exceptions import MlflowException
 from test_bad_input import refused
 from test_pipeline import child_environment
 
-from attribution import store
+from attribution import store, tracking
 from attribution.signals import STOPPING, Stopped, ended_by_signals
 from scripts.benchmarks import faults
 
@@ -142,6 +143,34 @@ def test_a_store_appears_whole_or_not_at_all(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     store.open_store(tmp_path / "cache")
     assert [file.name for file in tmp_path.glob("other*")] == ["other.db"]
+
+
+def test_what_a_dead_process_left_running_is_marked_by_the_next_command(
+    new_store: Path, tmp_path: Path
+) -> None:
+    sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    store.open_store(tmp_path)
+    client = mlflow.MlflowClient()
+
+    def left(process: int, cache: Path = tmp_path) -> str:
+        tags = {**tracking.signature(cache), "process": str(process)}
+        return client.create_run("0", tags=tags).info.run_id
+
+    expected = {
+        left(dead.pid): "KILLED",
+        left(os.getpid()): "KILLED",  # another process had this number
+        left(sleeping.pid): "RUNNING",
+        left(dead.pid, tmp_path / "another"): "RUNNING",  # perhaps of another container
+    }
+    with tracking.open_run(tags=tracking.signature(tmp_path)) as run:
+        tracking.end_dead_runs(tmp_path)
+        expected[run.info.run_id] = "RUNNING"
+        found = {name: client.get_run(name).info.status for name in expected}
+    sleeping.kill()
+    sleeping.wait()
+    assert found == expected
 
 
 @pytest.mark.parametrize(
