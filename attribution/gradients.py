@@ -31,6 +31,8 @@ COVERED = (nn.Conv2d, nn.Linear, *NORMS)
 LONG_MAP = 1000
 # Channels of one call of it, over all the samples that it takes as groups.
 GROUPED_CHANNELS = 512
+# Inputs of fewer channels fill no vectors as groups: samples of much work then go one by one.
+FEW_CHANNELS, MUCH_WORK = 16, 2**22  # multiplications
 # Floats of scratch per step: 4 MiB a core stays in its caches; a GPU wants large steps instead.
 CPU_SCRATCH, GPU_SCRATCH = 2**20, 2**26
 
@@ -147,11 +149,13 @@ class Call:
         conv, delta = self.module, self.delta
         if isinstance(conv, nn.Linear) or delta.device.type != "cpu":
             return 0
-        positions, outputs, _ = self.shape()
+        positions, outputs, patch = self.shape()
         if any(a != b for a, b in _padding(conv)):
             return 0
         if positions < (LONG_MAP if delta.dtype == torch.bfloat16 else 128):
             return 0
+        if conv.in_channels < FEW_CHANNELS and positions * outputs * patch > MUCH_WORK:
+            return 1
         return max(1, GROUPED_CHANNELS // max(32, conv.in_channels))
 
     def products(self, rows: slice, signs: Tensor | float = 1.0) -> Tensor:
@@ -178,8 +182,9 @@ class Call:
             delta = delta * signs.to(delta.dtype)[:, None, None]
         outputs, *patch = conv.weight.shape
         b = rows.stop - rows.start
-        x, delta = (t.contiguous().flatten(0, 1)[None] for t in (x, delta))
-        if conv.in_channels < 16:  # too few for vectors over channels in oneDNN's own layouts
+        if b > 1:
+            x, delta = (t.contiguous().flatten(0, 1)[None] for t in (x, delta))
+        if conv.in_channels < FEW_CHANNELS:  # oneDNN's own layouts are of 16
             x, delta = (t.contiguous(memory_format=torch.channels_last) for t in (x, delta))
         (top, _), (left, _) = _padding(conv)
         formed = torch.ops.aten.convolution_backward(

@@ -201,7 +201,7 @@ def _featurize_all(
 
 def feature_batch_size(image_size: int) -> int:
     """Images a batch: large enough to be fast, small enough that activations fit in memory."""
-    return 64 if image_size <= 96 else 16
+    return 256 if image_size <= 32 else 64 if image_size <= 96 else 16
 
 
 def _smaller_batch(task: tuple) -> tuple:

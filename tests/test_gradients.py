@@ -301,6 +301,15 @@ def test_every_way_to_form_a_gradient_occurs_in_a_resnet():
     assert 0 in sizes[torch.bfloat16]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_large_first_layer_takes_its_samples_one_by_one(layout):
+    model = Image(nn.Conv2d(3, 32, 7, 2, 3, bias=False), shape=(3, 64, 64))
+    model, images = model.to(memory_format=layout), batch(3, (3, 64, 64))
+    (_, call), *_ = capture(model, images[0].to(memory_format=layout), images[1]).matrices()
+    assert call.samples_per_convolution() == 1
+    assert_exact(model, images[0].to(memory_format=layout), images[1])
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_layers_sketched_during_the_backward_pass_give_the_same(bfloat16):
     model, (images, labels) = small_resnet().float(), batch(5, (3, 20, 20))

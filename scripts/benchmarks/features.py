@@ -13,14 +13,20 @@ from scripts.benchmarks.common import (
     summary,
 )
 
-SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim)
-    "resnet18-224": (RESNET18, 224, 16, 2048),
-    "resnet18-224-k4096": (RESNET18, 224, 16, 4096),
-    "resnet18-64": (RESNET18, 64, 64, 2048),
-    "resnet18-64-k4096": (RESNET18, 64, 64, 4096),
-    "resnet18-64-b16": (RESNET18, 64, 16, 2048),
-    "mini-32": (None, 32, 64, 512),
-    "mini-16": (None, 16, 64, 512),
+SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim, num_blocks)
+    "resnet18-224": (RESNET18, 224, 16, 2048, 1),
+    "resnet18-224-k4096": (RESNET18, 224, 16, 4096, 1),
+    "resnet18-224-8x256": (RESNET18, 224, 16, 256, 8),
+    "resnet18-224-8x512": (RESNET18, 224, 16, 512, 8),
+    "resnet18-64": (RESNET18, 64, 64, 2048, 1),
+    "resnet18-64-k4096": (RESNET18, 64, 64, 4096, 1),
+    "resnet18-64-8x256": (RESNET18, 64, 64, 256, 8),
+    "resnet18-64-8x512": (RESNET18, 64, 64, 512, 8),
+    "resnet18-64-10x512": (RESNET18, 64, 64, 512, 10),  # preset food101
+    "resnet18-64-b16": (RESNET18, 64, 16, 2048, 1),
+    "mini-32": (None, 32, 256, 512, 1),
+    "mini-32-10x256": (None, 32, 256, 256, 10),
+    "mini-16-10x256": (None, 16, 256, 256, 10),  # preset digits
 }
 
 
@@ -50,13 +56,13 @@ def _compare(name: str, precision: str, device: Any, repeats: int) -> list[dict[
 
     from attribution.sketch import Sketch
 
-    config, size, batch, k = SETTINGS[name]
+    config, size, batch, k, blocks = SETTINGS[name]
     model = make_model(config).eval().to(device)
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,), device=device)
     other = make_model(config).eval().to(device, memory_format=torch.contiguous_format)
-    other_images, sketch = images.contiguous(), Sketch(k)
+    other_images, sketch = images.contiguous(), Sketch(k, num_blocks=blocks)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
@@ -86,7 +92,7 @@ def _compare(name: str, precision: str, device: Any, repeats: int) -> list[dict[
     base = min(statistics.median(seconds[s]) for s in list(sides)[:2])
     return [
         {
-            "setting": f"{name}, batch {batch}, k {k}, {precision}",
+            "setting": f"{name}, batch {batch}, {blocks} x {k}, {precision}",
             "side": side,
             **summary(values, batch),
             "ratio": statistics.median(values) / base,
