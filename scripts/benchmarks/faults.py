@@ -44,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=tuple(COMMANDS))
     parser.add_argument("--seed", type=int, default=0, help="of moments, kinds and commands")
+    parser.add_argument("--append", default="", help="file of trials, all of which are counted")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -52,8 +53,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     A moment is a number of finished units of work, drawn from none to all that an undisturbed
     command makes, and a pause: how fast the machine is just then does not matter.
 
-    A row a backend, kind and stage that was being made: `failed`, commands that hung or did not go on; `kept`, finished units of
-    work that lay in the cache when it was stopped, and `lost`, those of them that were made again;
+    A row a backend, kind and stage that was being made: `failed`, commands that hung or did not go
+    on; `kept`, finished units of work that lay in the cache when it was stopped, and `lost`, those
+    of them that were made again;
     `different`, results not identical to an undisturbed run's; `orphans`, processes left;
     `untold`, commands that a full disk ended without a line that says so; `badly_marked`, runs that a
     signal which can be answered did not leave KILLED; `slowest_stop`, seconds from such a signal to
@@ -73,6 +75,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 trial |= {"failed": 1, "reason": str(error)}
             rows.append(trial)
             print(trial, file=sys.stderr, flush=True)
+            if options.append:
+                with Path(options.append).open("a") as file:
+                    file.write(json.dumps(trial) + "\n")
+    if options.append:
+        rows = [json.loads(line) for line in Path(options.append).read_text().splitlines()]
     return summary(rows)
 
 
