@@ -91,7 +91,7 @@ def _sample(driver: int) -> dict[str, float]:
 def measure(number: int) -> dict[str, float]:
     """MiB of memory (all that is resident, and what is no file's), open files and threads."""
     place, found = Path("/proc") / str(number), {}
-    with contextlib.suppress(OSError):  # it may have ended
+    with contextlib.suppress(OSError, KeyError):  # it may have ended
         lines = (place / "status").read_text().splitlines()
         status = dict(line.split(":", 1) for line in lines)
         found = {
