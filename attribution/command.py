@@ -58,6 +58,7 @@ def run_entry_point(
             sys.exit(2)
         except KeyboardInterrupt as stop:
             tracking.say("stopped; the same command goes on from what is finished")
+            _end_workers()
             sys.exit(128 + stop.number if isinstance(stop, Stopped) else 130)
         except Exception as error:
             reason = failure(error)
@@ -70,6 +71,12 @@ def run_entry_point(
                 f"what is finished is kept in {kept}; this goes on and sends it: {command}"
             )
             sys.exit(1)
+
+
+def _end_workers() -> None:
+    from attribution.parallel import end_workers  # numpy takes its time
+
+    end_workers()
 
 
 def _find_or_make(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from attribution.errors import InputError, reason
 from attribution.files import read_json, regular
@@ -24,6 +28,7 @@ MINI_CONFIGS = {
         "layer_type": "basic",
     },
 }
+MOST_MODULES = 10_000  # of a model, parts of parts included; EfficientNet-B7 has 1,099
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -221,10 +226,26 @@ def _skeleton(name: str) -> nn.Module:
             config = ResNetConfig(**MINI_CONFIGS[name])
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        with torch.device("meta"):
+        with torch.device("meta"), _bounded_depth():
             return AutoModelForImageClassification.from_config(config)
     except Exception as error:  # as in _from_pretrained
         raise _unloadable(name, error) from error
+
+
+@contextmanager
+def _bounded_depth() -> Iterator[None]:
+    """Refuse, while it is built, a model of so many layers that building it would take hours."""
+    count = itertools.count(1)
+
+    def registered(*_: object) -> None:
+        if next(count) > MOST_MODULES:
+            raise ValueError(f"config.json describes more than {MOST_MODULES:,} layers")
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check_image_size(model: nn.Module, image_size: int) -> None:

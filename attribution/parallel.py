@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -203,6 +203,7 @@ class _Workers:
     """
 
     alone = True
+    executor: ClassVar[Any] = None  # of the last map
 
     def __init__(self, function: Callable, shared: tuple, jobs: int) -> None:
         self.function, self.shared = function, shared
@@ -214,10 +215,11 @@ class _Workers:
         from joblib.externals.loky import get_reusable_executor
 
         # A new one where the last is broken.
-        self.executor = get_reusable_executor(self.jobs, timeout=300, env=self.environment)
+        executor = get_reusable_executor(self.jobs, timeout=300, env=self.environment)
+        _Workers.executor = executor
         arguments = (self.function, self.threads, os.getpid(), *self.shared, *arguments)
         with held_for_children():
-            return self.executor.submit(_call_in_worker, *arguments)
+            return executor.submit(_call_in_worker, *arguments)
 
     def wait(self, futures: list) -> Any:
         from concurrent.futures import FIRST_COMPLETED, wait
@@ -235,7 +237,13 @@ class _Workers:
 
     def close(self, futures: list) -> None:
         if futures:
-            self.executor.shutdown(wait=True, kill_workers=True)
+            end_workers()
+
+
+def end_workers() -> None:
+    """Kill this process's workers, idle ones too, which would take seconds to end by themselves."""
+    if _Workers.executor:
+        _Workers.executor.shutdown(wait=True, kill_workers=True)
 
 
 def call(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -25,7 +25,7 @@ from torch import Tensor
 from attribution.config import Config
 from attribution.errors import InputError, reason
 from attribution.matrices import reserve
-from attribution.sources import FORMATS, Source, chunks, content, open_image
+from attribution.sources import FORMATS, Source, chunks, content, digest, open_image
 from attribution.workspace import alone, writing
 
 PATCH_COLOUR = (255, 0, 255)
@@ -57,7 +57,7 @@ def cached_pixels(
         ):
             bad = _read_cache(folder, table, config.image_size)
             if bad is None:
-                bad = _build_cache(folder, source, table, config.image_size)
+                bad = _build_cache(folder, source, table, config)
     if bad and config.on_bad_image == "stop":
         is_bad = table["digest"].isin(bad)
         first, *others = table["name"][is_bad]
@@ -136,28 +136,40 @@ def _read_cache(folder: Path, table: pd.DataFrame, size: int) -> set[str] | None
     return bad if pixels.shape == (n, size, size, 3) and pixels.dtype == np.uint8 else None
 
 
-def _build_cache(folder: Path, source: Source, table: pd.DataFrame, size: int) -> set[str]:
+def _build_cache(folder: Path, source: Source, table: pd.DataFrame, config: Config) -> set[str]:
     with _remade(folder) as new:
-        good = _decode_all(new / "pixels.npy", source, table["row"].to_numpy(), size)
+        good = _decode_all(new / "pixels.npy", source, table, config)
         bad = set(table["digest"][~good])
         (new / "skipped.json").write_text(json.dumps(sorted(bad)))
     return bad
 
 
-def _decode_all(file: Path, source: Source, rows: np.ndarray, size: int) -> np.ndarray:
-    """Decode these rows of the source into `file`, by the chunk; True where it worked, (n,)."""
-    pixels = _new_pixels(file, len(rows), size)
-    good = np.zeros(len(rows), bool)
+def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config) -> np.ndarray:
+    """Decode the table's images into `file`, by the chunk; True where it worked, (n,).
 
-    def decode(cell: dict[str, Any]) -> np.ndarray | None:
+    Raises:
+        InputError: one is no longer what was listed.
+    """
+    size = config.image_size
+    pixels = _new_pixels(file, len(table), size)
+    good = np.zeros(len(table), bool)
+    rows, names, digests = (table[column].to_numpy() for column in ("row", "name", "digest"))
+
+    def decode(cell: dict[str, Any], name: str, listed: str) -> np.ndarray | None:
+        held = content(cell)
+        if digest(held) != listed:
+            raise InputError(
+                f"dataset={config.dataset}: {name} changed while it was read; try again"
+            )
         try:
-            return read_image(content(cell), size, source.open)
+            return read_image(held, size, source.open)
         except InputError:
             return None
 
     with ThreadPoolExecutor() as pool:
-        for chunk in chunks(len(rows)):
-            for row, image in enumerate(pool.map(decode, source.cells(rows[chunk])), chunk.start):
+        for chunk in chunks(len(table)):
+            images = pool.map(decode, source.cells(rows[chunk]), names[chunk], digests[chunk])
+            for row, image in enumerate(images, chunk.start):
                 if image is not None:
                     pixels[row], good[row] = image, True
     if not good.all():

@@ -244,4 +244,8 @@ def content(cell: dict[str, Any]) -> bytes:
 
 
 def content_digest(cell: dict[str, Any]) -> str:
-    return blake2b(content(cell), digest_size=16).hexdigest()
+    return digest(content(cell))
+
+
+def digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()

@@ -421,10 +421,14 @@ def file_name(text: str) -> str:
 
 
 def metric_name(text: str) -> str:
-    """A text with the characters that MLflow refuses in a metric's name replaced."""
+    """A text with the characters that MLflow refuses in a metric's name replaced.
+
+    Texts that differ in these alone are told apart by a hash at the end.
+    """
     name = re.sub(r"[^\w\-. :/]", "_", text)
     # A name is a path too, and has to be the shortest way to write it.
-    return name if posixpath.normpath(name) == name else name.replace("/", "_")
+    name = name if posixpath.normpath(name) == name else name.replace("/", "_")
+    return name if name == text else f"{name}_{digest(text)[:6]}"
 
 
 def log_series(metrics: list[tuple[str, float, int]]) -> None:

@@ -272,6 +272,20 @@ def test_missing_folder_and_file(load, tmp_path, root) -> None:
     fails(load, root / "cat", "neither class subfolders")
 
 
+def test_a_file_that_changes_while_it_is_read_is_named(load, root, tmp_path, monkeypatch) -> None:
+    list_data = data.list_data
+
+    def then_changed(config: Any) -> Any:
+        listing = list_data(config)
+        sorted(root.rglob("*.png"))[0].write_bytes(png(12345))
+        return listing
+
+    monkeypatch.setattr(data, "list_data", then_changed)
+    fails(load, root, sorted(root.rglob("*.png"))[0].name, "changed while it was read")
+    monkeypatch.setattr(data, "list_data", list_data)
+    assert load(root).pixels().shape[0]
+
+
 def test_hub_out_of_reach(tmp_path) -> None:
     code = (
         "from attribution.config import resolve; from attribution.data import load_data;"

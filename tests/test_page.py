@@ -781,6 +781,15 @@ def test_a_class_of_any_name_can_be_counted_in_mlflow(name: str) -> None:
         assert metric_name(f"removed/{name}") == f"removed/{name}"
 
 
+def test_classes_whose_names_mlflow_would_write_alike_are_counted_apart() -> None:
+    from attribution.tracking import metric_name
+
+    names = ["a?", "a*", "a_", "a/../b", "b", "a//b", "a/b"]
+    found = [metric_name(f"removed/{name}") for name in names]
+    assert len(set(found)) == len(names)
+    assert [metric_name(name) for name in found] == found  # as in every other arm
+
+
 def test_a_large_picture_is_embedded_as_small_as_it_is_shown() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
     content = base64.b64decode(pages.picture(pixels).split(",", 1)[1])

@@ -18,6 +18,7 @@ from attribution.parallel import (
     MOVES,
     LostWorker,
     ResultStore,
+    end_workers,
     parallel_map,
     read_folder,
     resolve_jobs,
@@ -60,6 +61,19 @@ def test_workers_are_other_processes_with_an_equal_share_of_the_threads() -> Non
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     assert os.getpid() not in {pid for pid, _ in results}
     assert {threads for _, threads in results} == {share}
+
+
+def worker_pids() -> set[int]:
+    return {pid for _, (pid, _) in parallel_map(where_am_i, [(i,) for i in range(6)], 2)}
+
+
+def test_idle_workers_are_ended_at_once_and_the_next_map_has_others() -> None:
+    before = worker_pids()
+    end_workers()
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not before & worker_pids()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

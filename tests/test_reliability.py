@@ -82,7 +82,7 @@ def test_commands_stopped_at_random_moments_lose_nothing(
     monkeypatch.setattr(faults, "SETTINGS", small | {"jobs": 2})
     monkeypatch.setattr(faults, "COMMANDS", {"ablation": {}})
     options = argparse.Namespace(
-        backends=["local"], commands=["ablation"], kinds=["Ctrl-C"], trials=2, seed=3
+        backends=["local"], commands=["ablation"], kinds=["Ctrl-C"], trials=2, seed=3, append=""
     )
     rows = faults.run(options)
     assert sum(row["trials"] for row in rows) == 2

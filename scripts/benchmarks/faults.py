@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("SIGKILL", "SIGKILL to all", "SIGTERM", "Ctrl-C", "dead worker", "twice", "full disk")
+TOGETHER = {"two at once": 2, "three at once": 3}  # commands on a new store; asked for by name
 # Small, but with every kind of unit: checkpoints, shards, factors, retrainings alone and in stacks.
 SETTINGS = {"num_models": 4, "epochs": 4, "jobs": 2}
 COMMANDS = {
@@ -41,9 +42,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Flags of this sub-benchmark."""
     parser.add_argument("--trials", type=int, default=25, help="of each backend")
     parser.add_argument("--backends", nargs="+", default=["local"], choices=("local", "ray"))
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=(*KINDS, *TOGETHER))
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=tuple(COMMANDS))
     parser.add_argument("--seed", type=int, default=0, help="of moments, kinds and commands")
+    parser.add_argument("--append", default="", help="file of trials, all of which are counted")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -52,8 +54,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     A moment is a number of finished units of work, drawn from none to all that an undisturbed
     command makes, and a pause: how fast the machine is just then does not matter.
 
-    A row a backend, kind and stage that was being made: `failed`, commands that hung or did not go on; `kept`, finished units of
-    work that lay in the cache when it was stopped, and `lost`, those of them that were made again;
+    A row a backend, kind and stage that was being made: `failed`, commands that hung or did not go
+    on; `kept`, finished units of work that lay in the cache when it was stopped, and `lost`, those
+    of them that were made again;
     `different`, results not identical to an undisturbed run's; `orphans`, processes left;
     `untold`, commands that a full disk ended without a line that says so; `badly_marked`, runs that a
     signal which can be answered did not leave KILLED; `slowest_stop`, seconds from such a signal to
@@ -62,17 +65,25 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for backend in options.backends:
         draw = random.Random(f"{options.seed}/{backend}")
-        undisturbed = {name: _undisturbed(name, backend) for name in options.commands}
+        expected = {name: undisturbed(name, backend) for name in options.commands}
         for number in range(options.trials):
             name = options.commands[number % len(options.commands)]
             kind = draw.choice(options.kinds)
             trial = {"backend": backend, "kind": kind, "stage": "", "command": name}
             try:
-                trial |= interrupt(name, backend, kind, draw, undisturbed[name])
+                if kind in TOGETHER:
+                    trial |= together(name, backend, TOGETHER[kind], expected[name])
+                else:
+                    trial |= interrupt(name, backend, kind, draw, expected[name])
             except (RuntimeError, TimeoutError) as error:
                 trial |= {"failed": 1, "reason": str(error)}
             rows.append(trial)
             print(trial, file=sys.stderr, flush=True)
+            if options.append:
+                with Path(options.append).open("a") as file:
+                    file.write(json.dumps(trial) + "\n")
+    if options.append:
+        rows = [json.loads(line) for line in Path(options.append).read_text().splitlines()]
     return summary(rows)
 
 
@@ -227,7 +238,7 @@ class Undisturbed:
     results: dict[str, str]
 
 
-def _undisturbed(name: str, backend: str) -> Undisturbed:
+def undisturbed(name: str, backend: str) -> Undisturbed:
     with new_place(name, backend) as place:
         process, start = place.start(), time.monotonic()
         place.wait(process, 1, 0)
@@ -238,16 +249,16 @@ def _undisturbed(name: str, backend: str) -> Undisturbed:
 
 
 def interrupt(
-    name: str, backend: str, kind: str, draw: random.Random, undisturbed: Undisturbed
+    name: str, backend: str, kind: str, draw: random.Random, expected: Undisturbed
 ) -> dict[str, Any]:
     """One trial; `draw` is of the moments."""
     with new_place(name, backend) as place, _small_disk(place.folder, kind == "full disk"):
         found: dict[str, Any] = dict.fromkeys(("kept", "lost", "orphans", "badly_marked"), 0)
-        moments = sorted(draw.randint(0, undisturbed.units) for _ in range(1 + (kind == "twice")))
+        moments = sorted(draw.randint(0, expected.units) for _ in range(1 + (kind == "twice")))
         slowest = 0.0
         for units in moments:
             process = place.start()
-            place.wait(process, units, draw.uniform(0, PAUSE if units else undisturbed.start_up))
+            place.wait(process, units, draw.uniform(0, PAUSE if units else expected.start_up))
             if kind == "full disk":
                 found |= _starve(place, process)
             if kind == "dead worker":
@@ -267,8 +278,24 @@ def interrupt(
                 found["badly_marked"] += sum(run.info.status not in states for run in place.runs())
         if kind != "dead worker":
             found["lost"] = place.finish()
-        differ = different(place.results(), undisturbed.results)
+        differ = different(place.results(), expected.results)
         return {"moments": moments, **found, "different": differ, "slowest_stop": slowest}
+
+
+def together(name: str, backend: str, count: int, expected: Undisturbed) -> dict[str, Any]:
+    """The same command so many times at once; `lost` is results that were made more than once."""
+    with new_place(name, backend) as place:
+        for process in [place.start() for _ in range(count)]:
+            place.check(process)
+        tags = [run.data.tags for run in place.runs() if run.info.status == "FINISHED"]
+        made = [each["fingerprint"] for each in tags if "fingerprint" in each]
+        return {
+            "stage": "start",
+            **dict.fromkeys(("kept", "orphans", "badly_marked"), 0),
+            "lost": len(made) - len(set(made)),
+            "different": different(place.results(), expected.results),
+            "slowest_stop": 0.0,
+        }
 
 
 def different(found: dict[str, str], expected: dict[str, str]) -> int:

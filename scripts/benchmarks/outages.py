@@ -18,9 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.faults import PATIENCE, different, new_place
+from scripts.benchmarks.faults import (
+    PATIENCE,
+    PAUSE,
+    Undisturbed,
+    different,
+    new_place,
+    undisturbed,
+)
 
 KINDS = ("stopped", "500s", "silent", "for good", "wrong password")
+PASSWORD = "the-right-password"
 REFUSAL = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -29,78 +37,109 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=2, help="of each kind")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--outage", type=float, default=30, help="seconds")
-    parser.add_argument("--store", default="", help="the server's, if not sqlite: postgresql://…")
+    parser.add_argument("--store", default="", help="where the server's databases are made, if not "
+                        "sqlite: postgresql+psycopg2://USER@HOST:PORT/postgres")  # fmt: skip
     parser.add_argument("--command", default="ablation", help="that is disturbed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run a command against `mlflow serve-artifacts`, and disturb what lies between.
+    """Run a command against `mlflow server`, and disturb what lies between at a random moment.
 
-    A row a kind: `first_exit`, exit codes of the disturbed commands; `ended`, commands that finished
-    (for good: by the same command, once the server was there again); `different`, results or metrics
-    that did not arrive as in an undisturbed run; `told`, error lines with the path and the command.
+    A moment is a number of finished units of work, as in `faults`. Where the command ended with an
+    error, the same one is typed again once the server is well (and the password right).
+
+    A row a kind: `first_exit`, exit codes of the disturbed commands, and `told`, those of them that
+    named the server in a line of their own; `lost`, finished units of work that the second command
+    made again; `different`, results or metrics that did not arrive as in an undisturbed run;
+    `running`, runs that are RUNNING when all has ended; `seconds`, of the slowest first command.
     """
     name, draw = options.command, random.Random(options.seed)
-    with new_place(name, "local") as place:
-        start = time.monotonic()
-        place.finish()
-        expected, seconds = place.results(), time.monotonic() - start
+    expected = undisturbed(name, "local")
     rows = []
     for kind in options.kinds:
-        trials = [disturb(kind, options, draw, seconds, expected) for _ in range(options.trials)]
+        trials = [disturb(kind, options, draw, expected) for _ in range(options.trials)]
         row: dict[str, Any] = {"store": options.store.partition(":")[0] or "sqlite", "kind": kind}
         row |= {"trials": len(trials), "first_exit": str(sorted({t["exit"] for t in trials}))}
-        row |= {key: sum(t[key] for t in trials) for key in ("ended", "different", "told")}
-        rows.append(row)
+        row |= {k: sum(t[k] for t in trials) for k in ("told", "lost", "different", "running")}
+        rows.append(row | {"seconds": max(t["seconds"] for t in trials)})
     return rows
 
 
 def disturb(
-    kind: str,
-    options: argparse.Namespace,
-    draw: random.Random,
-    seconds: float,
-    expected: dict[str, str],
+    kind: str, options: argparse.Namespace, draw: random.Random, expected: Undisturbed
 ) -> dict[str, Any]:
     """One trial."""
+    wrong = kind == "wrong password"
     with (
         new_place(options.command, "local") as place,
-        Server(place.folder, options.store) as server,
+        database(options.store, place.folder) as store,
+        Server(place.folder, store, ["--app-name", "basic-auth"] if wrong else []) as server,
+        Gate(server.port) as gate,
     ):
-        if kind == "wrong password":
-            server.stop()
-            server.start("--app-name", "basic-auth")
-        with Gate(server.port) as gate:
-            place.environment = {
-                "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{gate.port}",
-                "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-            }
-            if kind == "for good":  # so that the benchmark does not take minutes
-                place.environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "3"
-            if kind == "wrong password":
-                place.environment |= {"MLFLOW_TRACKING_USERNAME": "admin"}
-                place.environment |= {"MLFLOW_TRACKING_PASSWORD": "wrong-password"}
-            process = place.start()
-            if kind != "wrong password":
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(draw.uniform(0.3 * seconds, seconds))
-                _outage(kind, options.outage, server, gate, process)
-            code = process.wait(PATIENCE)
-            said = place.err.read_text().strip().splitlines()
-            if kind == "for good":
-                gate.mode = "pass"
-                server.start()
-                place.finish()
-            if kind == "wrong password":
-                ended, differ = 1, 0
-            else:
-                ended, differ = 1, different(place.results(), expected)
-        if code and os.environ.get("VERBOSE"):
-            print(said[-4:], file=sys.stderr)
-        told = any(line.startswith("error: MLFLOW_TRACKING_URI=") for line in said[-3:])
-        print({"kind": kind, "exit": code, "different": differ, "said": said[-2:]}, file=sys.stderr)
-        return {"exit": code, "ended": ended, "different": differ, "told": int(told)}
+        place.environment = {
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{gate.port}",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        }
+        if kind == "for good":  # so that the benchmark does not take minutes
+            place.environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "3"
+        if wrong:
+            place.environment |= {"MLFLOW_TRACKING_USERNAME": "admin"}
+            place.environment |= {"MLFLOW_TRACKING_PASSWORD": "not-the-password"}
+        process, start = place.start(), time.monotonic()
+        if not wrong:
+            place.wait(process, draw.randint(0, expected.units), draw.uniform(0, PAUSE))
+            _outage(kind, options.outage, server, gate, process)
+        code, seconds = process.wait(PATIENCE), time.monotonic() - start
+        said, lost = place.err.read_text().strip().splitlines(), 0
+        if kind == "for good":
+            server.start()
+        if wrong:
+            place.environment["MLFLOW_TRACKING_PASSWORD"] = PASSWORD
+        if code:
+            lost = place.finish()
+        with patched(place.environment):
+            found, states = place.results(), [run.info.status for run in place.runs()]
+    trial = {
+        "kind": kind,
+        "exit": code,
+        "seconds": seconds,
+        "told": int(any(line.startswith("error: MLFLOW_TRACKING_URI=") for line in said[-3:])),
+        "lost": lost,
+        "different": different(found, expected.results),
+        "running": states.count("RUNNING"),
+    }
+    print(trial, *said[-2:] * bool(code), sep="\n  ", file=sys.stderr, flush=True)
+    return trial
+
+
+@contextlib.contextmanager
+def patched(environment: dict[str, str]) -> Iterator[None]:
+    """These variables for this process too: MLflow's client takes the password from there."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def database(address: str, folder: Path) -> Iterator[str]:
+    """The address of a new database, in a file or where this one lies."""
+    if not address:
+        yield f"sqlite:///{folder / 'server.db'}"
+        return
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.engine import make_url
+
+    name = f"outages_{os.getpid()}_{time.time_ns()}"
+    engine = create_engine(address, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+        yield make_url(address).set(database=name).render_as_string(hide_password=False)
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 def _outage(kind: str, seconds: float, server: Server, gate: Gate, process: Any) -> None:
@@ -120,8 +159,8 @@ def _outage(kind: str, seconds: float, server: Server, gate: Gate, process: Any)
 class Server:
     """`mlflow server` on this machine, artifacts through it, which can be stopped and started."""
 
-    def __init__(self, folder: Path, store: str) -> None:
-        self.folder, self.store = folder, store or f"sqlite:///{folder / 'server.db'}"
+    def __init__(self, folder: Path, store: str, options: list[str]) -> None:
+        self.folder, self.store, self.options = folder, store, options
         self.port = _free_port()
 
     def __enter__(self) -> Server:
@@ -131,11 +170,12 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, *options: str) -> None:
+    def start(self) -> None:
         """Start it, and wait until it answers."""
         words = ["--backend-store-uri", self.store, "--port", str(self.port), "--workers", "1"]
-        words += ["--artifacts-destination", str(self.folder / "mlartifacts"), *options]
+        words += ["--artifacts-destination", str(self.folder / "mlartifacts"), *self.options]
         environment = {**os.environ, "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-no-worth"}
+        environment["MLFLOW_AUTH_ADMIN_PASSWORD"] = PASSWORD
         with (self.folder / "server.txt").open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *words],

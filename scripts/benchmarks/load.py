@@ -1,0 +1,303 @@
+"""Much of everything: 100,000 images through data, features and alignment; 300 arms; 10,000 metrics."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from scripts.benchmarks.faults import ROOT
+from scripts.benchmarks.outages import Server
+from scripts.benchmarks.soak import descendants, measure
+
+HELD_OUT = (
+    1000  # images of the validation part, and of the test part: scores are linear in the rest
+)
+CLASSES = 10
+TRIALS = {  # 30 fracs times 10 arms, their controls, and three arms whose size is their own
+    "frac": ",".join(f"{0.002 * i:.3f}" for i in range(1, 31)),
+    "arms": "none,random,random_matched,helpful,harmful,loss,confident,self_influence,"
+    "harmful_loss,majority,balanced,negative,oracle",
+    "num_models": 2,
+    "epochs": 1,
+    "num_seeds": 3,
+    "jobs": 2,
+}
+END = ("end", 0.0)
+SECONDS = 120  # until an answer counts as none
+Stage = tuple[str, float, dict[str, float]]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of this sub-benchmark."""
+    parser.add_argument(
+        "--parts", nargs="+", default=["images", "runs"], choices=("images", "runs")
+    )
+    parser.add_argument("--sizes", nargs="+", type=int, default=[25000, 50000, 100000])
+    parser.add_argument("--metrics", type=int, default=10000, help="of one run")
+    parser.add_argument("--jobs", type=int, default=2)
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the parts `images` (a stage each) and `runs` (a request or page each)."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="load-") as folder:
+        if "images" in options.parts:
+            for size in options.sizes:
+                rows += _images(Path(folder) / str(size), size, options.jobs)
+        if "runs" in options.parts:
+            rows += _runs(Path(folder), options)
+    return rows
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def _images(folder: Path, size: int, jobs: int) -> list[dict[str, Any]]:
+    """A row a stage: seconds, and the most memory of the driver and of its workers together.
+
+    `anonymous` leaves out mapped files (the pixel cache, features and scores), whose pages the
+    machine takes back when it needs them.
+    """
+    make_images(folder / "images", {"train": size, "validation": HELD_OUT, "test": HELD_OUT})
+    rows = []
+    for stage, seconds, most in watched(_stages, folder, jobs):
+        row = {"part": "images", "images": size, "stage": stage, "seconds": seconds}
+        rows.append(row | {"us_an_image": 1e6 * seconds / size} | most)
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def make_images(folder: Path, parts: dict[str, int]) -> None:
+    """Random PNGs of 8x8 pixels in class folders, no two alike."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for part, count in parts.items():
+        for label in range(CLASSES):
+            (folder / part / f"class {label}").mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            pixels[i % CLASSES % 8] //= 2
+            content = io.BytesIO()
+            Image.fromarray(pixels).save(content, "PNG", compress_level=1)
+            file = folder / part / f"class {i % CLASSES}" / f"{i:06d}.png"
+            file.write_bytes(content.getvalue())
+
+
+def _stages(folder: Path, jobs: int) -> Iterator[str]:
+    """The library's steps of `trak` one by one, with a checkpoint of random weights."""
+    from attribution import alignment, models, trak
+    from attribution.config import resolve
+    from attribution.data import list_data, load_data
+
+    config = resolve(
+        {"dataset": str(folder / "images"), "cache_dir": str(folder / "cache"), "image_size": 16,
+         "num_models": 1, "jobs": jobs, "feature_precision": "float32", "augment": "none"}
+    )  # fmt: skip
+    listing = list_data(config)
+    yield "list and hash"
+    data = load_data(config, listing)
+    yield "decode and split"
+    model = models.build(config.model, data.class_names, seed=0)
+    models.save(model, folder / "model", 16, *models.normalisation(config.model))
+    stores = trak.featurize(config, data, [folder / "model"], folder / "work")
+    yield "features"
+    scores = trak.score(config, stores, folder / "work" / "scores.npy")
+    yield "scores"
+    groups = alignment.group_ids(data.table("validation"), "label")
+    weights = alignment.group_weights(np.zeros(len(groups)), groups, "uniform")
+    alignment.group_alignment(scores.values, groups, weights)
+    yield "alignment"
+
+
+def watched(stages: Callable[..., Iterator[str]], *arguments: Any) -> Iterator[Stage]:
+    """Run stages in a process of its own: (name, seconds, most MiB by name) of each."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_report, args=[theirs, stages, *arguments])
+    process.start()
+    theirs.close()
+    most: dict[str, float] = {}
+    with contextlib.suppress(EOFError):  # it has failed
+        while (stage := ours.recv() if ours.poll(0.1) else ("", 0.0)) != END:
+            most = _higher(most, process.pid)
+            if stage[1]:
+                yield *stage, most
+                most = {}
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"exit code {process.exitcode}")
+
+
+def _report(pipe: Any, stages: Callable[..., Iterator[str]], *arguments: Any) -> None:
+    import attribution.trak  # noqa: F401  (not a part of the first stage)
+    from attribution import parallel
+
+    start = time.monotonic()
+    for name in stages(*arguments):
+        now = time.monotonic()
+        pipe.send((name, now - start))
+        start = now
+    parallel.end_workers()
+    pipe.send(END)
+
+
+def _higher(most: dict[str, float], process: int) -> dict[str, float]:
+    """The most so far, or what the process and its descendants have now."""
+    driver, others = measure(process), [measure(each) for each in descendants(process)]
+    now = {}
+    for name in ("MiB", "MiB anonymous"):
+        now[f"driver {name}"] = driver.get(name, 0.0)
+        now[f"workers {name}"] = sum(each.get(name, 0.0) for each in others)
+    return {name: max(value, most.get(name, 0.0)) for name, value in now.items()}
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def _runs(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """An ablation of 300 trials, a run of very many metrics, and how soon MLflow's server shows them."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    seconds, most = _ablation(folder)
+    [parent] = client.search_runs(["0"], "tags.stage = 'ablation'")
+    arms = client.search_runs(["0"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    count = f"{len(arms)} arms, {sum(len(arm.data.metrics) for arm in arms):,} metrics"
+    rows = [{"what": f"ablation of {count}", "n": 1, "seconds": seconds, **most}]
+    start = time.monotonic()
+    run_id = _many_metrics(client, options.metrics)
+    rows.append({"what": f"log {options.metrics:,} metrics", "n": 1})
+    rows[-1]["seconds"] = time.monotonic() - start
+    with Server(folder, f"sqlite:///{folder / 'mlflow.db'}", []) as server, _browser() as open_page:
+        address = f"http://127.0.0.1:{server.port}"
+        asked = _requests(address, parent.info.run_id, run_id)
+        if open_page:
+            asked |= _pages(address, parent, run_id, open_page)
+        for what, ask in asked.items():
+            taken = [_timed(ask) for _ in range(1 + options.repeats)][1:]
+            rows.append({"what": what, "n": len(taken), "seconds": median(taken)})
+            rows[-1]["slowest"] = max(taken)
+    return [{"part": "runs", **row} for row in rows]
+
+
+def _ablation(folder: Path) -> tuple[float, dict[str, float]]:
+    """Seconds and the most memory of a command with TRIALS."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    places = {"TRAK_ABLATION_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    start, most = time.monotonic(), {}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.ablation", *(f"--{k}={v}" for k, v in TRIALS.items())],
+        cwd=folder, env={**kept, **places}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None:
+        most = _higher(most, process.pid)
+        time.sleep(0.2)
+    if process.returncode:
+        raise RuntimeError(f"exit code {process.returncode}")
+    return time.monotonic() - start, most
+
+
+def _many_metrics(client: Any, count: int) -> str:
+    """The id of a run of so many metrics, logged as the project's own are."""
+    import mlflow
+
+    from attribution import tracking
+
+    mlflow.set_tracking_uri(client.tracking_uri)
+    with tracking.open_run(run_name="many metrics") as run:
+        tracking.log_series([(f"metric/{i:05d}", i / count, 0) for i in range(count)])
+    return run.info.run_id
+
+
+def _timed(ask: Callable[[], None]) -> float:
+    start = time.monotonic()
+    ask()
+    return time.monotonic() - start
+
+
+def _requests(address: str, parent: str, many: str) -> dict[str, Callable[[], None]]:
+    """What MLflow's pages ask for."""
+    arms = {"filter": f"tags.`mlflow.parentRunId` = '{parent}'", "max_results": 1000}
+    best = {"order_by": ["metrics.`accuracy_mean` DESC"]}
+
+    def ask(path: str, body: dict[str, Any] | None = None) -> Callable[[], None]:
+        request = urllib.request.Request(f"{address}/api/2.0/mlflow/{path}")
+        if body:
+            request.add_header("Content-Type", "application/json")
+            request.data = json.dumps({"experiment_ids": ["0"], **body}).encode()
+
+        def answer() -> None:
+            with urllib.request.urlopen(request, timeout=SECONDS) as found:
+                json.load(found)
+
+        return answer
+
+    return {
+        "request: first 100 runs": ask("runs/search", {"max_results": 100}),
+        "request: all arms, best first": ask("runs/search", arms | best),
+        "request: run of many metrics": ask(f"runs/get?run_id={many}"),
+        "request: one metric": ask(f"metrics/get-history?run_id={many}&metric_key=metric/00007"),
+    }
+
+
+@contextlib.contextmanager
+def _browser() -> Iterator[Callable[[str, str], None] | None]:
+    """What opens an address in Chromium and waits for a text; None where there is no browser."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        found = None
+    if not found:
+        yield None
+        return
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+
+        def open_page(address: str, text: str) -> None:
+            context = browser.new_context(viewport={"width": 1440, "height": 1000})
+            page = context.new_page()
+            page.goto(address)
+            page.get_by_text(re.compile(text)).first.wait_for(timeout=1000 * SECONDS)
+            context.close()
+
+        yield open_page
+        browser.close()
+
+
+def _pages(
+    address: str, parent: Any, many: str, open_page: Callable[[str, str], None]
+) -> dict[str, Callable[[], None]]:
+    """Pages and a text that is there once they are drawn."""
+    from attribution import notes
+
+    run_id, where = parent.info.run_id, parent.info.experiment_id
+    wanted = {
+        "page: all runs": (f"#/experiments/{where}/runs?{notes.TRAINING}", "matching runs"),
+        "page: arms, best first": (notes.arms_link(where, run_id), "matching runs"),
+        "page: the ablation": (notes.run_link(where, run_id), "better than random"),
+        "page: run of many metrics": (notes.run_link(where, many), "metric/00000"),
+    }
+    return {
+        what: functools.partial(open_page, f"{address}/{link}", text)
+        for what, (link, text) in wanted.items()
+    }
