@@ -25,6 +25,7 @@ def group_ids(targets: pd.DataFrame, groups: str, scores: np.ndarray | None = No
         InputError: no such column, or it has a single value.
     """
     if groups == AUTO:
+        assert scores is not None
         return auto_groups(scores, targets["label"].to_numpy())
     if groups not in targets.columns:
         valid = [AUTO, *targets]

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attribution import tracking
-from attribution.config import AUTO, FIELDS, STAGE_GROUPS, Config, convert, parse, resolve
+from attribution.config import (
+    AUTO,
+    FIELDS,
+    STAGE_GROUPS,
+    Config,
+    convert,
+    default_of,
+    parse,
+    resolve,
+)
 from attribution.errors import InputError
 from attribution.outputs import refuse_existing
 from attribution.signals import Stopped, ended_by_signals
@@ -122,7 +131,7 @@ def _drop_checkpoints(config: Config, data: ImageData, run_id: str) -> None:
 
 
 def _cache(given: dict[str, Any]) -> Path:
-    return Path(given.get("cache_dir") or FIELDS["cache_dir"].default_factory()).expanduser()
+    return Path(given.get("cache_dir") or default_of(FIELDS["cache_dir"])).expanduser()
 
 
 def _is_identical(original: str, run_id: str) -> bool:
@@ -132,12 +141,10 @@ def _is_identical(original: str, run_id: str) -> bool:
 
 
 def _say_plan(stage: str, config: Config, data: ImageData) -> None:
-    import mlflow
-
     from attribution import disk, parallel, plan
 
     found = plan.make_plan(stage, config, data)
-    disk.check_disk(found.need, config, mlflow.active_run().info.artifact_uri)
+    disk.check_disk(found.need, config, tracking.current_run().artifact_uri)
     jobs = parallel.resolve_jobs(config.jobs, config.device, 1 << 30)
     for line in plan.describe(found, jobs):
         tracking.say(line)
@@ -246,7 +253,7 @@ def _resolve_hardware(config: Config) -> Config:
     from attribution.training import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
-    resolved = {}
+    resolved: dict[str, Any] = {}
     for name in ("precision", "feature_precision"):
         if name == "feature_precision" and config.trak_run_id:
             continue  # the scores are there

@@ -185,7 +185,7 @@ def _per_seed(
 
 def summary_metrics(outcome: Outcome) -> dict[str, float]:
     """One trial's figures under the names that MLflow shows."""
-    figures = {}
+    figures: dict[str, float] = {}
     for metric, estimate in outcome.mean.items():
         figures |= _named(f"{metric}", estimate, mean_suffix="_mean")
     for control, differences in outcome.versus.items():

@@ -251,15 +251,16 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     sections = {group: parser.add_argument_group(group) for group in groups}
     for name, f in FIELDS.items():
         if f.metadata["group"] in groups and name not in unknown:
+            optional: dict[str, Any] = {"nargs": "?", "const": "yes"} if name == "overwrite" else {}
             sections[f.metadata["group"]].add_argument(
                 f"--{name}",
                 metavar=f.type.upper(),
                 default=argparse.SUPPRESS,
-                **({"nargs": "?", "const": "yes"} if name == "overwrite" else {}),
+                **optional,
                 help=_help(f).replace("%", "%%"),
             )
     words = sys.argv[1:] if argv is None else argv
-    found = vars(parser.parse_args([_underscored(word) for word in words]))
+    found = vars(parser.parse_known([_underscored(word) for word in words]))
     # Of --name=-- argparse makes an empty list.
     texts = {name: text if isinstance(text, str) else "--" for name, text in found.items()}
     return {name: convert(name, text) for name, text in texts.items()}
@@ -274,8 +275,8 @@ def _underscored(word: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        known, unknown = self.parse_known_args(args, namespace)
+    def parse_known(self, words: Sequence[str]) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(words)
         if unknown:
             flags = [action.option_strings[0] for action in self._actions]
             self.error(f"{unknown[0]}: no such parameter; {nearest(unknown[0], flags)}")
@@ -293,14 +294,15 @@ def _help(f: dataclasses.Field) -> str:
     if f.name in AUTO:
         values["images"] = "by the data"
     shown = [f"{k}: {v}" for k, v in values.items() if v not in (None, "", FOOD_CLASSES)]
-    default = _default(f)
+    default = default_of(f)
     if default is not None:
         shown = [f"default: {'empty' if default == '' else default}"]
     return f"{text} ({', '.join(shown)})" if shown else text
 
 
-def _default(f: dataclasses.Field) -> Any:
-    return f.default_factory() if f.default is dataclasses.MISSING else f.default
+def default_of(f: dataclasses.Field) -> Any:
+    """What a field is where nobody says."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def convert(name: str, text: str) -> Any:
@@ -309,7 +311,7 @@ def convert(name: str, text: str) -> Any:
     Raises:
         InputError: the text is not a number where one is needed.
     """
-    kind = FIELDS[name].type
+    kind = str(FIELDS[name].type)
     try:
         return {"int": int, "float": float, "str": str}[kind](text)
     except ValueError:

@@ -189,7 +189,8 @@ def _list_examples(source: Source, chosen: list[int], config: Config) -> pd.Data
     rows = np.flatnonzero(np.isin(source.labels, chosen) & (role != ""))
     parts = source.parts[rows]
     first = {part: (source.parts == part).argmax() for part in roles}
-    names, digests = [], []
+    names: list[str] = []
+    digests: list[str] = []
     with ThreadPoolExecutor() as pool:
         for cells in (source.cells(rows[chunk]) for chunk in chunks(len(rows))):
             names += [source.name(cell) for cell in cells]

@@ -84,7 +84,7 @@ def _train_checkpoint(config: Config, data: ImageData, seed: int, keep: np.ndarr
         models.save(trained.model, folder / "model", config.image_size, *normalisation)
         (folder / "history.json").write_text(json.dumps(trained.history))
         logits = {s: predict(config, trained.model, data, s) for s in ("train", "validation")}
-        np.savez(folder / "logits.npz", **logits)
+        np.savez(folder / "logits.npz", allow_pickle=False, **logits)
         return read_folder(folder)
 
 

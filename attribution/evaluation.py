@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,22 +46,23 @@ def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray
         if method.values is not None
     }
     ceiling = float(np.nanmean(noise_ceiling(bank.margins))) if bank.repeats > 1 else np.nan
-    rows = {name: {"method": name} for name in methods}
+    rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in methods}
     for name, values in predicted.items():
         lds = float(np.nanmean(spearman(values, actual)))
         rows[name] |= {"lds": lds, "lds_share_of_ceiling": lds / ceiling if ceiling else np.nan}
         rows[name]["calibration_slope"] = slope(values, actual)
     drawn: dict[str, list[tuple[float, float]]] = {name: [] for name in predicted}
-    for part in resampled(*actual.shape, draws=DRAWS):
+    for part in resampled(len(actual), len(actual.T), DRAWS):
         for name, values in predicted.items():
             pair = values[part], actual[part]
             drawn[name].append((float(np.nanmean(spearman(*pair))), slope(*pair)))
-    for name, values in drawn.items():
-        low, high = percentile_interval(values)
+    for name, pairs in drawn.items():
+        low, high = percentile_interval(pairs)
         for i, figure in enumerate(("lds", "calibration_slope")):
             rows[name] |= {f"{figure}_ci_low": low[i], f"{figure}_ci_high": high[i]}
     for name, method in methods.items():
-        rows[name] |= detection(is_flipped, method.trust)
+        if method.trust is not None:
+            rows[name] |= detection(is_flipped, method.trust)
     columns = ["method", "lds", "lds_ci_low", "lds_ci_high", "lds_share_of_ceiling"]
     table = pd.DataFrame(list(rows.values())).assign(noise_ceiling=ceiling)
     return table[columns + [c for c in table if c not in columns]]

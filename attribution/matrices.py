@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def read_rows(matrix: np.ndarray, rows: slice) -> np.ndarray:
         return matrix[rows]
     width = matrix.shape[1]
     values = np.fromfile(
-        matrix.filename,
+        str(matrix.filename),
         matrix.dtype,
         count=(rows.stop - rows.start) * width,
         offset=matrix.offset + rows.start * width * matrix.itemsize,
@@ -61,7 +62,7 @@ def read_rows(matrix: np.ndarray, rows: slice) -> np.ndarray:
     return values.reshape(-1, width)
 
 
-def _is_whole_file(matrix: np.ndarray) -> bool:
+def _is_whole_file(matrix: np.ndarray) -> TypeGuard[np.memmap]:
     """Whether row i of the matrix is row i of its file: not so of a slice of a map."""
     return (
         isinstance(matrix, np.memmap)
@@ -119,7 +120,7 @@ def write_matrix(
         unfinished.unlink(missing_ok=True)
 
 
-def _write_block(out, block: np.ndarray, name: str, columns: int, dtype: str) -> int:
+def _write_block(out: BinaryIO, block: np.ndarray, name: str, columns: int, dtype: str) -> int:
     with np.errstate(over="ignore"):  # what the type cannot hold becomes inf, and is refused
         block = np.ascontiguousarray(block, dtype=dtype)
     if block.shape[1:] != (columns,):
@@ -128,5 +129,5 @@ def _write_block(out, block: np.ndarray, name: str, columns: int, dtype: str) ->
         raise InputError(
             f"{name}: not all are finite; raise lambda_reg, and look for a diverged checkpoint"
         )
-    out.write(block)
+    out.write(block.data)
     return len(block)

@@ -58,7 +58,7 @@ ARM = "what it removed is `removed.png` under **Artifacts**."
 
 def first_line(function: Callable) -> str:
     """What a function's docstring says first."""
-    return inspect.getdoc(function).splitlines()[0]
+    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def run_link(experiment_id: str, run_id: str, artifact: str = "") -> str:

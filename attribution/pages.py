@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,11 +16,14 @@ from PIL import Image
 from attribution.data import ImageData
 from attribution.explanation import Explanation
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 SHOWN = 128  # pixels a side, at most: a page holds a hundred pictures
 
 
 @cache
-def _environment():
+def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(

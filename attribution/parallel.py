@@ -140,9 +140,10 @@ class _Pool(Protocol):
     which tells whose fault it is.
     """
 
-    window: int
-    alone: bool
-
+    @property
+    def window(self) -> int: ...
+    @property
+    def alone(self) -> bool: ...
     def submit(self, arguments: tuple) -> Any: ...
     def wait(self, futures: list) -> Any: ...  # one that is done
     def result(self, future: Any) -> Any: ...  # or raises LostWorker, or what the task raised
@@ -329,5 +330,5 @@ class ResultStore:
     def put(self, key: str, arrays: dict[str, np.ndarray]) -> None:
         """Keep arrays under a key; the file appears whole or not at all."""
         temporary = self.folder / f".{key}.{os.getpid()}.npz"
-        np.savez(temporary, **arrays)
+        np.savez(temporary, allow_pickle=False, **arrays)
         os.replace(temporary, self.folder / f"{key}.npz")

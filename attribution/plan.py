@@ -57,6 +57,7 @@ def _step(stage: str, config: Config, data: ImageData, rate: float | None) -> St
     share = max(1, round(config.subset_fraction * n))
     gain = STACK_GAIN if stacking_pays(config) else 1.0
     most = "at most " * bool(config.patience)
+    work: float
     if stage == "finetune":
         what = f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images"
         work = config.num_models * config.epochs * share

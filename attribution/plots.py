@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -102,7 +103,7 @@ def explanation(data: ImageData, found: Explanation, path: Path) -> None:
     _save(figure, path)
 
 
-def _caption(row, value: float) -> str:
+def _caption(row: Any, value: float) -> str:
     flipped = " (flipped)" if row.is_flipped else ""
     return f"{row.label_name}{flipped}\n{value:+.3g}"
 
@@ -149,7 +150,7 @@ def removal_curves(table: pd.DataFrame, path: Path) -> None:
     none = table[table["arm"] == "none"].iloc[0]
     axes.axhline(none["accuracy_mean"], color=NEUTRAL, linewidth=0.8, label="none")
     axes.axhspan(none["accuracy_ci_low"], none["accuracy_ci_high"], color=NEUTRAL, alpha=0.12)
-    colours = plt.get_cmap("tab20").colors
+    colours = plt.get_cmap("tab20")(range(20))
     acted = table[table["n_removed"] > 0]
     for i, ((arm, action), rows) in enumerate(acted.groupby(["arm", "action"], sort=False)):
         rows = rows.sort_values("frac")

@@ -42,6 +42,12 @@ def _rank(values: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(values, kind="stable"), kind="stable")
 
 
+def _given(values: np.ndarray | None) -> np.ndarray:
+    """Evidence that an arm NEEDS: check_arms has refused the arm where it is None."""
+    assert values is not None
+    return values
+
+
 def none(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """Nothing: the baseline."""
     return np.empty(0, dtype=np.int64)
@@ -85,12 +91,12 @@ def loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray
 
 def confident(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """Lowest label quality by confident learning (cleanlab; Northcutt et al. 2021)."""
-    return _lowest(evidence.label_quality, count)
+    return _lowest(_given(evidence.label_quality), count)
 
 
 def self_influence(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """Highest influence on itself: memorised examples (Feldman and Zhang 2020 use it so)."""
-    return _lowest(-evidence.self_influence, count)
+    return _lowest(-_given(evidence.self_influence), count)
 
 
 def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -100,24 +106,26 @@ def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np
 
 def majority(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """At random from the largest group alone, of those of its label or column."""
-    largest = np.flatnonzero(evidence.groups == np.bincount(evidence.groups).argmax())
+    groups = _given(evidence.groups)
+    largest = np.flatnonzero(groups == np.bincount(groups).argmax())
     return rng.choice(largest, min(count, len(largest)), replace=False)
 
 
 def balanced(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """At random, one by one from the group that is then largest: balances the groups."""
-    shuffled = rng.permutation(len(evidence.groups))
+    groups = _given(evidence.groups)
+    shuffled = rng.permutation(len(groups))
     # An example goes when its group has shrunk to its place in it: the largest places go first.
     place = np.empty(len(shuffled), dtype=np.int64)
-    for group in np.unique(evidence.groups):
-        rows = shuffled[evidence.groups[shuffled] == group]
+    for group in np.unique(groups):
+        rows = shuffled[groups[shuffled] == group]
         place[rows] = np.arange(len(rows))
     return shuffled[np.argsort(-place[shuffled], kind="stable")][:count]
 
 
 def oracle(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """Exactly the labels that were flipped on purpose: the ceiling. frac does not apply."""
-    return np.flatnonzero(evidence.is_flipped)
+    return np.flatnonzero(_given(evidence.is_flipped))
 
 
 ARMS: dict[str, Arm] = {
@@ -210,7 +218,7 @@ def plan_trials(
     if min(shares) < 1:
         raise InputError(f"frac={min(fracs):g}: removes none of the {n} training examples")
     controls = dict(shares)
-    trials = []
+    trials: list[Trial] = []
     for arm in dict.fromkeys(arms):
         if arm in ("none", "random"):
             continue
@@ -247,7 +255,7 @@ def _relabelled(trial: Trial, evidence: Evidence) -> Trial:
 
     The oracle knows the true one.
     """
-    labels = evidence.true_labels if trial.arm == "oracle" else evidence.predicted
+    labels = _given(evidence.true_labels if trial.arm == "oracle" else evidence.predicted)
     return replace(trial, new_labels=tuple(labels[removed] for removed in trial.removed))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
@@ -47,7 +47,9 @@ def _print(console: Console, title: str, columns: Sequence[str], rows: list[list
 
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for i, column in enumerate(columns):
-        side = "left" if column in (columns[0], "example", "") else "right"
+        side: Literal["left", "right"] = (
+            "left" if column in (columns[0], "example", "") else "right"
+        )
         # Where a table is too wide words give way, and figures do not.
         width = max((len(row[i]) for row in rows), default=0) if side == "right" else None
         shown.add_column(column, justify=side, no_wrap=bool(column), min_width=width)

@@ -138,13 +138,12 @@ def _is_kept(store: ResultStore, key: str, shape: tuple[int, ...]) -> bool:
 
 
 def _retrain(config: Config, data: ImageData, stack: Series, split: str) -> np.ndarray:
-    labels = [None] * len(stack) if stack.labels is None else stack.labels
-    members = stack.seeds, stack.keep, labels
+    labels = [None] * len(stack) if stack.labels is None else list(stack.labels)
     if stacking_pays(config):
-        found = train_stacked(config, data, *members)
+        found = train_stacked(config, data, stack.seeds, list(stack.keep), labels)
     else:
         found = [
-            train(config, data, *each[:2], validate=False, labels=each[2]).model
-            for each in zip(*members, strict=True)
+            train(config, data, seed, keep, validate=False, labels=own).model
+            for seed, keep, own in zip(stack.seeds, stack.keep, labels, strict=True)
         ]
     return np.stack([predict(config, model, data, split) for model in found])

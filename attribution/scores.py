@@ -169,9 +169,8 @@ def write_scores(
     Raises:
         InputError: a score is not finite, or the tables do not fit the matrix.
     """
-    file, matrix = folder / "scores.npy", values
-    if isinstance(values, Path):
-        matrix = open_matrix(values)
+    file = folder / "scores.npy"
+    matrix = open_matrix(values) if isinstance(values, Path) else values
     if matrix.shape != (len(train), len(targets)):
         raise InputError(
             f"scores: shape {matrix.shape} does not fit {len(train)} examples, {len(targets)} targets"
@@ -183,7 +182,7 @@ def write_scores(
         except OSError:  # another file system
             shutil.copyfile(values, file)
     else:
-        write_matrix(file, row_blocks(values), values.shape)
+        write_matrix(file, row_blocks(values), (len(train), len(targets)))
     train.to_parquet(folder / "train.parquet", index=False)
     targets.to_parquet(folder / "targets.parquet", index=False)
     document = {
@@ -224,11 +223,11 @@ def load_scores(source: str | Path) -> Scores:
         )
     if not all(np.isfinite(block).all() for block in row_blocks(values)):
         raise InputError(f"scores={source}: scores.npy holds values that are not finite")
-    tables = [
+    train, targets = (
         _read_table(folder / name, length, metadata["sha256_tables"][name], source)
         for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True)
-    ]
-    return Scores(values, *tables, metadata)
+    )
+    return Scores(values, train, targets, metadata)
 
 
 def local_folder(source: str, parameter: str = "scores") -> Path:

@@ -133,7 +133,7 @@ def _class_folder_source(
         part: [f"{glob.escape(str(f))}/*{suffix}" for f in classes for suffix in sorted(classes[f])]
         for part, classes in folders.items()
     }
-    options = {"data_files": patterns, "drop_labels": False, "drop_metadata": True}
+    options: dict[str, Any] = {"data_files": patterns, "drop_labels": False, "drop_metadata": True}
     parts = _load(config, "imagefolder", cache_dir=str(cache / "datasets"), **options)
     # datasets leaves out a class folder without images; here it has to be told.
     names = sorted({folder.name for classes in folders.values() for folder in classes})

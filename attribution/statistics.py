@@ -236,7 +236,7 @@ def lds_difference(
     """
     sides = [predicted_margins(side, masks) for side in (values, control)]
     drawn = []
-    for part in resampled(*margins.shape, draws):
+    for part in resampled(len(margins), len(margins.T), draws):
         a, b = (spearman(side[part], margins[part]) for side in sides)
         drawn.append(np.nanmean(a - b))
     a, b = (spearman(side, margins) for side in sides)
@@ -244,7 +244,7 @@ def lds_difference(
     return Estimate(float(np.nanmean(a - b)), float(low), float(high), np.nan)
 
 
-def resampled(rows: int, columns: int, draws: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def resampled(rows: int, columns: int, draws: int) -> Iterator[tuple[np.ndarray, ...]]:
     """Indices of bootstrap draws of a matrix, its rows and its columns both drawn anew."""
     rng = np.random.default_rng(0)
     for _ in range(draws):

@@ -27,6 +27,7 @@ from attribution.workspace import alone, cache_folder, discard
 
 if TYPE_CHECKING:
     import pandas as pd
+    from mlflow.entities import RunInfo
 
     from attribution.data import ImageData
 
@@ -123,11 +124,21 @@ def making(stage: str, config: Config, data: ImageData) -> Iterator[str | None]:
         yield find_finished(stage, config, data)
 
 
+def current_run() -> RunInfo:
+    """The run that is under way in this process; a command has one from its first line on."""
+    import mlflow
+
+    run = mlflow.active_run()
+    if run is None:
+        raise RuntimeError("no MLflow run is active")
+    return run.info
+
+
 def end_dead_runs(cache: Path) -> None:
     """Mark KILLED what processes of this machine and cache folder left RUNNING when they were killed."""
     import mlflow
 
-    client, active = mlflow.MlflowClient(), mlflow.active_run().info
+    client, active = mlflow.MlflowClient(), current_run()
     running = client.search_runs(
         [active.experiment_id],
         f"tags.made_in = '{_made_in(cache)}' and attributes.status = 'RUNNING'",
@@ -193,7 +204,7 @@ def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
     if stage == "finetune":
         needed += tuple(f"checkpoints/{m:03d}/model.safetensors" for m in range(config.num_models))
     runs = mlflow.MlflowClient().search_runs(
-        [mlflow.active_run().info.experiment_id],
+        [current_run().experiment_id],
         f"tags.stage = '{stage}' and tags.fingerprint = '{key}' and attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"],
     )
@@ -240,6 +251,7 @@ def obtain(stage: str, config: Config, data: ImageData, make: Make) -> str:
 def describe(stage: str, config: Config, data: ImageData) -> None:
     """Name, tags, parameters and data of the active run."""
     import mlflow
+    from mlflow.data.pandas_dataset import from_pandas
 
     key = fingerprint(stage, config, data)
     mlflow.set_tags(
@@ -253,7 +265,7 @@ def describe(stage: str, config: Config, data: ImageData) -> None:
     )
     name_run(f"{stage} {Path(config.dataset).name} {key[:6]}")
     log_params(config.group(*STAGE_GROUPS[stage], "execution"))
-    source = mlflow.data.from_pandas(
+    source = from_pandas(
         data.examples.drop(columns="file_name"),
         source=config.dataset,
         name=Path(config.dataset).name,
@@ -280,7 +292,7 @@ def log_params(params: dict[str, Any]) -> None:
     """
     import mlflow
 
-    known = mlflow.MlflowClient().get_run(mlflow.active_run().info.run_id).data.params
+    known = mlflow.MlflowClient().get_run(current_run().run_id).data.params
     mlflow.log_params({k: v for k, v in params.items() if k not in known})
     differ = {k: params[k] for k in params.keys() & known if convert(k, known[k]) != params[k]}
     mlflow.set_tags({f"resolved.{k}": v for k, v in differ.items()})
@@ -290,7 +302,7 @@ def mark_reused(stage: str, run_id: str) -> None:
     import mlflow
 
     say(f"{stage}: nothing has changed, reusing run {run_id}")
-    link = notes.run_link(mlflow.active_run().info.experiment_id, run_id)
+    link = notes.run_link(current_run().experiment_id, run_id)
     note = f"Nothing had changed: the result is in run [{run_id}]({link})."
     mlflow.set_tags({"reused_run_id": run_id, notes.NOTE: note})
     name_run(f"{stage} (see {run_id[:8]})")
@@ -300,7 +312,7 @@ def name_run(name: str) -> None:
     """Name the active run, unless a person has: MLflow's own names are like shy-cat-123."""
     import mlflow
 
-    run = mlflow.MlflowClient().get_run(mlflow.active_run().info.run_id)
+    run = mlflow.MlflowClient().get_run(current_run().run_id)
     stage = run.data.tags["stage"]
     if re.fullmatch(rf"[a-z]+-[a-z]+-\d+|{stage}", run.info.run_name or stage):
         mlflow.set_tag("mlflow.runName", name)
@@ -310,7 +322,7 @@ def save_arms_view() -> None:
     """Let MLflow list a view of the active run's arms: sensible columns, the best arm first."""
     import mlflow
 
-    client, run_id = mlflow.MlflowClient(), mlflow.active_run().info.run_id
+    client, run_id = mlflow.MlflowClient(), current_run().run_id
     run = client.get_run(run_id)
     tag = notes.arms_view(run_id, f"Arms of {run.info.run_name}")
     client.set_experiment_tag(run.info.experiment_id, *tag)
@@ -383,7 +395,7 @@ def newest(stage: str, tags: dict[str, str]) -> str | None:
 
     terms = {"stage": stage, **tags}
     found = mlflow.MlflowClient().search_runs(
-        [mlflow.active_run().info.experiment_id],
+        [current_run().experiment_id],
         " and ".join(f"tags.{name} = '{value}'" for name, value in terms.items())
         + " and attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"],
@@ -440,7 +452,7 @@ def log_series(metrics: list[tuple[str, float, int]]) -> None:
 
     now = int(time.time() * 1000)
     entities = [Metric(name, float(value), now, step) for name, value, step in metrics]
-    client, run_id = mlflow.MlflowClient(), mlflow.active_run().info.run_id
+    client, run_id = mlflow.MlflowClient(), current_run().run_id
     for start in range(0, len(entities), 1000):
         client.log_batch(run_id, metrics=entities[start : start + 1000])
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,12 +22,15 @@ from attribution.errors import InputError
 from attribution.memory import keep_freed_memory
 from attribution.pixels import augment_batch, draw_augmentation, to_batch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass
 class Trained:
     """A model as training left it (the best epoch's weights where patience > 0)."""
 
-    model: nn.Module
+    model: PreTrainedModel
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
 
@@ -103,15 +107,15 @@ def train(
     for epoch in range(config.epochs):
         model.train()
         total = 0.0
-        for images, labels in batches(kept, steps):
+        for images, classes in batches(kept, steps):
             with autocast(config, device):
                 logits = model(images).logits
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = nn.functional.cross_entropy(logits.float(), classes)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             scheduler.step()
-            total += float(loss.detach()) * len(labels)
+            total += float(loss.detach()) * len(classes)
         metrics = {"epoch": epoch, "train_loss": total / len(kept)}
         _check_loss(config, total, epoch)
         if validate or config.patience:
@@ -140,7 +144,7 @@ def train_stacked(
     seeds: Sequence[int],
     keeps: Sequence[np.ndarray],
     labels: Sequence[np.ndarray | None] | None = None,
-) -> list[nn.Module]:
+) -> list[PreTrainedModel]:
     """Train one model for each (seed, keep) as a single batched model; each equals train()'s.
 
     Up to rounding, that is: every model has its own weights, order, augmentation and statistics.
@@ -177,11 +181,11 @@ def train_stacked(
         total = torch.zeros((), device=device)
         parts = (b(np.flatnonzero(k), steps) for b, k in zip(batches, keeps, strict=True))
         for batch in zip(*parts, strict=True):
-            images, labels = (torch.stack(values) for values in zip(*batch, strict=True))
+            images, classes = (torch.stack(values) for values in zip(*batch, strict=True))
             with autocast(config, device):
                 logits = forward(weights, buffers, images)
             # The sum over models of each one's mean: their gradients stay apart.
-            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), classes.flatten())
             optimizer.zero_grad(set_to_none=True)
             (loss * len(seeds)).backward()
             optimizer.step()
@@ -214,7 +218,7 @@ def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int
     """
     device, threads = _prepare(config), torch.get_num_threads()
     model = models.build(config.model, class_names, 0).train()
-    model.to(device, memory_format=torch.channels_last)
+    models.place(model, device)
     n = max(2, min(config.batch_size, 10**11 // (3 * flops)))
     images = torch.zeros(n, 3, config.image_size, config.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -247,9 +251,10 @@ def _steps(config: Config, keep: np.ndarray) -> int:
     return min(math.ceil(kept / config.batch_size), kept // 2)
 
 
-def _new_model(config: Config, data: ImageData, seed: int, device: torch.device) -> nn.Module:
+def _new_model(config: Config, data: ImageData, seed: int, device: torch.device) -> PreTrainedModel:
     model = models.build(config.model, data.class_names, derive_seed(seed, "weights"))
-    return model.to(device, memory_format=torch.channels_last)
+    models.place(model, device)
+    return model
 
 
 def _check_loss(config: Config, total: float, epoch: int) -> None:
@@ -267,6 +272,7 @@ def make_optimizer(
     optimizer = torch.optim.AdamW(
         weights, config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
+    schedule: torch.optim.lr_scheduler.LRScheduler
     if config.schedule == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
     else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from attribution.training import batches_of, derive_seed, resolve_device, resolv
 
 if TYPE_CHECKING:
     import torch
+    from trak import TRAKer
 
     from attribution.traker_plugins import RidgeScoreComputer
 
@@ -184,15 +185,15 @@ def _featurize_all(
     function = _featurize_away if away else _featurize
     tasks, names = [], []
     for i in missing:
-        m, *shard = shards[i]
-        tasks.append((checkpoints[m], m, *shard, size) + (() if away else (folders[i],)))
-        names.append(f"features of checkpoint {m}, {shard[0]} from {shard[1].start}")
+        m, split, rows = shards[i]
+        tasks.append((checkpoints[m], m, split, rows, size) + (() if away else (folders[i],)))
+        names.append(f"features of checkpoint {m}, {split} from {rows.start}")
     with progress("trak: shards featurised", len(shards), len(shards) - len(tasks)) as advance:
         results = parallel_map(
             function, tasks, jobs, (config, data), config, names, smaller=_smaller_batch
         )
         for index, files in results:
-            if away:
+            if files is not None:
                 folder = folders[missing[index]]
                 shutil.rmtree(folder, ignore_errors=True)  # begun by another run
                 write_folder(folder, files)
@@ -210,10 +211,12 @@ def _smaller_batch(task: tuple) -> tuple:
     return *shard, max(1, size // 4), *task[5:]
 
 
-def _featurize_away(config: Config, data: ImageData, *shard_and_size: Any) -> Files:
+def _featurize_away(
+    config: Config, data: ImageData, checkpoint: Path, m: int, split: str, rows: range, size: int
+) -> Files:
     """What _featurize leaves in its folder, as content: the driver has another disk."""
     with tempfile.TemporaryDirectory() as folder:
-        _featurize(config, data, *shard_and_size, Path(folder))
+        _featurize(config, data, checkpoint, m, split, rows, size, Path(folder))
         return read_folder(Path(folder))
 
 
@@ -265,7 +268,9 @@ def run_traker(
         traker.featurize(batch, num_samples=len(batch[1]))
 
 
-def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, device: str):  # noqa: ANN201
+def make_traker(
+    config: Config, n: int, checkpoint: Path, store: Path, m: int, device: str
+) -> tuple[TRAKer, dict[str, torch.Tensor]]:
     """traker's engine with our gradients and projection (or its own, projector=normal).
 
     Returns the TRAKer and the checkpoint's state dictionary.
@@ -279,7 +284,8 @@ def make_traker(config: Config, n: int, checkpoint: Path, store: Path, m: int, d
     from attribution.sketch import dealt
 
     logging.getLogger("TRAK").setLevel(logging.ERROR)
-    model = models.load(checkpoint).to(device, memory_format=torch.channels_last)
+    model = models.load(checkpoint)
+    models.place(model, device)
     seed = derive_seed(config.seed, "projection")
     num_blocks = 1
     if config.projector == "sketch":
@@ -367,7 +373,7 @@ def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
     gram = computer.gram(map(torch.from_numpy, ahead(row_blocks(*store.features("train")))))
     factors = computer.factor(gram)
     flat = factors.flatten(0, 1)
-    write_matrix(store.factor, [flat.cpu().numpy()], tuple(flat.shape))
+    write_matrix(store.factor, [flat.cpu().numpy()], (len(flat), flat.shape[1]))
     targets = store.features(TARGETS)
     blocks = (
         computer.whiten(torch.from_numpy(block), factors).cpu().numpy()

@@ -17,6 +17,8 @@ from attribution.sketch import Sketch
 
 BLOCK = 4096  # training examples per product
 
+Batch = tuple[Tensor, Tensor]  # images (B, channels, Y, X) and labels (B,)
+
 
 class MarginOutput(AbstractModelOutput):
     """The margin of the label, for models that return logits or an object with `.logits`."""
@@ -25,12 +27,16 @@ class MarginOutput(AbstractModelOutput):
         super().__init__()
 
     @staticmethod
-    def get_output(model: nn.Module, weights: dict, buffers: dict, image: Tensor, label: Tensor):
+    def get_output(
+        model: nn.Module, weights: dict, buffers: dict, image: Tensor, label: Tensor
+    ) -> Tensor:
         """Margin () of one sample, image (channels, Y, X) and label (); may run under vmap."""
         output = torch.func.functional_call(model, (weights, buffers), image.unsqueeze(0))
         return margins(getattr(output, "logits", output), label.unsqueeze(0)).sum()
 
-    def get_out_to_loss_grad(self, model: nn.Module, weights: dict, buffers: dict, batch) -> Tensor:
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: dict, buffers: dict, batch: Batch
+    ) -> Tensor:
         """1 - p of the label, (B, 1): by how much a change of the margin changes the loss."""
         images, labels = batch
         with torch.no_grad():
@@ -55,20 +61,30 @@ class HookGradientComputer(AbstractGradientComputer):
 
     bfloat16 = False
 
-    def __init__(self, model, task, grad_dim=None, dtype=None, device="cpu", grad_wrt=None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: AbstractModelOutput,
+        grad_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        grad_wrt: object = None,
+    ) -> None:
         if grad_wrt is not None:
             raise InputError("grad_wrt is not supported: the sketch takes all parameters")
         super().__init__(model, task, grad_dim, dtype, device)
         self.load_model_params(model)
 
     def load_model_params(self, model: nn.Module) -> None:
-        self.model, self._kept = model, None
+        self.model = model
+        self._kept: Pending | None = None
 
-    def compute_per_sample_grad(self, batch) -> Pending:
-        self._kept = Pending(self.model, *batch, self.bfloat16)
+    def compute_per_sample_grad(self, batch: Batch) -> Pending:
+        images, labels = batch
+        self._kept = Pending(self.model, images, labels, self.bfloat16)
         return self._kept
 
-    def compute_loss_grad(self, batch) -> Tensor:
+    def compute_loss_grad(self, batch: Batch) -> Tensor:
         """1 - p of the label, (B, 1), of the batch that was projected last."""
         kept = self._kept
         if kept is None or kept.margins is None or kept.labels is not batch[1]:
@@ -89,6 +105,9 @@ class SketchProjector(AbstractProjector):
         proj_dim: length of the features, all blocks together.
     """
 
+    _model_id: int | None
+    _sketch: Sketch | None
+
     def __init__(
         self, proj_dim: int, seed: int = 0, device: str = "cpu", num_blocks: int = 1
     ) -> None:
@@ -98,7 +117,7 @@ class SketchProjector(AbstractProjector):
 
     def project(self, grads: Pending, model_id: int) -> Tensor:
         """Features (B, proj_dim) float32, new memory, which traker divides in place."""
-        if self._model_id != model_id:
+        if self._sketch is None or self._model_id != model_id:
             self._model_id = model_id
             size, seed = self.proj_dim // self.num_blocks, f"{self.seed}/{model_id}"
             self._sketch = Sketch(size, seed, num_blocks=self.num_blocks)
@@ -124,9 +143,9 @@ class RidgeScoreComputer(AbstractScoreComputer):
 
     def __init__(
         self,
-        dtype,
-        device,
-        logging_level=logging.INFO,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        logging_level: int = logging.INFO,
         lambda_reg: float = 0.0,
         num_blocks: int = 1,
     ) -> None:
@@ -146,11 +165,13 @@ class RidgeScoreComputer(AbstractScoreComputer):
             InputError: a feature is not finite, or so large that its square overflows; or all of
                 a block are so small that their squares vanish.
         """
-        gram = None
-        for some in rows:
-            some = some.to(self.device, torch.float32)
-            products = torch.stack([x.T @ x for x in some.chunk(self.num_blocks, 1)])
-            gram = products.double() if gram is None else gram.add_(products)
+        products = (
+            torch.stack([x.T @ x for x in some.chunk(self.num_blocks, 1)])
+            for some in (part.to(self.device, torch.float32) for part in rows)
+        )
+        gram = next(products).double()
+        for product in products:
+            gram.add_(product)
         if not gram.isfinite().all():
             raise InputError("the training features are not finite; is the checkpoint diverged?")
         # Below that, squares lose digits in float32; of zeros no ridge could make a Gram matrix.

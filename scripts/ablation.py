@@ -65,7 +65,7 @@ def make(config: Config, data: ImageData) -> None:
             [each for each in removed if each.arm != "none"],
             figures,
             known_quality(trak_id),
-            tracking.lineage(mlflow.active_run().info.run_id),
+            tracking.lineage(tracking.current_run().run_id),
             machine.hardware(),
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
@@ -167,12 +167,11 @@ def log_trial(
 
 def describe(table: pd.DataFrame, trak_id: str) -> str:
     """The parent run's note: where to look, and every arm with its verdict, the best first."""
-    import mlflow
 
     from attribution.comparison import verdict
     from attribution.removal import trial_name
 
-    run = mlflow.active_run().info
+    run = tracking.current_run()
     here, run_id = run.experiment_id, run.run_id
     links = {
         "Report": notes.run_link(here, run_id, "report.html"),

@@ -41,7 +41,7 @@ def make(config: Config, data: ImageData) -> None:
     members = ensemble.Ensemble.of(masks, checkpoints)
     mlflow.log_metrics(members.metrics(data))
     with tracking.artifact_folder("training") as folder:
-        np.savez(folder / "logits.npz", **members.arrays())
+        np.savez(folder / "logits.npz", allow_pickle=False, **members.arrays())
         data.examples.to_parquet(folder / "examples.parquet", index=False)
         plots.training_curves([c.history for c in checkpoints], folder / "curves.png")
 

@@ -80,6 +80,14 @@ def test_a_ranking_without_scores_has_detection_alone() -> None:
     assert "auroc" not in without
 
 
+def test_scores_without_a_ranking_have_no_detection() -> None:
+    values, bank = planted()
+    scores = Attribution(values)
+    table = judge({"scores": scores, "both": Attribution.of(values)}, bank, np.arange(60) < 6)
+    assert np.isnan(row(table, "scores")["auroc"]) and row(table, "both")["auroc"] <= 1
+    assert row(table, "scores")["lds"] == row(table, "both")["lds"]
+
+
 def test_one_repeat_has_no_ceiling() -> None:
     values, bank = planted(repeats=1)
     table = judge({"true": Attribution.of(values)}, bank, np.arange(60) < 6)

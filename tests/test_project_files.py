@@ -133,7 +133,9 @@ def test_requirements_name_what_is_given() -> None:
 
 def test_every_extra_is_the_requirements_file_of_its_name() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    files = {path.stem.removeprefix("requirements-"): path for path in ROOT.glob("requirements-*")}
+    files = {
+        path.stem.removeprefix("requirements-"): path for path in ROOT.glob("requirements-*.txt")
+    }
     assert extras["optional-dependencies"].keys() == files.keys()
     for name, wanted in extras["optional-dependencies"].items():
         lines = [line for line in files[name].read_text().splitlines() if line[:1] not in "#"]
@@ -165,7 +167,7 @@ def test_ci_types_the_two_commands_of_the_readme() -> None:
 def test_no_file_names_a_registry_host_or_a_machine_s_path() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.split():
-        if name.endswith((".py", ".md", ".txt", ".yaml", ".toml", "MLproject", "run")):
+        if name.endswith((".py", ".md", ".txt", ".lock", ".yaml", ".toml", "MLproject", "run")):
             text = (ROOT / name).read_text()
             for word in (
                 "py" + "pi.org",
