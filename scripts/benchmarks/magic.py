@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.data import load_data
     from attribution.ensemble import subset_masks, train_checkpoints
     from attribution.statistics import detection, lds, lds_difference, predicted_margins, slope
+    from attribution.tracking import digest
     from attribution.training import batches_of, derive_seed
     from attribution.trak import TARGETS, combine, featurize
 
@@ -75,18 +76,23 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     by_label = 1 / np.bincount(labels)[labels] / len(data.class_names)
     wanted = torch.from_numpy(np.vstack([np.eye(len(labels))[chosen], by_label]))
     images, _ = next(batches_of(config, data, TARGETS, len(labels), torch.device("cpu")))
-    total, seconds, rows = np.zeros((n, len(wanted))), 0.0, []
+    total, seconds, rows = np.zeros((n, len(wanted))), [], []
+    settings = options.batch_size, options.learning_rate, options.eps, options.smooth
     for m in range(options.replays):
-        start = time.monotonic()
-        seed = derive_seed(config.seed, "checkpoint", m)
-        replay = Replay(own, data, seed, masks[m], eps=options.eps, smooth=options.smooth)
-        total += replay.derivatives(images, torch.from_numpy(labels), wanted)
-        seconds += time.monotonic() - start
+        file = work / f"{digest(chosen.tolist(), *settings)}-{m}.npz"
+        if not file.exists():  # a killed run goes on from here
+            start, seed = time.monotonic(), derive_seed(config.seed, "checkpoint", m)
+            replay = Replay(own, data, seed, masks[m], eps=options.eps, smooth=options.smooth)
+            found = replay.derivatives(images, torch.from_numpy(labels), wanted)
+            np.savez(file, found=found, seconds=time.monotonic() - start)
+        kept = np.load(file)
+        total += kept["found"]
+        seconds.append(float(kept["seconds"]))
         if (m + 1) & m and m + 1 < options.replays:
             continue  # neither a power of two nor the last
         mean = total / (m + 1)
         scores = mean[:, :-1]
-        row = {"replays": m + 1, "seconds each": seconds / (m + 1)}
+        row = {"replays": m + 1, "seconds each": float(np.median(seconds))}
         row |= {"lds": float(np.nanmean(lds(scores, bank.masks, actual)))}
         for count in dict.fromkeys((m + 1, config.num_models)):
             less = lds_difference(scores, trak(count), bank.masks, actual)
