@@ -22,6 +22,8 @@ TONES = {"better than random": "good", "worse than random": "bad"}
 VAGUE = ("not significant after Holm", "indistinguishable from random")
 # What an arm's examples are shown in the order of, where that is not rising alignment.
 ORDER = {
+    "harmful": ("trust", True),
+    "harmful_loss": ("trust", True),
     "helpful": ("alignment", False),
     "loss": ("loss", False),
     "confident": ("label_quality", True),

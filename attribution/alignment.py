@@ -129,3 +129,24 @@ def group_alignment(scores: np.ndarray, groups: np.ndarray, weights: np.ndarray)
     return np.concatenate(
         [block.astype(np.float64) @ column_weights for block in row_blocks(scores)]
     )
+
+
+def unweighted(alignment: np.ndarray, row_weight: np.ndarray) -> np.ndarray:
+    """The alignment of scores without their rows' weights, (n_train,): exact, row by row."""
+    return np.divide(alignment, row_weight, out=np.zeros(len(alignment)), where=row_weight > 0)
+
+
+def held_out_weights(masks: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """How much each training example counts as a target under each checkpoint, (M, n_train).
+
+    As in group_alignment a group's weight is shared by its members, of whom only those count that
+    the checkpoint did not see: its margins say nothing of the examples that it was fitted to.
+
+    Args:
+        masks: (M, n_train) bool, which examples each checkpoint saw.
+        groups: (n_train,) group of each training example.
+        weights: (n_groups,) from group_weights.
+    """
+    unseen = ~masks
+    counts = np.stack([np.bincount(groups, row, len(weights)) for row in unseen])
+    return unseen * (weights / np.maximum(counts, 1))[:, groups]

@@ -70,8 +70,8 @@ class Subject:
 
 
 def trak(subject: Subject) -> Attribution:
-    """The scores as they are, and the alignment that `harmful` goes by."""
-    return Attribution(subject.scores.values, subject.scores.train["alignment"].to_numpy())
+    """The scores as they are, and the trust that `harmful` goes by."""
+    return Attribution(subject.scores.values, subject.scores.train["trust"].to_numpy())
 
 
 def trak_unweighted(subject: Subject) -> Attribution:

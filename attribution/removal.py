@@ -21,6 +21,7 @@ class Evidence:
 
     labels: np.ndarray
     alignment: np.ndarray  # positive = helpful
+    trust: np.ndarray  # low = suspect: the alignment that tells wrong labels (alignment.py)
     loss: np.ndarray  # ensemble loss in nats, out of sample where the masks allow
     label_quality: np.ndarray | None = None  # cleanlab's, low = suspect
     self_influence: np.ndarray | None = None
@@ -75,8 +76,8 @@ def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndar
 
 
 def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Lowest alignment: removing these should help. With groups it is D3M (Jain et al. 2024)."""
-    return _lowest(evidence.alignment, count)
+    """Lowest trust: removing these should help. With groups it is D3M (Jain et al. 2024)."""
+    return _lowest(evidence.trust, count)
 
 
 def negative(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -100,8 +101,8 @@ def self_influence(evidence: Evidence, count: int, rng: np.random.Generator) -> 
 
 
 def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Both harmful and of high loss: the `count` that come first in both orders."""
-    return _lowest(np.maximum(_rank(evidence.alignment), _rank(-evidence.loss)), count)
+    """Both of low trust and of high loss: the `count` that come first in both orders."""
+    return _lowest(np.maximum(_rank(evidence.trust), _rank(-evidence.loss)), count)
 
 
 def majority(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -281,7 +282,8 @@ def removed_table(trial: Trial, train: pd.DataFrame, evidence: Evidence) -> pd.D
         train: the score artifact's table of training examples, in order of position.
     """
     positions, seeds = np.unique(np.concatenate(trial.removed), return_counts=True)
-    table = train.iloc[positions].assign(alignment=evidence.alignment[positions], seeds=seeds)
+    own = {name: getattr(evidence, name)[positions] for name in ("alignment", "trust")}
+    table = train.iloc[positions].assign(**own, seeds=seeds)
     return table.reset_index(drop=True)
 
 

@@ -20,18 +20,26 @@ if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SIGN = "positive = helpful: the example's presence in training raises the target's margin"
 REQUIRED_COLUMNS = {
     "train.parquet": {
-        "position", "example_id", "label", "label_name", "alignment", "self_influence", "loss",
+        "position", "example_id", "label", "label_name", "alignment", "row_weight", "trust",
+        "self_influence", "loss",
     },
     "targets.parquet": {"position", "example_id", "label", "label_name", "loss"},
 }  # fmt: skip
 # What a column holds, where a table has it: other types would fail, or mislead, far from here.
 KINDS = {
     "whole numbers": ("position", "label", "true_label", "predicted_label"),
-    "finite numbers": ("alignment", "self_influence", "loss", "label_quality"),
+    "finite numbers": (
+        "alignment",
+        "row_weight",
+        "trust",
+        "self_influence",
+        "loss",
+        "label_quality",
+    ),
     "texts": ("example_id", "label_name", "file_name"),
     "truth values": ("is_flipped",),
 }

@@ -79,7 +79,7 @@ def train(
     data: ImageData,
     seed: int,
     keep: np.ndarray,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: Callable[[dict[str, float], nn.Module], None] | None = None,
     validate: bool = True,
     labels: np.ndarray | None = None,
 ) -> Trained:
@@ -91,7 +91,7 @@ def train(
     Args:
         seed: of weights, order and augmentation.
         keep: (n_train,) bool, which training examples are seen.
-        on_epoch: receives each epoch's metrics.
+        on_epoch: receives each epoch's metrics, and the model as it then is.
         validate: measure validation loss and accuracy each epoch even where patience is 0.
         labels: (n_train,) to train with in place of the data's own, where given.
 
@@ -123,7 +123,7 @@ def train(
             metrics |= classification_metrics(logits, data.labels("validation"), "validation_")
         trained.history.append(metrics)
         if on_epoch:
-            on_epoch(metrics)
+            on_epoch(metrics, model)
         if config.patience:
             if metrics["validation_log_loss"] < best_loss:
                 best_loss, trained.best_epoch = metrics["validation_log_loss"], epoch

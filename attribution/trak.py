@@ -43,10 +43,15 @@ class TrakScores:
         file: .npy of the scores, (n_train, n_targets) float32; positive = helpful.
         self_influence: (n_train,) float32, each example's unweighted score on its own margin:
             phi_i' (Phi'Phi + lambda I)^-1 phi_i, the mean over checkpoints.
+        held_out: (n_train,) float32, each example's unweighted scores on the margins of held-out
+            training examples, summed by the weights that combine() was given; None without them.
+        row_weight: (n_train,) float32, what row i of the scores is multiplied by.
     """
 
     file: Path
     self_influence: np.ndarray
+    held_out: np.ndarray | None
+    row_weight: np.ndarray
 
     @property
     def values(self) -> np.ndarray:
@@ -137,7 +142,9 @@ def compute_scores(
     return score(config, featurize(config, data, checkpoints, work), work / "scores.npy")
 
 
-def score(config: Config, stores: list[Store], file: Path) -> TrakScores:
+def score(
+    config: Config, stores: list[Store], file: Path, held_out: np.ndarray | None = None
+) -> TrakScores:
     """combine() under the settings that the stores were featurised with."""
     return combine(
         stores,
@@ -146,6 +153,7 @@ def score(config: Config, stores: list[Store], file: Path) -> TrakScores:
         config.loss_gradient_weight,
         resolve_device(config.device),
         stores[0].features(TARGETS)[0].shape[1] // config.proj_dim,
+        held_out,
     )
 
 
@@ -329,6 +337,7 @@ def combine(
     weight: str,
     device: torch.device,
     num_blocks: int = 1,
+    held_out: np.ndarray | None = None,
 ) -> TrakScores:
     """Scores of featurised checkpoints, written to a file block by block.
 
@@ -340,6 +349,8 @@ def combine(
         file: becomes the score matrix, .npy.
         lambda_reg, weight: parameters `lambda_reg` and `loss_gradient_weight`.
         num_blocks: how many there are in the features, side by side.
+        held_out: (M, n_train) weights of the training examples as targets under each checkpoint,
+            0 where it saw them.
 
     Raises:
         InputError: a singular Gram matrix, or a value that is not finite.
@@ -356,14 +367,16 @@ def combine(
             if not store.targets.exists():
                 _factorise(store, computer)
             advance()
-    done = file.with_name("self_influence.npy")
+    done = file.with_name("per_example.npy")
     if not (file.exists() and done.exists()):
         n, n_targets = (sum(map(len, stores[0].features(s))) for s in ("train", TARGETS))
-        self_influence = np.zeros((n, 1))
-        blocks = _score_blocks(stores, computer, weight, self_influence)
+        per_example = np.zeros((n, 2))
+        blocks = _score_blocks(stores, computer, weight, per_example, held_out)
         write_matrix(file, ahead(blocks), (n, n_targets))
-        write_matrix(done, [self_influence], (n, 1))
-    return TrakScores(file, np.array(open_matrix(done)[:, 0]))
+        write_matrix(done, [per_example], (n, 2))
+    self_influence, found = np.array(open_matrix(done)).T
+    row_weight = row_scale(stores, weight)[:, 0] * len(stores)
+    return TrakScores(file, self_influence, None if held_out is None else found, row_weight)
 
 
 def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
@@ -391,14 +404,21 @@ def row_scale(stores: list[Store], weight: str) -> np.ndarray:
 
 
 def _score_blocks(
-    stores: list[Store], computer: RidgeScoreComputer, weight: str, self_influence: np.ndarray
+    stores: list[Store],
+    computer: RidgeScoreComputer,
+    weight: str,
+    per_example: np.ndarray,
+    held_out: np.ndarray | None,
 ) -> Iterator[np.ndarray]:
     """Rows of the score matrix in order; a block is overwritten when the next is asked for.
 
-    x' A^-1 y is the product of x' L^-T and y' L^-T, and self-influence the former's square.
+    x' A^-1 y is the product of x' L^-T and y' L^-T, and self-influence the former's square. Scores on
+    held-out examples j, weighted, are one product with the whitened sum of their features, less an
+    example's own part in it.
 
     Args:
-        self_influence: zeros (n_train, 1), filled in on the way.
+        per_example: zeros (n_train, 2), filled in on the way: self-influence, and the alignment with
+            held-out examples.
     """
     import torch
 
@@ -411,17 +431,32 @@ def _score_blocks(
     def load(file: Path) -> torch.Tensor:
         return torch.from_numpy(np.load(file, allow_pickle=False)).to(device)
 
+    def whitened(store: Store, rows: np.ndarray) -> torch.Tensor:
+        return computer.whiten(torch.from_numpy(rows), load(store.factor).view(-1, k, k))
+
+    weights = np.zeros((len(stores), len(per_example))) if held_out is None else held_out
+    sums = [whitened(s, _weighted_sum(s, w)) for s, w in zip(stores, weights, strict=True)]
     features = [row_blocks(*store.features("train"), columns=m) for store in stores]
     scale, start = row_scale(stores, weight), 0
     for first in features[0]:
         rows = slice(start, start := start + len(first))
         scores = torch.zeros(len(first), m, device=device)
         blocks = chain([first], map(next, features[1:]))  # of every checkpoint, read one by one
-        for store, block in zip(stores, blocks):
-            factors = load(store.factor).view(-1, k, k)
-            whitened = computer.whiten(torch.from_numpy(block), factors)
-            computer.get_scores(whitened, load(store.targets), accumulator=scores)
-            norms = torch.linalg.vector_norm(whitened, dim=1, keepdim=True)
-            self_influence[rows] += norms.square().cpu().numpy() / len(stores)
+        for store, block, total, own in zip(stores, blocks, sums, weights):
+            white = whitened(store, block)
+            computer.get_scores(white, load(store.targets), accumulator=scores)
+            norms = torch.linalg.vector_norm(white, dim=1).square().cpu().numpy()
+            aligned = (white @ total[0]).cpu().numpy() - own[rows] * norms
+            per_example[rows] += np.stack([norms, aligned], axis=1) / len(stores)
         scores *= torch.from_numpy(scale[rows]).to(device)
         yield scores.cpu().numpy()
+
+
+def _weighted_sum(store: Store, weights: np.ndarray) -> np.ndarray:
+    """Sum of the training features with weights (n_train,), (1, blocks k) float32."""
+    total, start = 0.0, 0
+    if weights.any():
+        for block in row_blocks(*store.features("train")):
+            total = total + weights[start : start + len(block)] @ block
+            start += len(block)
+    return np.broadcast_to(total, (1, len(open_matrix(store.factor)))).astype(np.float32)

@@ -32,7 +32,7 @@ from attribution.statistics import detection
 HELPFUL, HARMFUL, NEUTRAL = "#1b7837", "#b2182b", "#4d4d4d"
 SHOWN = ["example_id", "label_name", "alignment", "loss", "self_influence"]
 # Rankings of suspects: the column, and the sign that makes low = suspect.
-RANKINGS = {"alignment": 1, "loss": -1, "label_quality": 1, "self_influence": -1}
+RANKINGS = {"trust": 1, "alignment": 1, "loss": -1, "label_quality": 1, "self_influence": -1}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -100,9 +100,16 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
     own_groups = None
     if config.groups != alignment.AUTO:
         own_groups = alignment.group_ids(data.table("train"), config.groups)
+    aligned = alignment.group_alignment(scores.values, groups, weights)
+    own = {name: getattr(config, name) for name in ("groups", "group_weights")}
+    if own == scores.metadata["alignment"]:
+        trust = train["trust"].to_numpy()
+    else:  # other groups are known of targets alone
+        trust = alignment.unweighted(aligned, train["row_weight"].to_numpy())
     return removal.Evidence(
         labels=data.labels("train"),
-        alignment=alignment.group_alignment(scores.values, groups, weights),
+        alignment=aligned,
+        trust=trust,
         loss=train["loss"].to_numpy(),
         label_quality=train["label_quality"].to_numpy(),
         self_influence=train["self_influence"].to_numpy(),

@@ -12,7 +12,7 @@ from typing import Any
 
 WHAT = (
     "features", "scores", "training", "ablation", "precision", "peers", "scaling", "defaults", "null",
-    "faults", "outages", "fuzz", "load", "soak",
+    "magic", "faults", "outages", "fuzz", "load", "soak",
 )  # fmt: skip
 UNTABLED = ("part", "note")
 

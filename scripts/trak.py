@@ -19,6 +19,7 @@ def make(config: Config, data: ImageData) -> None:
     import time
 
     import mlflow
+    import numpy as np
 
     from attribution import alignment, features, plots, statistics
     from attribution.ensemble import Ensemble, label_issues, label_quality
@@ -32,21 +33,32 @@ def make(config: Config, data: ImageData) -> None:
     members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
     if not members.is_out_of_sample:
         tracking.say("trak: some examples were seen by every checkpoint: losses are in-sample")
-    work = tracking.stage_folder("trak", config, data)
-    start = time.monotonic()
-    folders = finetune.checkpoint_folders(finetune_id, config.num_models)
-    stores = featurize(config, data, folders, work)
-    scores = score(config, stores, work / "scores.npy")
-    seconds = time.monotonic() - start
-
     targets = data.table("validation").assign(
         loss=members.validation_loss(data.labels("validation"))
     )
     groups = alignment.group_ids(targets, "label")
     weights = alignment.group_weights(targets["loss"].to_numpy(), groups, "exp_loss")
+    held_out = None
+    if members.is_out_of_sample:
+        by_label = np.zeros(len(data.class_names))
+        by_label[np.unique(targets["label"])] = weights
+        held_out = alignment.held_out_weights(members.masks, data.labels("train"), by_label)
+    work = tracking.stage_folder("trak", config, data)
+    start = time.monotonic()
+    folders = finetune.checkpoint_folders(finetune_id, config.num_models)
+    stores = featurize(config, data, folders, work)
+    scores = score(config, stores, work / "scores.npy", held_out)
+    seconds = time.monotonic() - start
+
+    aligned = alignment.group_alignment(scores.values, groups, weights)
+    trust = alignment.unweighted(aligned, scores.row_weight)
+    if scores.held_out is not None:
+        trust = scores.held_out
     probabilities = members.train_probabilities()
     train = data.table("train").assign(
-        alignment=alignment.group_alignment(scores.values, groups, weights),
+        alignment=aligned,
+        row_weight=scores.row_weight,
+        trust=trust,
         self_influence=scores.self_influence,
         loss=members.train_loss(data.labels("train")),
         label_quality=label_quality(data.labels("train"), probabilities),
@@ -78,6 +90,7 @@ def make(config: Config, data: ImageData) -> None:
             **statistics.detection_metrics(
                 train["is_flipped"].to_numpy(),
                 {
+                    "trust": train["trust"].to_numpy(),
                     "alignment": train["alignment"].to_numpy(),
                     "loss": -train["loss"].to_numpy(),
                     "label_quality": train["label_quality"].to_numpy(),

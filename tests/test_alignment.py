@@ -16,6 +16,8 @@ from attribution.alignment import (
     group_alignment,
     group_ids,
     group_weights,
+    held_out_weights,
+    unweighted,
 )
 from attribution.config import FIELDS
 from attribution.errors import InputError
@@ -311,3 +313,27 @@ def test_a_matrix_read_in_blocks_gives_the_same_groups(monkeypatch) -> None:
     scores, labels, cluster = clustered([[14, 17], [20, 11]])
     monkeypatch.setattr("attribution.matrices.BLOCK_ROWS", 7)
     assert partition(auto_groups(scores, labels)) == partition(2 * labels + cluster)
+
+
+def test_a_groups_weight_is_shared_by_its_members_that_a_checkpoint_did_not_see() -> None:
+    rng = np.random.default_rng(0)
+    masks, groups = rng.random((4, 30)) < 0.5, rng.integers(0, 3, 30)
+    masks[0, groups == 2] = True  # nobody of that group was left out
+    weights = np.array([0.5, 0.3, 0.2])
+    found = held_out_weights(masks, groups, weights)
+    for m in range(4):
+        for i in range(30):
+            others = [j for j in range(30) if groups[j] == groups[i] and not masks[m, j]]
+            assert found[m, i] == (0 if masks[m, i] else weights[groups[i]] / len(others))
+    np.testing.assert_allclose(found[1:].sum(axis=1), 1)
+    assert found[0].sum() == pytest.approx(0.8)
+
+
+def test_unweighted_alignment_is_that_of_scores_without_their_rows_weights() -> None:
+    rng = np.random.default_rng(0)
+    plain, row_weight = rng.normal(size=(20, 6)), rng.random(20)
+    groups, weights = np.arange(6) % 2, np.array([0.7, 0.3])
+    aligned = group_alignment(plain * row_weight[:, None], groups, weights)
+    expected = group_alignment(plain, groups, weights)
+    np.testing.assert_allclose(unweighted(aligned, row_weight), expected, rtol=1e-12)
+    assert unweighted(np.zeros(1), np.zeros(1)) == [0]

@@ -197,10 +197,12 @@ def made_page(
     labels, train = data.labels("test"), data.table("train")
     rng, n = np.random.default_rng(1), len(train)
     train = train.assign(
-        loss=rng.permutation(n) / 10, alignment=(rng.permutation(n) - n / 4) / 100,
+        loss=rng.permutation(n) / 10, alignment=(rng.permutation(n) - n / 4) / 100, trust=rng.permutation(n) / 100,
         self_influence=rng.random(n), label_quality=rng.random(n),
     )  # fmt: skip
-    evidence = Evidence(data.labels("train"), train["alignment"].to_numpy(), train["loss"])
+    evidence = Evidence(
+        data.labels("train"), *(train[name].to_numpy() for name in ("alignment", "trust", "loss"))
+    )
     trials, logits = trials_of(spec, n), []
     for right in spec.values():
         shown = np.where(
@@ -495,7 +497,7 @@ def test_galleries_show_what_each_arm_removed_in_its_own_order(made) -> None:
                         "negative 0"]  # fmt: skip
     by_name = {each.name: each for each in made.removed}
     orders = {
-        "harmful 0.1": ("alignment", False), "helpful 0.1": ("alignment", True),
+        "harmful 0.1": ("trust", False), "helpful 0.1": ("alignment", True),
         "loss 0.1": ("loss", True),
     }  # fmt: skip
     for name, (column, falls) in orders.items():
@@ -542,9 +544,9 @@ def test_a_gallery_ends_at_24(tmp_path) -> None:
     }  # fmt: skip
     made = made_page(tmp_path, spec, ["a", "b"], n_train=100, per_class=5)
     _, text, figures = galleries(made.tree)["harmful 0.3"]
-    table = made.removed[-1].table.sort_values("alignment").head(24)
-    check_gallery(made, figures, table["position"].tolist(), "alignment")
-    assert "The first 24 by alignment:" in text
+    table = made.removed[-1].table.sort_values("trust").head(24)
+    check_gallery(made, figures, table["position"].tolist(), "trust")
+    assert "The first 24 by trust:" in text
 
 
 # -- the rest of the page --------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def tables(n_train: int, n_targets: int) -> tuple[pd.DataFrame, pd.DataFrame]:
             }
         )
 
-    train = table(n_train, "a").assign(alignment=0.5, self_influence=1.0)
+    train = table(n_train, "a").assign(alignment=0.5, row_weight=0.1, trust=5.0, self_influence=1.0)
     return train, table(n_targets, "b")
 
 

@@ -161,7 +161,8 @@ def test_the_best_epoch_is_the_last_one_trained_where_patience_is_zero(data) -> 
 
 def test_on_epoch_receives_what_history_keeps(data) -> None:
     seen: list[dict] = []
-    assert train(toy_config(epochs=3), data, 0, ALL, on_epoch=seen.append).history == seen
+    trained = train(toy_config(epochs=3), data, 0, ALL, lambda metrics, model: seen.append(metrics))
+    assert trained.history == seen
 
 
 # Early stopping: validation labels that contradict training make validation worse and worse.

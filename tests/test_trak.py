@@ -103,6 +103,30 @@ def test_scores_of_several_blocks_are_the_sum_of_one_formula_a_block(
     assert np.abs(found - whole).max() > 0.05 * np.abs(whole).max()  # and not one for them all
 
 
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
+    tmp_path: Path, num_blocks: int
+) -> None:
+    stores = [store_features(tmp_path, m, 50, 9, 16, shard=20) for m in range(3)]
+    rng = np.random.default_rng(0)
+    weights = rng.random((3, 50)) * (rng.random((3, 50)) < 0.5)
+    with blocks_of(16):
+        file = tmp_path / "scores.npy"
+        found = combine(stores, file, 0.1, "mean", CPU, num_blocks, weights)
+        again = combine(stores, file, 0.1, "mean", CPU, num_blocks, weights)
+    np.testing.assert_array_equal(found.held_out, again.held_out)
+    expected = np.zeros(50)
+    for store, own in zip(stores, weights, strict=True):
+        for x in np.split(np.concatenate(store.features("train")).astype(float), num_blocks, 1):
+            gram = x.T @ x
+            ridge = 0.1 * gram.trace() / len(gram) * np.eye(len(gram))
+            pairs = x @ np.linalg.inv(gram + ridge) @ x.T
+            for i in range(50):
+                expected[i] += sum(own[j] * pairs[i, j] for j in range(50) if j != i) / 3
+    np.testing.assert_allclose(found.held_out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    assert combine(stores, tmp_path / "other.npy", 0.1, "mean", CPU, num_blocks).held_out is None
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     rows=st.integers(1, 70),

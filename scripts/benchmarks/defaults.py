@@ -31,18 +31,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--proj_dims", type=int, nargs="*", default=[64, 256, 512])
     parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2, 5, 10])
     parser.add_argument("--lambdas", type=float, nargs="*", default=[0.001, 0.01, 0.1, 1, 10])
+    parser.add_argument("--sketches", type=int, nargs="*", default=[1, 2, 4], help="a checkpoint")
+    parser.add_argument("--no_run_epochs", action="store_true", help="leave out epochs of one run")
     parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every setting around the default one: one of them moved at a time, but blocks with lambda.
 
-    `choice` is the LDS on even targets and even subsets, `lds` on the odd ones, which no choice has
+    Beside independent checkpoints, the last epochs of one run as if they were as many. `choice` is the LDS on even targets and even subsets, `lds` on the odd ones, which no choice has
     seen; AUROC is of the planted flips, by minus the mean score over targets.
     """
     from attribution.bank import build_bank
     from attribution.config import resolve
     from attribution.data import load_data
+    from attribution.ensemble import subset_masks
     from attribution.statistics import noise_ceiling
 
     most = max(options.checkpoints)
@@ -53,24 +56,38 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     usual = min(10, most)
     rows: list[dict[str, Any]] = []
 
+    k, blocks, reg = config.proj_dim, config.num_blocks, config.lambda_reg
+    normal = (usual, k, blocks, reg, 1)
+
+    def judge(runs: str, own: Config, grid: _Grid, points: list[tuple]) -> None:
+        for point in dict.fromkeys(points):
+            names = ("checkpoints", "k", "blocks", "lambda", "sketches")
+            settings = {"runs": runs, "fraction": own.subset_fraction}
+            settings |= dict(zip(names, point, strict=True))
+            for name, values in grid.scores(*point).items():
+                rows.append({**settings, "1 - p": name} | _figures(values, bank, data))
+
     for fraction in options.fractions:
         count = most if fraction == config.subset_fraction else usual
         own = dataclasses.replace(config, subset_fraction=fraction, num_models=count)
-        grid = _Grid(own, data, _checkpoints(own, data, work))
-        k, blocks, reg = config.proj_dim, config.num_blocks, config.lambda_reg
-        points = [(usual, k, blocks, reg)]
+        masks = subset_masks(len(data.rows("train")), count, fraction, config.seed)
+        points = [normal]
         if fraction == config.subset_fraction:
-            points += [(c, k, blocks, reg) for c in options.checkpoints]
-            points += [
-                (usual, k, *both) for both in itertools.product(options.blocks, options.lambdas)
-            ]
-            points += [(usual, d, blocks, reg) for d in options.proj_dims]
-        for c, d, b, r in dict.fromkeys(points):
-            settings = {"fraction": fraction, "checkpoints": c, "k": d, "blocks": b, "lambda": r}
-            rows += [
-                {**settings, "1 - p": name} | _figures(values, bank, data)
-                for name, values in grid.scores(c, d, b, r).items()
-            ]
+            points += [(c, k, blocks, reg, 1) for c in options.checkpoints]
+            both = itertools.product(options.blocks, options.lambdas)
+            points += [(usual, k, b, r, 1) for b, r in both]
+            points += [(usual, k, blocks, reg, s) for s in options.sketches]
+            points += [(usual, d, blocks, reg, 1) for d in options.proj_dims]
+        judge(
+            "independent",
+            own,
+            _Grid(own, data, _checkpoints(own, data, masks, work), masks),
+            points,
+        )
+        if not options.no_run_epochs:
+            members = _epochs_of_one_run(own, data, masks[0], usual, work)
+            grid = _Grid(own, data, members, np.tile(masks[0], (len(members), 1)))
+            judge("epochs of one", own, grid, [(len(members), k, blocks, reg, 1)])
     ceiling = float(np.nanmean(noise_ceiling(bank.margins))) if bank.repeats > 1 else np.nan
     return sorted(({**row, "ceiling": ceiling} for row in rows), key=lambda row: -row["choice"])
 
@@ -81,19 +98,24 @@ class _Grid:
     A block's sketch is the sum of its layers', so that one pass serves every number of blocks.
     """
 
-    def __init__(self, config: Config, data: ImageData, members: list[Checkpoint]) -> None:
-        from attribution.ensemble import subset_masks
-
+    def __init__(
+        self, config: Config, data: ImageData, members: list[Checkpoint], masks: np.ndarray
+    ) -> None:
         self.config, self.data, self.members = config, data, members
-        labels, n = data.labels("train"), len(data.rows("train"))
-        masks = subset_masks(n, len(members), config.subset_fraction, config.seed)
+        labels = data.labels("train")
         each = np.stack([_one_minus_p(m.train_logits, labels) for m in members])
         self.each, self.unseen = each, ~masks
-        self._features: dict[tuple[int, int], np.ndarray] = {}
+        self._features: dict[tuple[int, int, int], np.ndarray] = {}
 
-    def scores(self, count: int, k: int, blocks: int, reg: float) -> dict[str, np.ndarray]:
-        """Scores of the first checkpoints: without 1 - p, with its mean, with it out of sample."""
-        plain = sum(self._one(m, k, blocks, reg) for m in range(count)) / count
+    def scores(
+        self, count: int, k: int, blocks: int, reg: float, sketches: int
+    ) -> dict[str, np.ndarray]:
+        """Scores of the first checkpoints: without 1 - p, with its mean, with it out of sample.
+
+        They are the mean over so many independent sketches of each checkpoint.
+        """
+        draws = itertools.product(range(sketches), range(count))
+        plain = sum(self._one(m, k, blocks, reg, s) for s, m in draws) / (count * sketches)
         found = {"none": plain, "mean": plain * self.each[:count].mean(axis=0)[:, None]}
         unseen = self.unseen[:count]
         if unseen.any(axis=0).all():
@@ -101,9 +123,9 @@ class _Grid:
             found["out of sample"] = plain * weight[:, None]
         return found
 
-    def _one(self, m: int, k: int, blocks: int, reg: float) -> np.ndarray:
+    def _one(self, m: int, k: int, blocks: int, reg: float, draw: int) -> np.ndarray:
         """Scores (n_train, n_targets) of one checkpoint."""
-        layers, n = self._layers(m, k), len(self.data.rows("train"))
+        layers, n = self._layers(m, k, draw), len(self.data.rows("train"))
         total: Any = 0.0
         for share in np.array_split(np.arange(layers.shape[1]), min(blocks, layers.shape[1])):
             features = layers[:, share].sum(axis=1).astype(np.float64)
@@ -113,7 +135,7 @@ class _Grid:
             total = total + train @ np.linalg.solve(gram, targets.T)
         return total
 
-    def _layers(self, m: int, k: int) -> np.ndarray:
+    def _layers(self, m: int, k: int, draw: int) -> np.ndarray:
         """Features (n, layers, k) of train and targets under a checkpoint."""
         import torch
 
@@ -122,21 +144,23 @@ class _Grid:
         from attribution.training import batches_of, derive_seed, resolve_device
         from attribution.trak import TARGETS, feature_batch_size
 
-        if (m, k) not in self._features:
-            if any(known != k for _, known in self._features):
-                self._features.clear()  # one length at a time: they are large
+        key = m, k, draw
+        if key not in self._features:
+            if any(known[1:] != (k, draw) for known in self._features):
+                self._features.clear()  # one length and draw at a time: they are large
             device = resolve_device(self.config.device)
             model = models.load(self.members[m].folder)
             model = model.to(device, memory_format=torch.channels_last)
             seed = derive_seed(self.config.seed, "projection")
-            sketch, parts = Sketch(k, f"{seed}/{m}", num_blocks=1 << 20), []
+            own = f"{seed}/{m}" + (f"/{draw}" if draw else "")
+            sketch, parts = Sketch(k, own, num_blocks=1 << 20), []
             size = feature_batch_size(self.config.image_size)
             for split in ("train", TARGETS):
                 for batch in batches_of(self.config, self.data, split, size, device):
                     parts.append(sketch.features(model, *batch)[0].cpu().numpy())
             whole = np.concatenate(parts)
-            self._features[m, k] = whole.reshape(len(whole), -1, k)
-        return self._features[m, k]
+            self._features[key] = whole.reshape(len(whole), -1, k)
+        return self._features[key]
 
 
 def _figures(values: np.ndarray, bank: Any, data: ImageData) -> dict[str, float]:
@@ -163,12 +187,31 @@ def _one_minus_p(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return expit(-margins(logits, labels))
 
 
-def _checkpoints(config: Config, data: ImageData, work: Path) -> list[Checkpoint]:
-    from attribution.ensemble import subset_masks, train_checkpoints
+def _checkpoints(
+    config: Config, data: ImageData, masks: np.ndarray, work: Path
+) -> list[Checkpoint]:
+    from attribution.ensemble import train_checkpoints
     from attribution.tracking import training_key
 
-    n, fraction = len(data.rows("train")), config.subset_fraction
-    masks = subset_masks(n, config.num_models, fraction, config.seed)
-    return train_checkpoints(
-        config, data, masks, work / f"{training_key(config, data)[:12]}-{fraction:g}"
-    )
+    name = f"{training_key(config, data)[:12]}-{config.subset_fraction:g}"
+    return train_checkpoints(config, data, masks, work / name)
+
+
+def _epochs_of_one_run(
+    config: Config, data: ImageData, mask: np.ndarray, count: int, work: Path
+) -> list[Checkpoint]:
+    """The first checkpoint's run as it was after each of its last `count` epochs."""
+    from attribution import models
+    from attribution.ensemble import Checkpoint
+    from attribution.training import derive_seed, predict, train
+
+    members: list[Checkpoint] = []
+
+    def keep(metrics: dict[str, float], model: Any) -> None:
+        folder = work / "epochs" / f"{config.subset_fraction:g}-{len(members):03d}"
+        models.save(model, folder, config.image_size, *models.normalisation(config.model))
+        both = (predict(config, model, data, split) for split in ("train", "validation"))
+        members.append(Checkpoint(folder, [metrics], *both))
+
+    train(config, data, derive_seed(config.seed, "checkpoint", 0), mask, keep, validate=False)
+    return members[-count:]
