@@ -120,7 +120,7 @@ def show(run_id: str, config: Config) -> None:
     import pandas as pd
 
     metrics = mlflow.get_run(run_id).data.metrics
-    for name in ("flips_auroc_alignment", "flips_auroc_loss", "share_negative_alignment"):
+    for name in ("flips_auroc_trust", "flips_auroc_loss", "share_negative_alignment"):
         if name in metrics:
             print(f"{name}: {metrics[name]:.4f}")
     table = pd.read_csv(tracking.artifact_path(run_id, "suspects.csv"))

@@ -197,7 +197,9 @@ def test_the_score_artifact_of_mlflow_run(projects) -> None:
     assert scores.metadata["sign"].startswith("positive = helpful")
     top = scores.top(0, 5)
     assert list(top["score"]) == sorted(matrix[:, 0], reverse=True)[:5]
-    assert {"alignment", "self_influence", "loss", "file_name", "true_label"} <= set(scores.train)
+    assert {"alignment", "trust", "self_influence", "loss", "file_name", "true_label"} <= set(
+        scores.train
+    )
 
 
 def test_the_comparison_of_mlflow_run_is_one_nested_run_for_each_arm(projects) -> None:
@@ -686,15 +688,23 @@ def test_scores_follow_the_exact_formula_in_the_order_of_their_tables(precise) -
         [place.dataset / name for name in table["file_name"]]
         for table in (scores.train, scores.targets)
     ]
-    checkpoints = place.artifacts(run.tags["finetune_run_id"]) / "checkpoints"
-    exact = self_influence = residual = 0
-    for folder in sorted(checkpoints.iterdir()):
+    artifacts = place.artifacts(run.tags["finetune_run_id"])
+    masks = np.load(artifacts / "training" / "logits.npz")["masks"]
+    weights = np.exp(scores.targets.groupby("label")["loss"].mean())
+    labels = scores.train["label"].to_numpy()
+    exact = self_influence = residual = trust = 0
+    for folder, seen in zip(sorted((artifacts / "checkpoints").iterdir()), masks, strict=True):
         train, one_minus_p = exact_gradients(folder, files[0], scores.train["label"])
         targets, _ = exact_gradients(folder, files[1], scores.targets["label"])
         gram = train @ train.T
         ridge = 0.1 * np.trace(gram) / 4096 * np.eye(len(gram))
         exact = exact + np.linalg.solve(gram + ridge, train @ targets.T) / 2
-        self_influence = self_influence + np.diag(np.linalg.solve(gram + ridge, gram)) / 2
+        pairs = np.linalg.solve(gram + ridge, gram)
+        self_influence = self_influence + np.diag(pairs) / 2
+        others = pairs - np.diag(np.diag(pairs))
+        for label, weight in (weights / weights.sum()).items():
+            own = ~seen & (labels == label)
+            trust = trust + weight * others[:, own].sum(1) / max(own.sum(), 1) / 2
         residual = residual + one_minus_p / 2
     exact *= residual[:, None]
     columns = [spearmanr(scores.values[:, j], exact[:, j])[0] for j in range(len(exact.T))]
@@ -703,6 +713,8 @@ def test_scores_follow_the_exact_formula_in_the_order_of_their_tables(precise) -
     scale = np.polyfit(exact.ravel(), scores.values.ravel(), 1)[0]
     assert scale == pytest.approx(1, abs=0.15)  # in the margin's unit, not merely in order
     assert np.corrcoef(scores.train["self_influence"], self_influence)[0, 1] > 0.5
+    assert np.corrcoef(scores.train["trust"], trust)[0, 1] > 0.9
+    np.testing.assert_allclose(scores.train["row_weight"], residual, rtol=0.02)
 
 
 def test_losses_and_alignment_in_the_tables_are_those_of_the_checkpoints(precise) -> None:
