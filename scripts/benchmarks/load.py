@@ -37,7 +37,7 @@ TRIALS = {  # 30 fracs times 10 arms, their controls, and three arms whose size 
     "harmful_loss,majority,balanced,negative,oracle",
     "num_models": 2,
     "epochs": 1,
-    "num_seeds": 3,
+    "num_seeds": 2,
     "jobs": 2,
 }
 END = ("end", 0.0)
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _images(folder: Path, size: int, jobs: int) -> list[dict[str, Any]]:
     """A row a stage: seconds, and the most memory of the driver and of its workers together.
 
+    `processor_seconds` are of all processes; features begin with the start of the workers.
     `anonymous` leaves out mapped files (the pixel cache, features and scores), whose pages the
     machine takes back when it needs them.
     """
@@ -80,7 +81,7 @@ def _images(folder: Path, size: int, jobs: int) -> list[dict[str, Any]]:
     rows = []
     for stage, seconds, most in watched(_stages, folder, jobs):
         row = {"part": "images", "images": size, "stage": stage, "seconds": seconds}
-        rows.append(row | {"us_an_image": 1e6 * seconds / size} | most)
+        rows.append(row | most)
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -135,13 +136,14 @@ def watched(stages: Callable[..., Iterator[str]], *arguments: Any) -> Iterator[S
     process = spawn.Process(target=_report, args=[theirs, stages, *arguments])
     process.start()
     theirs.close()
-    most: dict[str, float] = {}
+    most, before = {}, 0.0
     with contextlib.suppress(EOFError):  # it has failed
         while (stage := ours.recv() if ours.poll(0.1) else ("", 0.0)) != END:
             most = _higher(most, process.pid)
             if stage[1]:
-                yield *stage, most
-                most = {}
+                spent = _processor_seconds(process.pid)
+                yield *stage, {"processor_seconds": spent - before, **most}
+                most, before = {}, spent
     process.join()
     if process.exitcode:
         raise RuntimeError(f"exit code {process.exitcode}")
@@ -158,6 +160,16 @@ def _report(pipe: Any, stages: Callable[..., Iterator[str]], *arguments: Any) ->
         start = now
     parallel.end_workers()
     pipe.send(END)
+
+
+def _processor_seconds(process: int) -> float:
+    """That it and its living descendants have used; other work on the machine does not count."""
+    ticks = 0
+    for each in (process, *descendants(process)):
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(stat[11]) + int(stat[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _higher(most: dict[str, float], process: int) -> dict[str, float]:
