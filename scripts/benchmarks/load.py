@@ -31,13 +31,15 @@ HELD_OUT = (
     1000  # images of the validation part, and of the test part: scores are linear in the rest
 )
 CLASSES = 10
+PARTS = ("images", "ablation", "pages")
+ARMS = 300
 TRIALS = {  # 30 fracs times 10 arms, their controls, and three arms whose size is their own
     "frac": ",".join(f"{0.002 * i:.3f}" for i in range(1, 31)),
     "arms": "none,random,random_matched,helpful,harmful,loss,confident,self_influence,"
     "harmful_loss,majority,balanced,negative,oracle",
     "num_models": 2,
     "epochs": 1,
-    "num_seeds": 3,
+    "num_seeds": 2,
     "jobs": 2,
 }
 END = ("end", 0.0)
@@ -48,22 +50,25 @@ Stage = tuple[str, float, dict[str, float]]
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Flags of this sub-benchmark."""
     parser.add_argument(
-        "--parts", nargs="+", default=["images", "runs"], choices=("images", "runs")
-    )
+        "--parts", nargs="+", default=["images", "ablation"], choices=PARTS,
+        help="pages: those of runs that nobody computed, in place of an ablation's",
+    )  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=int, default=[25000, 50000, 100000])
     parser.add_argument("--metrics", type=int, default=10000, help="of one run")
     parser.add_argument("--jobs", type=int, default=2)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the parts `images` (a stage each) and `runs` (a request or page each)."""
+    """Rows of the parts: a stage, a request or a page each."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         if "images" in options.parts:
             for size in options.sizes:
                 rows += _images(Path(folder) / str(size), size, options.jobs)
-        if "runs" in options.parts:
-            rows += _runs(Path(folder), options)
+        for part in ("ablation", "pages"):
+            if part in options.parts:
+                (Path(folder) / part).mkdir()
+                rows += _runs(Path(folder) / part, part, options)
     return rows
 
 
@@ -73,6 +78,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _images(folder: Path, size: int, jobs: int) -> list[dict[str, Any]]:
     """A row a stage: seconds, and the most memory of the driver and of its workers together.
 
+    `processor_seconds` are of all processes; features begin with the start of the workers.
     `anonymous` leaves out mapped files (the pixel cache, features and scores), whose pages the
     machine takes back when it needs them.
     """
@@ -80,7 +86,7 @@ def _images(folder: Path, size: int, jobs: int) -> list[dict[str, Any]]:
     rows = []
     for stage, seconds, most in watched(_stages, folder, jobs):
         row = {"part": "images", "images": size, "stage": stage, "seconds": seconds}
-        rows.append(row | {"us_an_image": 1e6 * seconds / size} | most)
+        rows.append(row | most)
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -135,13 +141,14 @@ def watched(stages: Callable[..., Iterator[str]], *arguments: Any) -> Iterator[S
     process = spawn.Process(target=_report, args=[theirs, stages, *arguments])
     process.start()
     theirs.close()
-    most: dict[str, float] = {}
+    most, before = {}, 0.0
     with contextlib.suppress(EOFError):  # it has failed
         while (stage := ours.recv() if ours.poll(0.1) else ("", 0.0)) != END:
             most = _higher(most, process.pid)
             if stage[1]:
-                yield *stage, most
-                most = {}
+                spent = _processor_seconds(process.pid)
+                yield *stage, {"processor_seconds": spent - before, **most}
+                most, before = {}, spent
     process.join()
     if process.exitcode:
         raise RuntimeError(f"exit code {process.exitcode}")
@@ -160,6 +167,16 @@ def _report(pipe: Any, stages: Callable[..., Iterator[str]], *arguments: Any) ->
     pipe.send(END)
 
 
+def _processor_seconds(process: int) -> float:
+    """That it and its living descendants have used; other work on the machine does not count."""
+    ticks = 0
+    for each in (process, *descendants(process)):
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(stat[11]) + int(stat[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _higher(most: dict[str, float], process: int) -> dict[str, float]:
     """The most so far, or what the process and its descendants have now."""
     driver, others = measure(process), [measure(each) for each in descendants(process)]
@@ -173,18 +190,24 @@ def _higher(most: dict[str, float], process: int) -> dict[str, float]:
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def _runs(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """An ablation of 300 trials, a run of very many metrics, and how soon MLflow's server shows them."""
-    from mlflow import MlflowClient
+def _runs(folder: Path, part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """300 arms, a run of very many metrics, and how soon MLflow's server shows them."""
+    import mlflow
 
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    seconds, most = _ablation(folder)
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    mlflow.set_tracking_uri(client.tracking_uri)
+    start, most = time.monotonic(), {}
+    if part == "ablation":
+        most = _ablation(folder)
+    else:
+        _arms()
+    seconds = time.monotonic() - start
     [parent] = client.search_runs(["0"], "tags.stage = 'ablation'")
     arms = client.search_runs(["0"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     count = f"{len(arms)} arms, {sum(len(arm.data.metrics) for arm in arms):,} metrics"
-    rows = [{"what": f"ablation of {count}", "n": 1, "seconds": seconds, **most}]
+    rows = [{"what": count, "n": 1, "seconds": seconds, **most}]
     start = time.monotonic()
-    run_id = _many_metrics(client, options.metrics)
+    run_id = _many_metrics(options.metrics)
     rows.append({"what": f"log {options.metrics:,} metrics", "n": 1})
     rows[-1]["seconds"] = time.monotonic() - start
     with Server(folder, f"sqlite:///{folder / 'mlflow.db'}", []) as server, _browser() as open_page:
@@ -196,14 +219,14 @@ def _runs(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             taken = [_timed(ask) for _ in range(1 + options.repeats)][1:]
             rows.append({"what": what, "n": len(taken), "seconds": median(taken)})
             rows[-1]["slowest"] = max(taken)
-    return [{"part": "runs", **row} for row in rows]
+    return [{"part": part, **row} for row in rows]
 
 
-def _ablation(folder: Path) -> tuple[float, dict[str, float]]:
-    """Seconds and the most memory of a command with TRIALS."""
+def _ablation(folder: Path) -> dict[str, float]:
+    """The most memory of a command with TRIALS."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     places = {"TRAK_ABLATION_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    start, most = time.monotonic(), {}
+    most: dict[str, float] = {}
     process = subprocess.Popen(
         [sys.executable, "-m", "scripts.ablation", *(f"--{k}={v}" for k, v in TRIALS.items())],
         cwd=folder, env={**kept, **places}, stdout=subprocess.DEVNULL,
@@ -213,16 +236,28 @@ def _ablation(folder: Path) -> tuple[float, dict[str, float]]:
         time.sleep(0.2)
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}")
-    return time.monotonic() - start, most
+    return most
 
 
-def _many_metrics(client: Any, count: int) -> str:
-    """The id of a run of so many metrics, logged as the project's own are."""
+def _arms() -> None:
+    """What such a command leaves in the store, without the work: ARMS nested runs of 34 metrics."""
     import mlflow
 
+    from attribution import notes, tracking
+
+    with tracking.open_run(run_name="ablation", tags={"stage": "ablation"}):
+        for i in range(ARMS):
+            with tracking.open_run(run_name=f"arm {i}", nested=True):
+                series = [(f"metric {j}", j / 33, 0) for j in range(33)]
+                tracking.log_series([("accuracy_mean", i / ARMS, 0), *series])
+        mlflow.set_tag(notes.NOTE, "- **arm 0** 0.0000, better than random")
+        tracking.save_arms_view()
+
+
+def _many_metrics(count: int) -> str:
+    """The id of a run of so many metrics, logged as the project's own are."""
     from attribution import tracking
 
-    mlflow.set_tracking_uri(client.tracking_uri)
     with tracking.open_run(run_name="many metrics") as run:
         tracking.log_series([(f"metric/{i:05d}", i / count, 0) for i in range(count)])
     return run.info.run_id

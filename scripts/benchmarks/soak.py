@@ -138,4 +138,5 @@ def growth(values: list[float], every: float) -> tuple[float, float]:
     if len(parts) < 3:
         return float("nan"), float("nan")
     line = stats.linregress(hours, [np.median(part) for part in parts])
-    return float(line.slope), float(line.stderr * stats.t.ppf(0.975, len(parts) - 2))
+    half = float(line.stderr * stats.t.ppf(0.975, len(parts) - 2))
+    return float(line.slope), 0.0 if np.ptp(values) == 0 else half
