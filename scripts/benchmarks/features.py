@@ -26,7 +26,7 @@ SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim, num_blocks)
     "resnet18-64-b16": (RESNET18, 64, 16, 2048, 1),
     "mini-32": (None, 32, 256, 512, 1),
     "mini-32-10x256": (None, 32, 256, 256, 10),
-    "mini-16-10x256": (None, 16, 256, 256, 10),  # preset digits
+    "mini-16": (None, 16, 256, 256, 10),  # preset digits
 }
 
 
