@@ -17,7 +17,8 @@ LACKING = (
 )  # fmt: skip
 # MLflow's codes for what the code did wrong.
 OWN_MISTAKES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-REFUSED = ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED")
+# As words: a port or a run's id may hold the digits too.
+REFUSED = re.compile(r"\b(401|403|UNAUTHENTICATED|PERMISSION_DENIED)\b")
 
 
 def open_store(cache: Path) -> None:
@@ -88,7 +89,7 @@ def failure(error: BaseException) -> str:
     if isinstance(error, (mlflow.exceptions.MlflowException, RequestException, SQLAlchemyError)):
         if getattr(error, "error_code", "") in OWN_MISTAKES:
             return ""
-        if any(word in text for word in REFUSED):
+        if REFUSED.search(text):
             text = (
                 "the server refuses the credentials; set MLFLOW_TRACKING_USERNAME and "
                 f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN ({text[:120]})"

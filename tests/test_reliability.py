@@ -189,6 +189,11 @@ def test_what_is_told_in_a_line_and_what_is_not(error: Exception, words: str) ->
     assert (words in told) if words else not told
 
 
+def test_a_port_or_run_id_that_looks_like_a_refusal_is_none() -> None:
+    error = MlflowException("host='127.0.0.1', port=46403: Max retries: /get?run_id=9401f and a403")
+    assert "Max retries" in store.failure(error) and "PASSWORD" not in store.failure(error)
+
+
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
     """A tracking server that answers everything with `server.status`."""

@@ -25,6 +25,7 @@ TOGETHER = {"two at once": 2, "three at once": 3}  # commands on a new store; as
 # Small, but with every kind of unit: checkpoints, shards, factors, retrainings alone and in stacks.
 SETTINGS = {"num_models": 4, "epochs": 4, "jobs": 2}
 COMMANDS = {
+    "finetune": {},
     "ablation": {"num_seeds": 12, "arms": "none,random,harmful,loss"},
     "evaluate": {"num_subsets": 10, "num_repeats": 2, "brittleness_targets": 2},
     "explain": {},
