@@ -39,7 +39,10 @@ def write(folder: Path, flipped: bool) -> Path:
     if flipped:
         values[is_flipped] -= 10
     train = table(np.arange(40) % 3, "a").assign(
-        alignment=values.mean(1, np.float64), trust=values.mean(1, np.float64), self_influence=1.0
+        alignment=values.mean(1, np.float64),
+        row_weight=1.0,
+        trust=values.mean(1, np.float64),
+        self_influence=1.0,
     )
     if flipped:
         train = train.assign(is_flipped=is_flipped, true_label=(train["label"] + is_flipped) % 3)
