@@ -135,6 +135,8 @@ class Place:
                 stdout=subprocess.DEVNULL,
                 stderr=err,
                 start_new_session=True,
+                # Started in a shell's background this process ignores Ctrl-C, and children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def finish(self) -> int:
