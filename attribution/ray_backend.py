@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -163,11 +165,23 @@ def connect(address: str) -> ModuleType:
         _check_answer(address)
     with _project() as folder:
         options["runtime_env"] = {"working_dir": folder}
-        try:
-            ray.init(address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(_no_cluster(address, str(error))) from None
+        with _sigterm_kept():
+            try:
+                ray.init(address, **options)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise InputError(_no_cluster(address, str(error))) from None
     return ray
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Undo that ray.init takes SIGTERM over: a stopped command would not be marked KILLED."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

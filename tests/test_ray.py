@@ -331,6 +331,18 @@ def test_an_address_that_says_nothing_is_refused_in_time(silent: str, monkeypatc
         ray_backend._check_answer(silent)
 
 
+def test_ray_leaves_sigterm_to_the_command(cluster) -> None:
+    def handler(*_: object) -> None: ...
+
+    ray.shutdown()
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        ray_backend.connect(cluster.address)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_ray_s_client_is_refused() -> None:
     with pytest.raises(InputError, match="ray_address=ray://head:1: .* host:port"):
         ray_backend._check_answer("ray://head:1")
