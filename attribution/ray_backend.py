@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from attribution.parallel import (
     threads_per_task,
     write_folder,
 )
+from attribution.signals import sigterm_kept
 
 ANSWER_SECONDS = 20  # for a cluster to let a driver in
 ROOM_SECONDS = 60  # for a machine to come back once none is left that a task fits on
@@ -165,23 +164,12 @@ def connect(address: str) -> ModuleType:
         _check_answer(address)
     with _project() as folder:
         options["runtime_env"] = {"working_dir": folder}
-        with _sigterm_kept():
+        with sigterm_kept():  # ray.init takes it over: the run would not be marked KILLED
             try:
                 ray.init(address, **options)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise InputError(_no_cluster(address, str(error))) from None
     return ray
-
-
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Undo that ray.init takes SIGTERM over: a stopped command would not be marked KILLED."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -174,7 +174,6 @@ def log_trial(
 
 def describe(table: pd.DataFrame, trak_id: str) -> str:
     """The parent run's note: where to look, and every arm with its verdict, the best first."""
-
     from attribution.comparison import verdict
     from attribution.removal import trial_name
 

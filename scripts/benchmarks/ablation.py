@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmarks.common import measure, summary
+from scripts.benchmarks.common import command_environment, measure, summary
 
 EPOCHS = 3  # of the bare steps
 
@@ -34,14 +34,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            root = Path(__file__).resolve().parents[2]
-            # Nothing of the caller's store: a finished run in it would be reused.
-            environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-            environment |= {"TRAK_ABLATION_CACHE": folder, "PYTHONPATH": str(root)}
             start = time.perf_counter()
             command = [sys.executable, "-m", "scripts.ablation", "--frac", "0.05"]
             command += ["--num_seeds", str(options.num_seeds)]
-            subprocess.run(command, cwd=folder, env=environment, check=True)
+            subprocess.run(command, cwd=folder, env=command_environment(folder), check=True)
             seconds.append(time.perf_counter() - start)
             torch.set_num_threads(1)
             per_step, steps = _bare(folder)

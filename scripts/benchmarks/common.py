@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 RESNET18 = {
     "embedding_size": 64,
     "hidden_sizes": [64, 128, 256, 512],
     "depths": [2, 2, 2, 2],
     "layer_type": "basic",
 }
+
+
+def command_environment(cache: Path | str) -> dict[str, str]:
+    """This process's, for a command with a cache of its own and nothing of the caller's store or cluster.
+
+    A finished run in that store would be reused.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
+    return {**kept, "TRAK_ABLATION_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
 
 
 def data_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -39,8 +39,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every setting around the default one: one of them moved at a time, but blocks with lambda.
 
-    Beside independent checkpoints, the last epochs of one run as if they were as many. `choice` is the LDS on even targets and even subsets, `lds` on the odd ones, which no choice has
-    seen; AUROC is of the planted flips, by minus the mean score over targets.
+    Beside independent checkpoints, the last epochs of one run as if they were as many. `choice` is
+    the LDS on even targets and even subsets, `lds` on the odd ones, which no choice has seen; AUROC
+    is of the planted flips, by minus the mean score over targets.
     """
     from attribution.bank import build_bank
     from attribution.config import resolve
@@ -137,7 +138,6 @@ class _Grid:
 
     def _layers(self, m: int, k: int, draw: int) -> np.ndarray:
         """Features (n, layers, k) of train and targets under a checkpoint."""
-        import torch
 
         from attribution import models
         from attribution.sketch import Sketch
@@ -150,7 +150,7 @@ class _Grid:
                 self._features.clear()  # one length and draw at a time: they are large
             device = resolve_device(self.config.device)
             model = models.load(self.members[m].folder)
-            model = model.to(device, memory_format=torch.channels_last)
+            models.place(model, device)
             seed = derive_seed(self.config.seed, "projection")
             own = f"{seed}/{m}" + (f"/{draw}" if draw else "")
             sketch, parts = Sketch(k, own, num_blocks=1 << 20), []

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.benchmarks.common import command_environment
+
 KINDS = ("SIGKILL", "SIGKILL to all", "SIGTERM", "Ctrl-C", "dead worker", "twice", "full disk")
 TOGETHER = {"two at once": 2, "three at once": 3}  # commands on a new store; asked for by name
 # Small, but with every kind of unit: checkpoints, shards, factors, retrainings alone and in stacks.
@@ -124,14 +125,12 @@ class Place:
         """The command, at the head of a session of its own: what it leaves there is an orphan."""
         given = {**SETTINGS, **COMMANDS[self.name], "backend": self.backend, **self.settings}
         flags = [f"--{name}={value}" for name, value in given.items()]
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
-        places = {"TRAK_ABLATION_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
-        places["TMPDIR"] = str(self.folder)
+        environment = command_environment(self.folder / "cache") | {"TMPDIR": str(self.folder)}
         with self.err.open("a") as err:
             return subprocess.Popen(
                 [sys.executable, "-m", f"scripts.{self.name}", *flags],
                 cwd=self.folder,
-                env={**kept, **places, **self.environment},
+                env=environment | self.environment,
                 stdout=subprocess.DEVNULL,
                 stderr=err,
                 start_new_session=True,

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.faults import ROOT
+from scripts.benchmarks.common import command_environment
 from scripts.benchmarks.outages import Server
 from scripts.benchmarks.soak import descendants, measure
 
@@ -224,12 +224,10 @@ def _runs(folder: Path, part: str, options: argparse.Namespace) -> list[dict[str
 
 def _ablation(folder: Path) -> dict[str, float]:
     """The most memory of a command with TRIALS."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    places = {"TRAK_ABLATION_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     most: dict[str, float] = {}
     process = subprocess.Popen(
         [sys.executable, "-m", "scripts.ablation", *(f"--{k}={v}" for k, v in TRIALS.items())],
-        cwd=folder, env={**kept, **places}, stdout=subprocess.DEVNULL,
+        cwd=folder, env=command_environment(folder / "cache"), stdout=subprocess.DEVNULL,
     )  # fmt: skip
     while process.poll() is None:
         most = _higher(most, process.pid)

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from scripts.benchmarks.faults import (
     PATIENCE,
@@ -98,7 +99,8 @@ def disturb(
             place.environment["MLFLOW_TRACKING_PASSWORD"] = PASSWORD
         if code:
             lost = place.finish()
-        with patched(place.environment):
+        # For this process too: MLflow's client takes the password from there.
+        with mock.patch.dict(os.environ, place.environment):
             found, states = place.results(), [run.info.status for run in place.runs()]
     trial = {
         "kind": kind,
@@ -111,18 +113,6 @@ def disturb(
     }
     print(trial, *said[-2:] * bool(code), sep="\n  ", file=sys.stderr, flush=True)
     return trial
-
-
-@contextlib.contextmanager
-def patched(environment: dict[str, str]) -> Iterator[None]:
-    """These variables for this process too: MLflow's client takes the password from there."""
-    before = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextlib.contextmanager

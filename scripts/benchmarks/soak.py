@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from attribution.retraining import STACK
-from scripts.benchmarks.faults import PATIENCE, ROOT
+from scripts.benchmarks.common import command_environment
+from scripts.benchmarks.faults import PATIENCE
 
 BLOCKS = 12  # of samples: neighbours are alike, so a slope is of the blocks' medians
 NOTICEABLE = 0.05  # growth over the whole time, as a share of the median, that is called growth
@@ -66,12 +66,10 @@ def summary(samples: list[dict[str, float]], options: argparse.Namespace) -> lis
 
 def _start(folder: Path, num_seeds: int) -> subprocess.Popen:
     flags = [f"--num_seeds={num_seeds}", "--arms=none,random,harmful,loss", "--jobs=2"]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    places = {"TRAK_ABLATION_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     with (folder / "err").open("w") as err:
         return subprocess.Popen(
             [sys.executable, "-m", "scripts.ablation", *flags],
-            cwd=folder, env={**kept, **places}, stdout=err, stderr=err,
+            cwd=folder, env=command_environment(folder / "cache"), stdout=err, stderr=err,
         )  # fmt: skip
 
 
