@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from attribution.config import (
 )
 from attribution.errors import InputError
 from attribution.outputs import refuse_existing
-from attribution.signals import Stopped, ended_by_signals
+from attribution.signals import end_by, ended_by_signals
 from attribution.store import failure, open_store
 from attribution.workspace import discard
 
@@ -52,7 +53,7 @@ def run_entry_point(
         files: what `show` will save, and is refused where it is there.
     """
     argv = sys.argv[1:] if argv is None else argv
-    with ended_by_signals():
+    with ended_by_signals() as asked:
         try:
             given = parse(stage, argv)  # what is wrong with a flag is said before the slow imports
             if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
@@ -65,10 +66,12 @@ def run_entry_point(
         except InputError as error:
             tracking.say(f"error: {error}")
             sys.exit(2)
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt:
             tracking.say("stopped; the same command goes on from what is finished")
             _end_workers()
-            sys.exit(128 + stop.number if isinstance(stop, Stopped) else 130)
+            if asked:
+                end_by(asked[0])
+            sys.exit(128 + signal.SIGINT)
         except Exception as error:
             reason = failure(error)
             if not reason:

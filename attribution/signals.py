@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 GRACE_SECONDS = 4.0  # to end workers and to tell the tracking store
 # Ctrl-C; what `kill`, batch systems and `mlflow run` send; a terminal that is closed.
@@ -15,24 +18,17 @@ STOPPING = [
 ]
 
 
-class Stopped(KeyboardInterrupt):
-    """This process was asked to end by the signal with this number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Raise Stopped in the block on the first signal; later ones do not disturb the clearing up.
+def ended_by_signals() -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt in the block on the first signal; later ones do not disturb the clearing up.
 
-    Where the clearing up takes more than GRACE_SECONDS (a tracking server that does not answer), the
+    Yields a list that then holds the signal's number (Ray replaces the exception by its own). Where the clearing up takes more than GRACE_SECONDS (a tracking server that does not answer), the
     process ends without it: worker processes notice, and end too. What is ignored (`nohup`) stays so.
     """
     if threading.current_thread() is not threading.main_thread():  # Python lets no other one
-        yield
+        yield []
         return
+    asked: list[int] = []
 
     def stop(number: int, _: object) -> None:
         for each in known:
@@ -40,17 +36,29 @@ def ended_by_signals() -> Iterator[None]:
         timer = threading.Timer(GRACE_SECONDS, os._exit, [128 + number])
         timer.daemon = True
         timer.start()
-        raise Stopped(number)
+        asked.append(number)
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     known = {each: signal.getsignal(each) for each in STOPPING}
     known = {each: handler for each, handler in known.items() if handler != signal.SIG_IGN}
     for each in known:
         signal.signal(each, stop)
     try:
-        yield
+        yield asked
     finally:
         for each, handler in known.items():
             signal.signal(each, handler)
+
+
+def end_by(number: int) -> NoReturn:
+    """End as a process does that was stopped by this signal, and do not wait for Python to take its modules apart.
+
+    With PyTorch and Ray that takes seconds. What is registered with atexit runs: Ray ends its cluster there.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(128 + number)
 
 
 @contextmanager

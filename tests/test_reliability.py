@@ -22,7 +22,7 @@ from test_bad_input import refused
 from test_pipeline import child_environment
 
 from attribution import store, tracking
-from attribution.signals import STOPPING, Stopped, ended_by_signals
+from attribution.signals import STOPPING, ended_by_signals
 from scripts.benchmarks import faults
 
 NewPlace = Callable[..., Place]
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_a_signal_is_an_exception_and_the_next_one_is_not(number: int) -> None:
     before = signal.getsignal(number)
     cleared_up = False
-    with pytest.raises(Stopped) as stop, ended_by_signals():
+    with pytest.raises(KeyboardInterrupt), ended_by_signals() as asked:
         try:
             os.kill(os.getpid(), number)
             time.sleep(60)
@@ -46,7 +46,7 @@ def test_a_signal_is_an_exception_and_the_next_one_is_not(number: int) -> None:
             for timer in threading.enumerate():
                 if isinstance(timer, threading.Timer):
                     timer.cancel()
-    assert stop.value.number == number and cleared_up
+    assert asked == [number] and cleared_up
     assert signal.getsignal(number) == before
 
 
@@ -71,6 +71,21 @@ def test_clearing_up_that_takes_too_long_is_cut_short() -> None:
                 time.sleep(60)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50)
     assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_a_stopped_process_runs_what_is_registered_and_does_not_take_itself_apart() -> None:
+    code = """if True:
+        import atexit, signal
+        from attribution import signals
+        class Slow:
+            def __del__(self):
+                print("taken apart")
+        slow = Slow()
+        atexit.register(print, "cluster ended")
+        signals.end_by(signal.SIGTERM)"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, timeout=50, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "cluster ended\n")
 
 
 def test_commands_stopped_at_random_moments_lose_nothing(

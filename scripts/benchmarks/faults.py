@@ -36,6 +36,9 @@ RESULTS = ("model.safetensors", "logits.npz", "scores.npy", "suspects.csv", "com
            "per_class.csv", "margins.npy", "evaluation.csv", "brittleness.csv", "explanation.csv")  # fmt: skip
 TIMES = ("seconds", "milliseconds_per_gradient")  # metrics that differ each time
 GENTLE = ("SIGTERM", "Ctrl-C")  # signals that a process can answer
+# Seconds after which what is left is an orphan. Ray's agents notice that their cluster was killed, and
+# then wait a minute for its control server, to tell it.
+LEAVE = {"local": 5.0, "ray": 75.0}
 PATIENCE = 900  # seconds until a command counts as hanging
 PAUSE = 2.0  # seconds, at most, between a finished unit and what is done then
 
@@ -59,10 +62,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     A row a backend, kind and stage that was being made: `failed`, commands that hung or did not go
     on; `kept`, finished units of work that lay in the cache when it was stopped, and `lost`, those
     of them that were made again;
-    `different`, results not identical to an undisturbed run's; `orphans`, processes left;
+    `different`, results not identical to an undisturbed run's; `orphans`, processes left (see LEAVE);
     `untold`, commands that a full disk ended without a line that says so; `badly_marked`, runs that a
     signal which can be answered did not leave KILLED; `slowest_stop`, seconds from such a signal to
-    the end.
+    the end; `last_left`, seconds from then until the last process of the command had left.
     """
     rows = []
     for backend in options.backends:
@@ -94,14 +97,13 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     import pandas as pd
 
     table = pd.DataFrame(rows)
-    table = table.reindex(columns=list(dict.fromkeys([*table, "failed", "told"])))
-    table = table.fillna({"failed": 0, "told": 1})
+    table = table.reindex(columns=list(dict.fromkeys([*table, "failed", "told", "last_left"])))
+    table = table.fillna({"failed": 0, "told": 1, "last_left": 0.0})
     table["untold"] = 1 - table["told"]
     counted = ("failed", "untold", "kept", "lost", "different", "orphans", "badly_marked")
     wanted = {"trials": ("kind", "size"), **{name: (name, "sum") for name in counted}}
-    counts = table.groupby(["backend", "kind", "stage"]).agg(
-        **wanted, slowest_stop=("slowest_stop", "max")
-    )
+    slowest = {name: (name, "max") for name in ("slowest_stop", "last_left")}
+    counts = table.groupby(["backend", "kind", "stage"]).agg(**wanted, **slowest)
     return counts.reset_index().to_dict("records")
 
 
@@ -273,7 +275,9 @@ def interrupt(
             found["kept"] += len(place.units())
             if kind == "full disk":
                 break
-            found["orphans"] += _orphans(process.pid)
+            left, until = _orphans(process.pid, 5.0 if kind in GENTLE else LEAVE[backend])
+            found["orphans"] += left
+            found["last_left"] = max(found.get("last_left", 0.0), until)
             if kind in GENTLE:
                 slowest = max(slowest, took)
                 states = ("KILLED", "FINISHED")
@@ -377,12 +381,13 @@ def _workers(leader: int) -> list[int]:
     return found
 
 
-def _orphans(leader: int, seconds: float = 5.0) -> int:
-    """Processes of the session that are there so long after it was stopped."""
-    deadline = time.monotonic() + seconds
-    while (left := session(leader)) and time.monotonic() < deadline:
+def _orphans(leader: int, seconds: float) -> tuple[int, float]:
+    """Processes of the session that are there so long after it was stopped; seconds until all had left."""
+    start = time.monotonic()
+    while (left := session(leader)) and time.monotonic() < start + seconds:
         time.sleep(0.1)
+    took = time.monotonic() - start
     for number in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
-    return len(left)
+    return len(left), took
