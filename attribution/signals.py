@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 GRACE_SECONDS = 4.0  # to end workers and to tell the tracking store
+AGAIN_SECONDS = 0.05  # until an exception that Python dropped is raised once more
 # Ctrl-C; what `kill`, batch systems and `mlflow run` send; a terminal that is closed.
 STOPPING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -33,21 +34,36 @@ def ended_by_signals() -> Iterator[list[int]]:
     def stop(number: int, _: object) -> None:
         for each in known:
             signal.signal(each, signal.SIG_IGN)
-        timer = threading.Timer(GRACE_SECONDS, os._exit, [128 + number])
-        timer.daemon = True
-        timer.start()
-        asked.append(number)
+        if not asked:
+            asked.append(number)
+            _later(GRACE_SECONDS, os._exit, 128 + number)
         raise KeyboardInterrupt(signal.Signals(number).name)
+
+    def unraisable(what: Any) -> None:
+        if not (asked and what.exc_type is KeyboardInterrupt):
+            hook(what)
+            return
+        # It was raised in a destructor or a weak reference's callback, where Python drops it: once more.
+        signal.signal(asked[0], stop)
+        _later(AGAIN_SECONDS, signal.pthread_kill, threading.get_ident(), asked[0])
 
     known = {each: signal.getsignal(each) for each in STOPPING}
     known = {each: handler for each, handler in known.items() if handler != signal.SIG_IGN}
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     for each in known:
         signal.signal(each, stop)
     try:
         yield asked
     finally:
+        sys.unraisablehook = hook
         for each, handler in known.items():
             signal.signal(each, handler)
+
+
+def _later(seconds: float, function: Callable, *arguments: Any) -> None:
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 def end_by(number: int) -> NoReturn:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_a_signal_is_an_exception_and_the_next_one_is_not(number: int) -> None:
                     timer.cancel()
     assert asked == [number] and cleared_up
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_is_not_lost_in_a_callback_whose_exceptions_python_drops() -> None:
+    class Target:
+        pass
+
+    def callback(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+    target = Target()
+    kept = weakref.ref(target, callback)
+    with pytest.raises(KeyboardInterrupt), ended_by_signals() as asked:
+        del target
+        time.sleep(2)
+    assert kept() is None and asked == [signal.SIGTERM]
+    for timer in threading.enumerate():
+        if isinstance(timer, threading.Timer):
+            timer.cancel()
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
