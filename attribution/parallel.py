@@ -305,7 +305,7 @@ def write_folder(folder: Path, files: Files) -> None:
         for name, content in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            content.tofile(path)
+            path.write_bytes(content.data)  # numpy's tofile does not notice a full disk
         with suppress(OSError):  # another process was first, with the same result
             os.replace(temporary, folder)
     finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from attribution.errors import InputError
 from attribution.trak import compute_scores
 
 NewPlace = Callable[..., Place]
+ROOT = Path(__file__).resolve().parents[1]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -109,3 +113,21 @@ def test_checkpoints_go_when_the_command_has_ended_and_come_back_the_same(
     again = place.done("trak", lambda_reg=0.7)
     assert again.made() == {"finetune", "trak"}
     assert weights(place, again.tags["finetune_run_id"]) == before
+
+
+def test_a_folder_that_does_not_fit_on_the_disk_is_not_there(tmp_path: Path) -> None:
+    code = """if True:
+        import resource, signal, sys
+        from pathlib import Path
+        import numpy as np
+        from attribution.parallel import write_folder
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5))
+        try:
+            write_folder(Path(sys.argv[1]), {"small": np.zeros(10, np.uint8)})
+        except OSError as error:
+            sys.exit(error.errno)"""
+    command = [sys.executable, "-c", code, str(tmp_path / "folder")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == errno.EFBIG, done.stderr
+    assert not list(tmp_path.iterdir())
