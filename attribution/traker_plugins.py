@@ -16,6 +16,7 @@ from attribution.gradients import margins
 from attribution.sketch import Sketch
 
 BLOCK = 4096  # training examples per product
+PANEL = 1024  # columns of a Gram matrix that are made at a time
 
 Batch = tuple[Tensor, Tensor]  # images (B, channels, Y, X) and labels (B,)
 
@@ -129,6 +130,16 @@ class SketchProjector(AbstractProjector):
         self._model_id, self._sketch = None, None
 
 
+def _lower(x: Tensor) -> Tensor:
+    """x' x of features (n, k), in panels of columns that begin at the diagonal: nothing above them."""
+    if x.shape[1] <= PANEL:
+        return x.T @ x
+    product = x.new_zeros(x.shape[1], x.shape[1])
+    for i in range(0, x.shape[1], PANEL):
+        torch.mm(x[:, i:].T, x[:, i : i + PANEL], out=product[i:, i : i + PANEL])
+    return product
+
+
 class RidgeScoreComputer(AbstractScoreComputer):
     """F (F^T F + l I)^-1 by Cholesky in float64, with l = lambda_reg tr(F^T F)/k and no rescaling.
 
@@ -166,12 +177,13 @@ class RidgeScoreComputer(AbstractScoreComputer):
                 a block are so small that their squares vanish.
         """
         products = (
-            torch.stack([x.T @ x for x in some.chunk(self.num_blocks, 1)])
+            torch.stack([_lower(x) for x in some.chunk(self.num_blocks, 1)])
             for some in (part.to(self.device, torch.float32) for part in rows)
         )
         gram = next(products).double()
         for product in products:
             gram.add_(product)
+        gram = gram.tril() + gram.tril(-1).mT
         if not gram.isfinite().all():
             raise InputError("the training features are not finite; is the checkpoint diverged?")
         # Below that, squares lose digits in float32; of zeros no ridge could make a Gram matrix.

@@ -216,10 +216,12 @@ def by_blocks(x, ridge, blocks):
     return a
 
 
+@pytest.mark.parametrize("panel", [3, 8, 1024])
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 @pytest.mark.parametrize("ridge", [0.0, 0.1, 2.0])
-def test_blocks_have_a_gram_matrix_and_a_ridge_of_their_own(monkeypatch, blocks, ridge):
+def test_blocks_have_a_gram_matrix_and_a_ridge_of_their_own(monkeypatch, blocks, ridge, panel):
     monkeypatch.setattr("attribution.traker_plugins.BLOCK", 7)
+    monkeypatch.setattr("attribution.traker_plugins.PANEL", panel)
     g = torch.Generator().manual_seed(0)
     scales = torch.tensor([1.0, 8.0, 0.5, 3.0]).repeat_interleave(4)
     x = torch.randn(50, 16, generator=g) * scales
@@ -228,6 +230,9 @@ def test_blocks_have_a_gram_matrix_and_a_ridge_of_their_own(monkeypatch, blocks,
     computer = RidgeScoreComputer(torch.float32, "cpu", lambda_reg=ridge, num_blocks=blocks)
     gram = computer.get_xtx(x)
     assert gram.shape == (blocks, 16 // blocks, 16 // blocks) and gram.dtype == torch.float64
+    torch.testing.assert_close(
+        torch.block_diag(*gram), by_blocks(x, 0, blocks), rtol=1e-5, atol=1e-4
+    )
     inverse = torch.linalg.inv(by_blocks(x, ridge, blocks))
     solved = computer.get_x_xtx_inv(x, gram)
     truth = x.double() @ inverse
