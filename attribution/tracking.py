@@ -135,15 +135,17 @@ def current_run() -> RunInfo:
 
 
 def end_dead_runs(cache: Path) -> None:
-    """Mark KILLED what processes of this machine and cache folder left RUNNING when they were killed."""
+    """Mark KILLED what processes of this machine and cache folder left RUNNING when they were killed.
+
+    And what a signal ended: `mlflow run` writes FAILED over that when its command has ended.
+    """
     import mlflow
 
     client, active = mlflow.MlflowClient(), current_run()
-    running = client.search_runs(
-        [active.experiment_id],
-        f"tags.made_in = '{_made_in(cache)}' and attributes.status = 'RUNNING'",
-    )
-    for run in running:
+    where, own = [active.experiment_id], f"tags.made_in = '{_made_in(cache)}' and attributes.status"
+    for run in client.search_runs(where, f"{own} = 'FAILED' and tags.stopped_by = 'signal'"):
+        client.set_terminated(run.info.run_id, "KILLED", run.info.end_time)
+    for run in client.search_runs(where, f"{own} = 'RUNNING'"):
         if run.info.run_id == active.run_id or _lives(int(run.data.tags.get("process", 0))):
             continue
         parts = [part for part in nested_runs(run.info.run_id) if part.info.status == "RUNNING"]
@@ -190,6 +192,9 @@ def open_run(**options: Any) -> Iterator[Any]:
         stopped = isinstance(error, KeyboardInterrupt)
         if stopped or failure(error):  # the store may be what failed: it is not asked for minutes
             os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+        with suppress(Exception):
+            if stopped:
+                mlflow.set_tag("stopped_by", "signal")
         with suppress(Exception):
             mlflow.end_run("KILLED" if stopped else "FAILED")
         raise

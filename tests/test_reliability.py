@@ -193,16 +193,25 @@ def test_what_a_dead_process_left_running_is_marked_by_the_next_command(
         tags = {**tracking.signature(cache), "process": str(process)}
         return client.create_run("0", tags=tags).info.run_id
 
+    def failed(**tags: str) -> str:
+        run = client.create_run("0", tags={**tracking.signature(tmp_path), **tags}).info
+        client.set_terminated(run.run_id, "FAILED", end_time=12345)
+        return run.run_id
+
     expected = {
         left(dead.pid): "KILLED",
         left(os.getpid()): "KILLED",  # another process had this number
         left(sleeping.pid): "RUNNING",
         left(dead.pid, tmp_path / "another"): "RUNNING",  # perhaps of another container
+        failed(stopped_by="signal"): "KILLED",  # as `mlflow run` leaves it after Ctrl-C
+        failed(): "FAILED",
     }
     with tracking.open_run(tags=tracking.signature(tmp_path)) as run:
         tracking.end_dead_runs(tmp_path)
         expected[run.info.run_id] = "RUNNING"
-        found = {name: client.get_run(name).info.status for name in expected}
+        runs = {name: client.get_run(name).info for name in expected}
+        found = {name: info.status for name, info in runs.items()}
+        assert {info.end_time for info in runs.values() if info.end_time} >= {12345}
     sleeping.kill()
     sleeping.wait()
     assert found == expected
