@@ -136,17 +136,17 @@ def unweighted(alignment: np.ndarray, row_weight: np.ndarray) -> np.ndarray:
     return np.divide(alignment, row_weight, out=np.zeros(len(alignment)), where=row_weight > 0)
 
 
-def held_out_weights(masks: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def held_out_weights(masks: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """How much each training example counts as a target under each checkpoint, (M, n_train).
 
-    As in group_alignment a group's weight is shared by its members, of whom only those count that
-    the checkpoint did not see: its margins say nothing of the examples that it was fitted to.
+    Groups count alike, whatever their losses: wrong labels raise these, and with them the weight of the
+    very labels that are to be found. A group's share is its members', of whom only those count that the
+    checkpoint did not see: its margins say nothing of the examples that it was fitted to.
 
     Args:
         masks: (M, n_train) bool, which examples each checkpoint saw.
-        groups: (n_train,) group of each training example.
-        weights: (n_groups,) from group_weights.
+        groups: (n_train,) group of each training example, numbered from 0.
     """
-    unseen = ~masks
-    counts = np.stack([np.bincount(groups, row, len(weights)) for row in unseen])
-    return unseen * (weights / np.maximum(counts, 1))[:, groups]
+    unseen, count = ~masks, groups.max() + 1
+    members = np.stack([np.bincount(groups, row, count) for row in unseen])
+    return unseen / (count * np.maximum(members, 1))[:, groups]

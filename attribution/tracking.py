@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Raised whenever training, or scoring, would compute something else from the same parameters and data.
 TRAINING_VERSION = 2
-ESTIMATOR_VERSION = 4
+ESTIMATOR_VERSION = 5
 UPSTREAM = {"trak": "finetune", "ablation": "trak", "evaluate": "trak", "explain": "trak"}
 # A finished run without one of these has lost what it was kept for.
 NEEDED_ARTIFACTS = {

@@ -40,9 +40,7 @@ def make(config: Config, data: ImageData) -> None:
     weights = alignment.group_weights(targets["loss"].to_numpy(), groups, "exp_loss")
     held_out = None
     if members.is_out_of_sample:
-        by_label = np.zeros(len(data.class_names))
-        by_label[np.unique(targets["label"])] = weights
-        held_out = alignment.held_out_weights(members.masks, data.labels("train"), by_label)
+        held_out = alignment.held_out_weights(members.masks, data.labels("train"))
     work = tracking.stage_folder("trak", config, data)
     start = time.monotonic()
     folders = finetune.checkpoint_folders(finetune_id, config.num_models)

@@ -315,18 +315,17 @@ def test_a_matrix_read_in_blocks_gives_the_same_groups(monkeypatch) -> None:
     assert partition(auto_groups(scores, labels)) == partition(2 * labels + cluster)
 
 
-def test_a_groups_weight_is_shared_by_its_members_that_a_checkpoint_did_not_see() -> None:
+def test_groups_weigh_alike_and_share_among_members_that_a_checkpoint_did_not_see() -> None:
     rng = np.random.default_rng(0)
     masks, groups = rng.random((4, 30)) < 0.5, rng.integers(0, 3, 30)
     masks[0, groups == 2] = True  # nobody of that group was left out
-    weights = np.array([0.5, 0.3, 0.2])
-    found = held_out_weights(masks, groups, weights)
+    found = held_out_weights(masks, groups)
     for m in range(4):
         for i in range(30):
             others = [j for j in range(30) if groups[j] == groups[i] and not masks[m, j]]
-            assert found[m, i] == (0 if masks[m, i] else weights[groups[i]] / len(others))
+            assert found[m, i] == pytest.approx(0 if masks[m, i] else 1 / (3 * len(others)))
     np.testing.assert_allclose(found[1:].sum(axis=1), 1)
-    assert found[0].sum() == pytest.approx(0.8)
+    assert found[0].sum() == pytest.approx(2 / 3)
 
 
 def test_unweighted_alignment_is_that_of_scores_without_their_rows_weights() -> None:
