@@ -19,7 +19,6 @@ def make(config: Config, data: ImageData) -> None:
     import time
 
     import mlflow
-    import numpy as np
 
     from attribution import alignment, features, plots, statistics
     from attribution.ensemble import Ensemble, label_issues, label_quality
