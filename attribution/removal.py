@@ -21,7 +21,7 @@ class Evidence:
 
     labels: np.ndarray
     alignment: np.ndarray  # positive = helpful
-    trust: np.ndarray  # low = suspect: the alignment that tells wrong labels (alignment.py)
+    trust: np.ndarray  # low = suspect: what tells wrong labels; the alignment, if of other groups
     loss: np.ndarray  # ensemble loss in nats, out of sample where the masks allow
     label_quality: np.ndarray | None = None  # cleanlab's, low = suspect
     self_influence: np.ndarray | None = None
@@ -76,7 +76,7 @@ def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndar
 
 
 def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Lowest trust: removing these should help. With groups it is D3M (Jain et al. 2024)."""
+    """Lowest trust: removing these should help. With groups, alignment: D3M (Jain et al. 2024)."""
     return _lowest(evidence.trust, count)
 
 
