@@ -42,6 +42,7 @@ TRIALS = {  # 30 fracs times 10 arms, their controls, and three arms whose size 
     "num_seeds": 2,
     "jobs": 2,
 }
+VERDICT = "(better|worse) than random|indistinguishable from random|after Holm"  # in every note
 END = ("end", 0.0)
 SECONDS = 120  # until an answer counts as none
 Stage = tuple[str, float, dict[str, float]]
@@ -327,7 +328,7 @@ def _pages(
     wanted = {
         "page: all runs": (f"#/experiments/{where}/runs?{notes.TRAINING}", "matching runs"),
         "page: arms, best first": (notes.arms_link(where, run_id), "matching runs"),
-        "page: the ablation": (notes.run_link(where, run_id), "better than random"),
+        "page: the ablation": (notes.run_link(where, run_id), VERDICT),
         "page: run of many metrics": (notes.run_link(where, many), "metric/00000"),
     }
     return {
