@@ -23,8 +23,9 @@ STOPPING = [
 def ended_by_signals() -> Iterator[list[int]]:
     """Raise KeyboardInterrupt in the block on the first signal; later ones do not disturb the clearing up.
 
-    Yields a list that then holds the signal's number (Ray replaces the exception by its own). Where the clearing up takes more than GRACE_SECONDS (a tracking server that does not answer), the
-    process ends without it: worker processes notice, and end too. What is ignored (`nohup`) stays so.
+    Yields a list that then holds the signal's number: Ray replaces the exception by one of its own. Where
+    the clearing up takes more than GRACE_SECONDS (a tracking server that does not answer), the process
+    ends without it: worker processes notice, and end too. What is ignored (`nohup`) stays so.
     """
     if threading.current_thread() is not threading.main_thread():  # Python lets no other one
         yield []
@@ -67,9 +68,10 @@ def _later(seconds: float, function: Callable, *arguments: Any) -> None:
 
 
 def end_by(number: int) -> NoReturn:
-    """End as a process does that was stopped by this signal, and do not wait for Python to take its modules apart.
+    """End as a process does that was stopped by this signal, without taking Python's modules apart.
 
-    With PyTorch and Ray that takes seconds. What is registered with atexit runs: Ray ends its cluster there.
+    That takes seconds with PyTorch and Ray. What is registered with atexit runs: Ray ends its cluster
+    there.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
