@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from attribution.removal import Evidence
     from attribution.scores import Scores
 
+NOTED = 40  # arms in the note of a run: MLflow cuts off what is longer than 8,000 characters
+
 
 def make(config: Config, data: ImageData) -> None:
     """Find or compute scores, retrain every arm over paired seeds, and log the comparison."""
@@ -171,25 +173,27 @@ def log_trial(
 
 
 def describe(table: pd.DataFrame, trak_id: str) -> str:
-    """The parent run's note: where to look, and every arm with its verdict, the best first."""
+    """The parent run's note: where to look, and arms with their verdicts, the best first."""
     from attribution.comparison import verdict
     from attribution.removal import trial_name
 
     run = tracking.current_run()
     here, run_id = run.experiment_id, run.run_id
+    runs = tracking.nested_runs(run_id)
+    runs.sort(key=lambda each: -each.data.metrics["accuracy_mean"])
     links = {
         "Report": notes.run_link(here, run_id, "report.html"),
         "arms, best first": notes.arms_link(here, run_id),
-        "arms side by side": notes.compare_link(
-            here, [run.info.run_id for run in tracking.nested_runs(run_id)]
-        ),
+        "arms side by side": notes.compare_link(here, [r.info.run_id for r in runs[:NOTED]]),
         "scores": notes.run_link(here, trak_id),
     }
     rows = table.sort_values("accuracy_mean", ascending=False, kind="stable").to_dict("records")
     arms = [
         f"- **{trial_name(r['arm'], r['action'], r['frac'])}** {r['accuracy_mean']:.4f}, {verdict(r)}"
-        for r in rows
+        for r in rows[:NOTED]
     ]
+    if len(rows) > NOTED:
+        arms.append(f"- and {len(rows) - NOTED} more: arms, best first")
     return "\n".join([" · ".join(f"[{text}]({to})" for text, to in links.items()), "", *arms])
 
 
