@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from attribution import tracking
 from attribution.config import (
@@ -63,16 +63,12 @@ def run_entry_point(
             show(run_id, config)
             if config.replay and not _is_identical(config.replay, run_id):
                 sys.exit(1)
-        except InputError as error:
-            tracking.say(f"error: {error}")
-            sys.exit(2)
-        except KeyboardInterrupt:
-            tracking.say("stopped; the same command goes on from what is finished")
-            _end_workers()
-            if asked:
-                end_by(asked[0])
-            sys.exit(128 + signal.SIGINT)
-        except Exception as error:
+        except (KeyboardInterrupt, Exception) as error:
+            if asked or isinstance(error, KeyboardInterrupt):
+                _stop(asked)
+            if isinstance(error, InputError):
+                tracking.say(f"error: {error}")
+                sys.exit(2)
             reason = failure(error)
             if not reason:
                 raise
@@ -85,10 +81,14 @@ def run_entry_point(
             sys.exit(1)
 
 
-def _end_workers() -> None:
+def _stop(asked: list[int]) -> NoReturn:
     from attribution.parallel import end_workers  # numpy takes its time
 
+    tracking.say("stopped; the same command goes on from what is finished")
     end_workers()
+    if asked:
+        end_by(asked[0])
+    sys.exit(128 + signal.SIGINT)
 
 
 def _find_or_make(

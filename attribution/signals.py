@@ -18,6 +18,13 @@ STOPPING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 
+_asked: list[int] = []  # of the block under way
+
+
+def is_stopping() -> bool:
+    """Whether a signal has asked for the end: some libraries make another error of the interrupt."""
+    return bool(_asked)
+
 
 @contextmanager
 def ended_by_signals() -> Iterator[list[int]]:
@@ -30,7 +37,9 @@ def ended_by_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # Python lets no other one
         yield []
         return
+    global _asked
     asked: list[int] = []
+    _asked = asked
 
     def stop(number: int, _: object) -> None:
         for each in known:
@@ -56,6 +65,7 @@ def ended_by_signals() -> Iterator[list[int]]:
     try:
         yield asked
     finally:
+        _asked = []
         sys.unraisablehook = hook
         for each, handler in known.items():
             signal.signal(each, handler)

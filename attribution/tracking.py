@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlparse
 from attribution import notes
 from attribution.config import STAGE_GROUPS, Config, convert
 from attribution.errors import InputError
+from attribution.signals import is_stopping
 from attribution.store import failure
 from attribution.workspace import alone, cache_folder, discard
 
@@ -189,7 +190,7 @@ def open_run(**options: Any) -> Iterator[Any]:
     try:
         yield run
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
+        stopped = isinstance(error, KeyboardInterrupt) or is_stopping()
         if stopped or failure(error):  # the store may be what failed: it is not asked for minutes
             os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
         with suppress(Exception):

@@ -33,9 +33,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # -- signals ---------------------------------------------------------------------------------------
 
 
+def cancel_timers() -> None:
+    """Those that would end this process."""
+    for timer in threading.enumerate():
+        if isinstance(timer, threading.Timer):
+            timer.cancel()
+
+
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_is_an_exception_and_the_next_one_is_not(number: int) -> None:
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.default_int_handler)  # in a shell's background: ignored
     cleared_up = False
     with pytest.raises(KeyboardInterrupt), ended_by_signals() as asked:
         try:
@@ -44,11 +51,9 @@ def test_a_signal_is_an_exception_and_the_next_one_is_not(number: int) -> None:
         finally:
             os.kill(os.getpid(), number)
             cleared_up = True
-            for timer in threading.enumerate():
-                if isinstance(timer, threading.Timer):
-                    timer.cancel()
+            cancel_timers()
     assert asked == [number] and cleared_up
-    assert signal.getsignal(number) == before
+    assert signal.signal(number, before) == signal.default_int_handler
 
 
 def test_a_signal_is_not_lost_in_a_callback_whose_exceptions_python_drops() -> None:
@@ -65,9 +70,7 @@ def test_a_signal_is_not_lost_in_a_callback_whose_exceptions_python_drops() -> N
         del target
         time.sleep(2)
     assert kept() is None and asked == [signal.SIGTERM]
-    for timer in threading.enumerate():
-        if isinstance(timer, threading.Timer):
-            timer.cancel()
+    cancel_timers()
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
@@ -178,6 +181,24 @@ def test_a_store_appears_whole_or_not_at_all(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     store.open_store(tmp_path / "cache")
     assert [file.name for file in tmp_path.glob("other*")] == ["other.db"]
+
+
+def test_a_signal_that_a_library_turns_into_another_error_still_marks_the_run_killed(
+    new_store: Path, tmp_path: Path
+) -> None:
+    store.open_store(tmp_path)
+    with pytest.raises(RuntimeError), ended_by_signals(), tracking.open_run() as run:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise RuntimeError("of a library") from None
+    cancel_timers()
+    found = mlflow.MlflowClient().get_run(run.info.run_id)
+    assert (found.info.status, found.data.tags["stopped_by"]) == ("KILLED", "signal")
+    with pytest.raises(RuntimeError), tracking.open_run() as run:  # which nobody stopped
+        raise RuntimeError
+    assert mlflow.MlflowClient().get_run(run.info.run_id).info.status == "FAILED"
 
 
 def test_what_a_dead_process_left_running_is_marked_by_the_next_command(

@@ -281,7 +281,14 @@ def interrupt(
             if kind in GENTLE:
                 slowest = max(slowest, took)
                 states = ("KILLED", "FINISHED")
-                found["badly_marked"] += sum(run.info.status not in states for run in place.runs())
+                badly = [r.info.status for r in place.runs() if r.info.status not in states]
+                if badly:
+                    found["badly_marked"] += len(badly)
+                    found["said"] = [
+                        process.returncode,
+                        *badly,
+                        *place.err.read_text().splitlines(),
+                    ]
         if kind != "dead worker":
             found["lost"] = place.finish()
         differ = different(place.results(), expected.results)
