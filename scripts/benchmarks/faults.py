@@ -275,7 +275,7 @@ def interrupt(
             found["kept"] += len(place.units())
             if kind == "full disk":
                 break
-            left, until = _orphans(process.pid, 5.0 if kind in GENTLE else LEAVE[backend])
+            left, until = _orphans(process.pid, LEAVE["local" if kind in GENTLE else backend])
             found["orphans"] += left
             found["last_left"] = max(found.get("last_left", 0.0), until)
             if kind in GENTLE:
