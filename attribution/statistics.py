@@ -62,6 +62,10 @@ def paired_difference(treated: np.ndarray, control: np.ndarray) -> Estimate:
 def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, float]:
     """Bias-corrected and accelerated 95 % bootstrap interval of the mean (Efron 1987), from scipy.
 
+    Its level is expanded for few values, of which the plain interval is too narrow (of ten normal
+    ones it holds the mean 89 times in 100): Phi's tail beyond sqrt(n / (n - 1)) Student's t quantile
+    in place of 2.5 % (Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
+
     Args:
         values: (n_seeds,); without spread the interval has no width.
     """
@@ -70,8 +74,11 @@ def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, fl
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values) <= 1e-12 * max(1.0, abs(values[0])):
         return float(values.mean()), float(values.mean())
+    n = len(values)
+    wide = np.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    level = 1 - 2 * max(stats.norm.sf(wide), 1 / draws)  # no draw lies beyond the last
     found = stats.bootstrap(
-        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=draws, rng=0
+        (values,), np.mean, confidence_level=level, n_resamples=draws, rng=0
     ).confidence_interval
     return float(found.low), float(found.high)
 
