@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,12 +27,26 @@ from attribution.config import (
 )
 from attribution.errors import InputError
 from attribution.outputs import refuse_existing
-from attribution.signals import end_by, ended_by_signals
+from attribution.signals import end, ended_by_signals
 from attribution.store import failure, open_store
 from attribution.workspace import discard
 
 if TYPE_CHECKING:
     from attribution.data import ImageData, Listing
+
+
+def main(
+    stage: str,
+    make: tracking.Make,
+    show: Callable[[str, Config], None],
+    files: Callable[[Config], Iterable[Path]] = lambda config: (),
+) -> NoReturn:
+    """run_entry_point for this process's own arguments, and its quick end."""
+    run_entry_point(stage, make, show, sys.argv[1:], files)
+    from attribution.parallel import end_workers
+
+    end_workers()
+    end(0)
 
 
 def run_entry_point(
@@ -87,7 +101,7 @@ def _stop(asked: list[int]) -> NoReturn:
     tracking.say("stopped; the same command goes on from what is finished")
     end_workers()
     if asked:
-        end_by(asked[0])
+        end(128 + asked[0])
     sys.exit(128 + signal.SIGINT)
 
 
@@ -107,8 +121,9 @@ def _find_or_make(
             else:
                 run_id = run.info.run_id
                 tracking.describe(stage, config, data)
-                _say_plan(stage, config, data)
-                make(config, data)
+                with _early_workers(stage, config):
+                    _say_plan(stage, config, data)
+                    make(config, data)
                 tracking.log_environment()
     # Not before the run is FINISHED: a kill in between would lose both.
     if config.replay:
@@ -141,6 +156,16 @@ def _is_identical(original: str, run_id: str) -> bool:
     from attribution import replay  # numpy takes its time
 
     return replay.show(original, run_id)
+
+
+def _early_workers(stage: str, config: Config) -> AbstractContextManager[None]:
+    """Worker processes that import PyTorch and the like while this process plans; none for `explain`,
+    which as a rule finds everything finished."""
+    from attribution import models, parallel
+
+    tasks = {"finetune": config.num_models, "explain": 1}.get(stage, 1 << 30)
+    jobs = parallel.resolve_jobs(config.jobs, config.device, tasks)
+    return parallel.early_workers(jobs if config.backend == "local" else 1, models.warm_up)
 
 
 def _say_plan(stage: str, config: Config, data: ImageData) -> None:

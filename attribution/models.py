@@ -187,6 +187,11 @@ def _processor(name: str) -> Any:
         return None
 
 
+def warm_up() -> None:
+    """Import what building a model needs, which takes seconds."""
+    from transformers import AutoModelForImageClassification, ResNetForImageClassification  # noqa: F401
+
+
 @cache
 def forward_flops(name: str, image_size: int) -> int | None:
     """Floating-point operations of one image's forward pass; None where the model refuses the size.

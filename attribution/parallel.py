@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -239,6 +239,25 @@ class _Workers:
     def close(self, futures: list) -> None:
         if futures:
             end_workers()
+
+
+@contextmanager
+def early_workers(jobs: int, function: Callable[[], object]) -> Iterator[None]:
+    """Have worker processes start, and each call a function, while the block goes on to its first map.
+
+    Args:
+        jobs: of that map, if it is on this machine; one needs no worker process.
+        function: imports what tasks will need. What becomes of it is not asked.
+    """
+    if jobs > 1:
+        workers = _Workers(function, (), jobs)
+        for _ in range(jobs):
+            workers.submit(())
+    try:
+        yield
+    except BaseException:
+        end_workers()  # an error is told without waiting for them
+        raise
 
 
 def end_workers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from attribution.scores import Scores
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 HELPFUL, HARMFUL, NEUTRAL = "#1b7837", "#b2182b", "#4d4d4d"
 
@@ -42,12 +44,36 @@ def training_curves(histories: Sequence[list[dict[str, float]]], path: Path) -> 
     _save(figure, path)
 
 
-def _tile(axes: plt.Axes, image: np.ndarray, title: str, colour: str) -> None:
-    axes.imshow(image)
-    axes.set_title(_plain(title), fontsize=7, color=colour)
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=2)
+@dataclass(frozen=True)
+class _Tile:
+    """An image with its caption and the colour of both caption and frame."""
+
+    image: np.ndarray
+    caption: str
+    colour: str
+
+
+def _gallery(lines: Sequence[Sequence[_Tile | None]], title: str, path: Path) -> None:
+    """Lines of tiles from left to right; None leaves a place empty.
+
+    On one pair of axes: a pair for each tile takes four times as long.
+    """
+    width, height = 1.15 * max([6, *map(len, lines)]), 1.4 * max(1, len(lines))  # inches
+    figure = plt.figure(figsize=(width, height + 0.3))
+    axes = figure.add_axes((0, 0, 1, height / (height + 0.3)))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    places = [(x, y, tile) for y, line in enumerate(lines) for x, tile in enumerate(line) if tile]
+    for x, y, tile in places:
+        left, top = 1.15 * x + 0.1, 1.4 * y + 0.35
+        axes.imshow(tile.image, extent=(left, left + 0.95, top + 0.95, top))
+        look: dict[str, Any] = {"color": tile.colour, "clip_on": False}
+        axes.add_patch(Rectangle((left, top), 0.95, 0.95, fill=False, linewidth=2, **look))
+        text = left + 0.475, top - 0.05, _plain(tile.caption)
+        axes.text(*text, fontsize=7, ha="center", va="bottom", **look)
+    figure.suptitle(_plain(title), fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _plain(text: str) -> str:
@@ -61,46 +87,40 @@ def score_gallery(
     """For some targets spread over the classes: the most helpful and most harmful examples."""
     chosen = list(scores.targets.groupby("label").head(1).head(targets).index)
     shown = scores.select(chosen)
-    figure, grid = plt.subplots(
-        len(chosen), 2 * k + 1, figsize=(1.15 * (2 * k + 1), 1.45 * len(chosen)), squeeze=False
-    )
     train, validation = data.rows("train"), data.rows("validation")
-    pixels = data.pixels()
-    for i, axes in enumerate(grid):
+    pixels, lines = data.pixels(), []
+    for i, target in enumerate(chosen):
         name = f"target\n{shown.targets['label_name'][i]}"
-        _tile(axes[0], pixels[validation[chosen[i]]], name, NEUTRAL)
-        sides = (shown.top(i, k), HELPFUL), (shown.bottom(i, k), HARMFUL)
-        for side, (rows, colour) in enumerate(sides):
-            for column, row in enumerate(rows.itertuples()):
-                tile = axes[1 + side * k + column]
-                _tile(tile, pixels[train[row.position]], _caption(row, row.score), colour)
-        for tile in axes[1 + len(sides[0][0]) : 1 + k]:
-            tile.axis("off")
-        for tile in axes[1 + k + len(sides[1][0]) :]:
-            tile.axis("off")
-    figure.suptitle("green: raises the target's margin, red: lowers it", fontsize=9)
-    _save(figure, path)
+        line: list[_Tile | None] = [_Tile(pixels[validation[target]], name, NEUTRAL)]
+        for rows, colour in ((shown.top(i, k), HELPFUL), (shown.bottom(i, k), HARMFUL)):
+            for row in rows.itertuples():
+                image = pixels[train[row.position]]
+                line.append(_Tile(image, _caption(row, row.score), colour))
+            line += [None] * (k - len(rows))
+        lines.append(line)
+    _gallery(lines, "green: raises the target's margin, red: lowers it", path)
 
 
 def explanation(data: ImageData, found: Explanation, path: Path) -> None:
     """What was predicted, with the examples that raised (above) and lowered (below) its margin."""
-    columns = 1 + max(len(found.helpful), len(found.harmful))
-    figure, grid = plt.subplots(2, columns, figsize=(1.25 * columns, 3.6), squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
     pixels, train = data.pixels(), data.rows("train")
     own = f"{found.predicted} {found.probability:.2f}"
     if not found.is_right:
         own += f"\n({found.label} {found.label_probability:.2f})"
-    grid[0, 0].axis("on")
-    _tile(grid[0, 0], found.pixels, own, HELPFUL if found.is_right else HARMFUL)
-    for line, table, colour in ((0, found.helpful, HELPFUL), (1, found.harmful, HARMFUL)):
-        for axes, row in zip(grid[line, 1:], table.itertuples(), strict=False):
-            axes.axis("on")
-            _tile(axes, pixels[train[row.position]], _caption(row, row.score), colour)
+    first = _Tile(found.pixels, own, HELPFUL if found.is_right else HARMFUL)
+    lines = [
+        [start]
+        + [
+            _Tile(pixels[train[row.position]], _caption(row, row.score), colour)
+            for row in table.itertuples()
+        ]
+        for start, table, colour in (
+            (first, found.helpful, HELPFUL),
+            (None, found.harmful, HARMFUL),
+        )
+    ]
     title = f"{found.name}: green raised the margin of {found.label}, red lowered it"
-    figure.suptitle(_plain(title), fontsize=9)
-    _save(figure, path)
+    _gallery(lines, title, path)
 
 
 def _caption(row: Any, value: float) -> str:
@@ -113,19 +133,18 @@ def removed_gallery(
 ) -> None:
     """The first removed examples by alignment (lowest first); a red frame marks a known flip."""
     shown = removed.sort_values("alignment", kind="stable").head(limit)
-    columns = 12
-    lines = max(1, -(-len(shown) // columns))
-    figure, grid = plt.subplots(lines, columns, figsize=(1.1 * columns, 1.5 * lines), squeeze=False)
     pixels, train = data.pixels(), data.rows("train")
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, row in zip(grid.flat, shown.itertuples(), strict=False):
-        axes.axis("on")
-        colour = HARMFUL if row.is_flipped else NEUTRAL
-        _tile(axes, pixels[train[row.position]], _caption(row, row.alignment), colour)
+    tiles = [
+        _Tile(
+            pixels[train[row.position]],
+            _caption(row, row.alignment),
+            HARMFUL if row.is_flipped else NEUTRAL,
+        )
+        for row in shown.itertuples()
+    ]
+    lines = [tiles[i : i + 12] for i in range(0, len(tiles), 12)]
     more = f", the first {limit} of {len(removed)}" if len(removed) > limit else ""
-    figure.suptitle(f"removed by {title}{more}; label and alignment", fontsize=9)
-    _save(figure, path)
+    _gallery(lines, f"removed by {title}{more}; label and alignment", path)
 
 
 def comparison(table: pd.DataFrame, path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attribution import notes, outputs, tracking
-from attribution.command import run_entry_point
+from attribution.command import main
 from attribution.errors import InputError
 from scripts import trak
 
@@ -247,4 +246,4 @@ def kept_by(run_id: str, config: Config, frac: float | None) -> Path:
 
 
 if __name__ == "__main__":
-    run_entry_point("ablation", make, show, sys.argv[1:], exports)
+    main("ablation", make, show, exports)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from attribution import notes, tracking
-from attribution.command import run_entry_point
+from attribution.command import main
 from scripts import finetune, trak
 
 if TYPE_CHECKING:
@@ -104,4 +103,4 @@ def show(run_id: str, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_entry_point("evaluate", make, show, sys.argv[1:])
+    main("evaluate", make, show)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attribution import outputs, tracking
-from attribution.command import run_entry_point
+from attribution.command import main
 from attribution.errors import InputError
 from scripts import finetune, trak
 
@@ -102,4 +101,4 @@ def files(config: Config) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_entry_point("explain", make, show, sys.argv[1:], files)
+    main("explain", make, show, files)

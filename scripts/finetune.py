@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attribution import tracking
-from attribution.command import run_entry_point
+from attribution.command import main
 
 if TYPE_CHECKING:
     from attribution.config import Config
@@ -64,4 +63,4 @@ def checkpoint_folders(run_id: str, num_models: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_entry_point("finetune", make, show, sys.argv[1:])
+    main("finetune", make, show)

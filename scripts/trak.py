@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from attribution import tracking
-from attribution.command import run_entry_point
+from attribution.command import main
 from scripts import finetune
 
 if TYPE_CHECKING:
@@ -128,4 +127,4 @@ def show(run_id: str, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_entry_point("trak", make, show, sys.argv[1:])
+    main("trak", make, show)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import signal
@@ -18,6 +19,7 @@ from attribution.parallel import (
     MOVES,
     LostWorker,
     ResultStore,
+    early_workers,
     end_workers,
     parallel_map,
     read_folder,
@@ -74,6 +76,39 @@ def test_idle_workers_are_ended_at_once_and_the_next_map_has_others() -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert not before & worker_pids()
+
+
+def sign(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+
+
+def test_early_workers_call_a_function_and_are_those_of_the_first_map(tmp_path: Path) -> None:
+    end_workers()
+    with early_workers(2, functools.partial(sign, tmp_path)):
+        pids = worker_pids()
+    signed = {int(file.name) for file in tmp_path.iterdir()}
+    assert signed and len(signed | pids) <= 2
+    assert pids & worker_pids()  # they outlive the block
+
+
+def test_one_job_has_no_early_worker(tmp_path: Path) -> None:
+    with early_workers(1, functools.partial(sign, tmp_path)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_early_workers_end_with_an_error_of_the_block() -> None:
+    with pytest.raises(InputError), early_workers(2, os.getpid):
+        before = worker_pids()
+        raise InputError("frac=2: not below 1")
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_function_that_fails_in_an_early_worker_is_nobodys_concern() -> None:
+    with early_workers(2, functools.partial(refuse, 2)):
+        assert sorted(parallel_map(refuse, [(0,), (1,)], 2)) == [(0, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -96,19 +96,30 @@ def test_clearing_up_that_takes_too_long_is_cut_short() -> None:
     assert done.returncode == 128 + signal.SIGTERM
 
 
-def test_a_stopped_process_runs_what_is_registered_and_does_not_take_itself_apart() -> None:
+def test_the_end_runs_what_is_registered_and_does_not_take_itself_apart() -> None:
     code = """if True:
-        import atexit, signal
+        import atexit
         from attribution import signals
         class Slow:
             def __del__(self):
                 print("taken apart")
         slow = Slow()
         atexit.register(print, "cluster ended")
-        signals.end_by(signal.SIGTERM)"""
+        print("said", end=", ")
+        signals.end(3)"""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, timeout=50, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "cluster ended\n")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said, cluster ended\n", "")
+
+
+@pytest.mark.parametrize("code, expected", [(0, 1), (2, 2)])
+def test_a_command_whose_output_could_not_be_written_has_failed(code: int, expected: int) -> None:
+    program = f"from attribution import signals\nprint('said')\nsignals.end({code})"
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=ROOT, timeout=50, stdout=full, env=buffered)
+    assert done.returncode == expected
 
 
 def test_commands_stopped_at_random_moments_lose_nothing(
