@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +33,7 @@ from attribution.workspace import discard
 
 if TYPE_CHECKING:
     from attribution.data import ImageData, Listing
+    from attribution.plan import Chain
 
 
 def main(
@@ -112,6 +113,8 @@ def _find_or_make(
     given: dict[str, Any],
 ) -> tuple[str, Config]:
     """The id of the run that holds the result, and the resolved parameters."""
+    import mlflow
+
     with _entry_run(stage, given) as run:
         config, data = _prepare(stage, given)
         refuse_existing(files(config), config)
@@ -121,18 +124,34 @@ def _find_or_make(
             else:
                 run_id = run.info.run_id
                 tracking.describe(stage, config, data)
-                with _early_workers(stage, config):
-                    _say_plan(stage, config, data)
-                    make(config, data)
-                tracking.log_environment()
-    # Not before the run is FINISHED: a kill in between would lose both.
-    if config.replay:
-        discard(tracking.work_folder(config))
-    else:
-        discard(tracking.stage_folder(stage, config, data))
+                _make(stage, config, data, make)
+                # FINISHED while this process alone may make it: a waiting one then finds it.
+                mlflow.end_run()
+            # Not before the run is FINISHED: a kill in between would lose both.
+            discard(
+                tracking.work_folder(config)
+                if config.replay
+                else tracking.stage_folder(stage, config, data)
+            )
     if config.keep_checkpoints != "all":
-        _drop_checkpoints(config, data, tracking.lineage(run_id)["finetune run"])
+        _drop_checkpoints(config, data, tracking.finetune_run(run_id))
     return run_id, config
+
+
+def _make(stage: str, config: Config, data: ImageData, make: tracking.Make) -> None:
+    """Say what will be done, and do it, in the active run."""
+    from attribution import models, parallel, plan
+    from attribution.training import resolve_device
+
+    chain = plan.find_chain(stage, config, data)
+    # Of the first map, which others' workers do not fit; `explain` alone has none.
+    tasks = {"finetune": config.num_models, "explain": 1}.get(chain.stages[0], 1 << 30)
+    device = resolve_device(config.device).type
+    jobs = parallel.resolve_jobs(config.jobs, device, tasks)
+    with parallel.early_workers(jobs if config.backend == "local" else 1, models.warm_up):
+        _say_plan(chain, config, data, parallel.resolve_jobs(config.jobs, device, 1 << 30))
+        make(config, data)
+    tracking.log_environment()
 
 
 def _drop_checkpoints(config: Config, data: ImageData, run_id: str) -> None:
@@ -144,8 +163,9 @@ def _drop_checkpoints(config: Config, data: ImageData, run_id: str) -> None:
     dropped = [
         m for m in range(len(members.masks)) if config.keep_checkpoints == "none" or m != best
     ]
-    tracking.delete_artifacts(run_id, [f"checkpoints/{m:03d}" for m in dropped])
-    tracking.say(f"finetune: {len(dropped)} checkpoints of run {run_id} deleted (keep_checkpoints)")
+    gone = tracking.delete_artifacts(run_id, [f"checkpoints/{m:03d}" for m in dropped])
+    if gone:
+        tracking.say(f"finetune: {gone} checkpoints of run {run_id} deleted (keep_checkpoints)")
 
 
 def _cache(given: dict[str, Any]) -> Path:
@@ -158,22 +178,11 @@ def _is_identical(original: str, run_id: str) -> bool:
     return replay.show(original, run_id)
 
 
-def _early_workers(stage: str, config: Config) -> AbstractContextManager[None]:
-    """Worker processes that import PyTorch and the like while this process plans; none for `explain`,
-    which as a rule finds everything finished."""
-    from attribution import models, parallel
+def _say_plan(chain: Chain, config: Config, data: ImageData, jobs: int) -> None:
+    from attribution import disk, plan
 
-    tasks = {"finetune": config.num_models, "explain": 1}.get(stage, 1 << 30)
-    jobs = parallel.resolve_jobs(config.jobs, config.device, tasks)
-    return parallel.early_workers(jobs if config.backend == "local" else 1, models.warm_up)
-
-
-def _say_plan(stage: str, config: Config, data: ImageData) -> None:
-    from attribution import disk, parallel, plan
-
-    found = plan.make_plan(stage, config, data)
+    found = plan.make_plan(chain, config, data)
     disk.check_disk(found.need, config, tracking.current_run().artifact_uri)
-    jobs = parallel.resolve_jobs(config.jobs, config.device, 1 << 30)
     for line in plan.describe(found, jobs):
         tracking.say(line)
 
@@ -217,14 +226,14 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
     if given.get("replay"):
         inherited = _inherit(stage, given["replay"], "replay")
         # Threads decide last bits; who names other ones asks for another comparison.
-        executed = ("jobs", "device", "backend", "gpus_per_task")
+        executed = ("jobs", "device", "backend", "gpus_per_task", "ray_address", "keep_checkpoints")
         inherited |= {k: given[k] for k in executed if k in given}
     for upstream, run_id in run_ids.items():
         if run_id:
             inherited = {**_inherit(upstream, run_id), **inherited}
     # "auto" says nothing that could contradict the run built on.
     asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
-    config = _resolve_hardware(resolve(asked, inherited))
+    config = _resolve_hardware(stage, resolve(asked, inherited))
     from attribution.data import LEFT_OUT, list_data, load_data
 
     listing = list_data(config)
@@ -247,7 +256,7 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
         f"data: {config.dataset}, {len(data.class_names)} classes, {counts}, {flips} labels flipped"
     )
     for note, count in (("undecodable files skipped", len(data.skipped)),
-                        ("copies of test images dropped", data.dropped_duplicates),
+                        ("copies of test or validation images dropped", data.dropped_duplicates),
                         ("training examples left out by keep", len(data.rows(LEFT_OUT)))):  # fmt: skip
         if count:
             tracking.say(f"data: {count} {note}")
@@ -277,14 +286,14 @@ def _settle(stage: str, config: Config, listing: Listing, known: Set[str]) -> Co
     return config
 
 
-def _resolve_hardware(config: Config) -> Config:
+def _resolve_hardware(stage: str, config: Config) -> Config:
     from attribution.training import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
     resolved: dict[str, Any] = {}
     for name in ("precision", "feature_precision"):
-        if name == "feature_precision" and config.trak_run_id:
-            continue  # the scores are there
+        if config.trak_run_id and (name == "feature_precision" or stage == "explain"):
+            continue  # the scores are there, and what they were made with needs no such hardware
         dtype = resolve_precision(getattr(config, name), device, name)
         resolved[name] = str(dtype).removeprefix("torch.")
     # traker's own gradients know no autocast.

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -132,7 +133,7 @@ class Config:
     # fmt: off
     preset: str = option("data", "auto is images where dataset is named, else digits", "auto", choices=("auto", *PRESETS))
     dataset: str = option("data", "digits, a Hub id, or a folder of images in class subfolders")
-    classes: str = option("data", "comma list of the class names to keep; empty keeps all")
+    classes: str = option("data", "comma list of the class names to keep, those with a comma in double quotes; empty keeps all")
     image_size: int = option("data", "side in pixels that every image is resized and cropped to", at_least=1, at_most=4096)
     label_noise: float = option("data", "share of training labels flipped on purpose, and recorded", at_least=0, below=1)
     noise_kind: str = option("data", "flips go to any other class alike, or all to the next one in the list", "uniform", choices=("uniform", "pair"))
@@ -230,8 +231,9 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
 def split_list(text: str) -> list[str]:
-    """'a, b' as ['a', 'b']; an empty text as no items."""
-    return [item.strip() for item in text.split(",") if item.strip()]
+    """'a, b' as ['a', 'b'], '"a, b"' as ['a, b']; an empty text as no items."""
+    items = re.finditer(r'\s*"([^"]*)"\s*(?=,|\Z)|[^,]+', text)
+    return [item for each in items if (item := (each[1] or each[0]).strip())]
 
 
 def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
@@ -342,7 +344,8 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
     values = {**PRESETS[preset], **{k: v for k, v in values.items() if v is not None}}
     if not values.get("dataset"):
         raise InputError(f"dataset: preset={preset} needs one: a Hub id or a folder of images")
-    values["cache_dir"] = os.path.expanduser(values.get("cache_dir") or _default_cache_dir())
+    values["cache_dir"] = values.get("cache_dir") or _default_cache_dir()
+    values |= {k: os.path.expanduser(values.get(k) or "") for k in ("cache_dir", "model", "bank")}
     config = Config(**values)
     for f in FIELDS.values():
         _check(f, getattr(config, f.name))

@@ -140,7 +140,12 @@ def load_data(config: Config, listing: Listing | None = None) -> ImageData:
             file = painted_pixels(file, examples["has_patch"].to_numpy(), cache)
     if config.keep:
         examples["split"] = _kept(examples, names, config)
-    if config.groups not in examples and (values := source.column(config.groups)) is not None:
+    if config.groups != "label" and (values := source.column(config.groups)) is not None:
+        if config.groups in (*examples, "position"):
+            raise InputError(
+                f"groups={config.groups}: names a column of the data set that has the name of one of "
+                "this project's own; rename it"
+            )
         examples[config.groups] = np.array(values, object)[table["row"]]
     planted = [] if config.shortcut == "none" else [str(list(examples["has_patch"]))]
     fingerprint = short_hash(
@@ -217,14 +222,15 @@ def _drop_copies(table: pd.DataFrame) -> pd.DataFrame:
 def _check_counts(table: pd.DataFrame, names: list[str], config: Config) -> None:
     shown = f"dataset={config.dataset}"
     pool = table[table["role"] == "pool"]
+    owner = pool.groupby("digest")["label"].first()  # an image of two classes is one's, see _carve
     carved = 1 + sum(split not in set(table["role"]) for split in SPLITS[1:])
     for label, name in enumerate(names):
         if not (table["label"] == label).any():
             raise InputError(f"{shown}: empty class {name!r}: it holds no images")
-        count = pool["digest"][pool["label"] == label].nunique()
+        count = int((owner == label).sum())
         if count < carved:
             raise InputError(
-                f"{shown}: class {name!r} has {count} different images to train on; "
+                f"{shown}: class {name!r} has {count} different images of its own to train on; "
                 f"at least {carved} are needed, one for each split made from them"
             )
 
@@ -309,8 +315,8 @@ def read_ids(file: str) -> list[str]:
     """
     try:
         # A spreadsheet begins the table that it saves with a byte order mark.
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
-        rows = [row for row in csv.reader(lines) if any(map(str.strip, row))]
+        with Path(file).expanduser().open(encoding="utf-8-sig", newline="") as lines:
+            rows = [row for row in csv.reader(lines) if any(map(str.strip, row))]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"keep={file}: cannot be read ({error})") from None
     column = 0

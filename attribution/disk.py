@@ -13,6 +13,7 @@ from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
 from attribution.features import AUTO_BYTES
+from attribution.methods import FEATURISING
 from attribution.models import parameter_count
 
 ABOUT = 1.05  # tables, pictures, headers
@@ -30,25 +31,26 @@ class Need:
 
 def stage_need(stage: str, config: Config, data: ImageData) -> Need:
     """What a stage writes, computed from the shapes of what it writes."""
+    length = config.proj_dim * config.num_blocks
     n, targets, test = (len(data.rows(s)) for s in ("train", "validation", "test"))
     classes, m = len(data.class_names), config.num_models
+    # Features of both splits, and every checkpoint's factors and whitened targets.
+    features = m * length * (n + 2 * targets + config.proj_dim) * 4
     if stage == "finetune":
         model = 4 * parameter_count(config.model, classes)
         logits = 8 * m * (n + targets) * classes
         return Need(m * model + logits, model + logits, m * model + logits)
     if stage == "trak":
-        length = config.proj_dim * config.num_blocks
-        shards = m * (n + targets) * length * 4
-        factors = m * length * (config.proj_dim + targets) * 4
         scores, stored = n * targets * 4, m * n * length * 2
         wanted = {"yes": True, "no": False, "auto": stored <= AUTO_BYTES}[config.keep_features]
         kept = scores + stored * wanted
-        return Need(shards + factors + scores, kept, kept)
+        return Need(features + scores, kept, kept)
     if stage == "evaluate":
         matrices = sum(name not in ("loss", "confident", "random") for name in config.method_names)
         models = config.num_subsets * config.num_repeats * (not config.bank)
         bank = models * targets * (classes * 4 + 8)
-        return Need(bank + matrices * n * targets * 4, bank, bank)
+        own = features * bool(FEATURISING.intersection(config.method_names))
+        return Need(bank + matrices * n * targets * 4 + own, bank, bank)
     if stage == "ablation":
         models = config.num_seeds * len(config.fracs) * 2 * len(config.arm_names)
         return Need(models * test * classes * 4, 0, 0)

@@ -65,7 +65,7 @@ def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray
             rows[name] |= detection(is_flipped, method.trust)
     columns = ["method", "lds", "lds_ci_low", "lds_ci_high", "lds_share_of_ceiling"]
     table = pd.DataFrame(list(rows.values())).assign(noise_ceiling=ceiling)
-    return table[columns + [c for c in table if c not in columns]]
+    return table.reindex(columns=columns + [c for c in table if c not in columns])
 
 
 def check_brittleness(config: Config, n_train: int) -> None:
@@ -79,6 +79,19 @@ def check_brittleness(config: Config, n_train: int) -> None:
     if config.brittleness_targets and config.brittleness_k >= n_train:
         raise InputError(
             f"brittleness_k={config.brittleness_k}: must be below the {n_train} training examples"
+        )
+
+
+def check_alpha(config: Config, n_train: int) -> None:
+    """Refuse, before anything is trained, subsets that no model can be trained on.
+
+    Raises:
+        InputError: fewer than two training examples in each.
+    """
+    if not config.bank and round(config.alpha * n_train) < 2:
+        raise InputError(
+            f"alpha={config.alpha:g}: a subset needs 2 of the {n_train} training examples; use "
+            f"{2 / n_train:.2g} or more"
         )
 
 

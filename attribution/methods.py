@@ -16,7 +16,7 @@ from attribution.data import ImageData
 from attribution.errors import InputError
 from attribution.matrices import open_matrix, row_blocks, row_slices, write_matrix
 from attribution.scores import Scores
-from attribution.training import batches_of, resolve_device
+from attribution.training import batches_of, prediction_batch_size, resolve_device
 from attribution.trak import TARGETS, Store, featurize, score
 
 
@@ -135,7 +135,8 @@ def _penultimate(subject: Subject, folder: Path, split: str) -> np.ndarray:
     found: list[np.ndarray] = []
     hook = head.register_forward_pre_hook(lambda _, x: found.append(x[0].flatten(1).cpu().numpy()))
     with torch.inference_mode():
-        for images, _ in batches_of(subject.config, subject.data, split, 256, device):
+        size = prediction_batch_size(subject.config)
+        for images, _ in batches_of(subject.config, subject.data, split, size, device):
             model(images)
     hook.remove()
     return np.concatenate(found)
@@ -187,6 +188,10 @@ METHODS: dict[str, Callable[[Subject], Attribution]] = {
         confident, self_influence, random, ekfac,
     )
 }  # fmt: skip
+
+
+# What makes features of its own: every checkpoint is featurised once more.
+FEATURISING = {"trak_unweighted", "trak_weighted", "gradient_dot", "gradient_cosine"}
 
 
 def check_methods(names: list[str]) -> None:

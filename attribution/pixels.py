@@ -31,7 +31,7 @@ from attribution.workspace import alone, writing
 PATCH_COLOUR = (255, 0, 255)
 LARGE = 1 << 24  # pixels; only one image of more is decoded at a time, which bounds the memory
 _large = Lock()
-RECIPE = "1"  # raise when the same file would be decoded to other pixels
+RECIPE = "2"  # raise when the same file would be decoded to other pixels
 
 
 @lru_cache(maxsize=8)
@@ -222,12 +222,18 @@ def decode_image(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Wide grey values scaled, where Pillow's own conversion would clip them."""
-    values = np.asarray(image).astype(np.float64)
-    highest = values.max()
-    tops = [1] * (image.mode == "F") + [255] * (image.mode in ("I", "F")) + [65535, 2**31 - 1]
-    top = next(top for top in tops if highest <= top)
-    return Image.fromarray(np.rint(values.clip(0) * (255 / top)).astype(np.uint8))
+    """Wide grey values scaled, where Pillow's own conversion would clip them.
+
+    By the mode alone, so that a dark image stays darker than a bright one: whole numbers are of 16
+    bits, others from 0 to 1.
+
+    Raises:
+        ValueError: they are not.
+    """
+    values, top = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
+    if not (values.min() >= 0 and values.max() <= top):  # NaN is neither
+        raise ValueError(f"grey values of mode {image.mode} are not from 0 to {top}")
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
 def to_batch(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.disk import Need, gibibytes, total_need
+from attribution.methods import FEATURISING
 from attribution.models import forward_flops
 from attribution.parallel import resolve_jobs
 from attribution.removal import FRAC_FREE
@@ -30,26 +31,39 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """The stages that a command will compute, first to last, after the one that it reuses, if any."""
+
+    stages: list[str]
+    reused: Step | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be computed, first to last, after what is reused, if anything is."""
 
     steps: list[Step]
-    stages: list[str]
     need: Need
 
 
-def make_plan(stage: str, config: Config, data: ImageData) -> Plan:
-    """The stages that this command will compute; what is finished ends the chain."""
-    chain, reused = [stage], None
-    while (upstream := UPSTREAM.get(chain[0])) and not reused:
+def find_chain(stage: str, config: Config, data: ImageData) -> Chain:
+    """What this command will compute; what is finished ends the chain."""
+    stages, reused = [stage], None
+    while (upstream := UPSTREAM.get(stages[0])) and not reused:
         run_id = getattr(config, f"{upstream}_run_id") or find_finished(upstream, config, data)
         if run_id:
             reused = Step(upstream, f"reuses run {run_id}", 0.0)
         else:
-            chain.insert(0, upstream)
-    rate = 0.0 if chain == ["explain"] else _rate(config, data)
-    steps = [_step(name, config, data, rate) for name in chain]
-    return Plan([reused, *steps] if reused else steps, chain, total_need(chain, config, data))
+            stages.insert(0, upstream)
+    return Chain(stages, reused)
+
+
+def make_plan(chain: Chain, config: Config, data: ImageData) -> Plan:
+    """How long the stages of a chain will take, and what room they need."""
+    rate = 0.0 if chain.stages == ["explain"] else _rate(config, data)
+    steps = [_step(name, config, data, rate) for name in chain.stages]
+    need = total_need(chain.stages, config, data)
+    return Plan([chain.reused, *steps] if chain.reused else steps, need)
 
 
 def _step(stage: str, config: Config, data: ImageData, rate: float | None) -> Step:
@@ -70,6 +84,8 @@ def _step(stage: str, config: Config, data: ImageData, rate: float | None) -> St
         count, size = _retrainings(stage, config, n)
         what = f"up to {count} models, {most}{config.epochs} epochs of {size:,} images"
         work = count * config.epochs * size / gain
+        if stage == "evaluate" and FEATURISING.intersection(config.method_names):
+            work += config.num_models * (n + targets) * FEATURE_COST
     return Step(stage, what, None if rate is None else work * rate + START_UP * (work > 0))
 
 

@@ -193,12 +193,25 @@ def check_arms(arms: list[str], lacking: Sequence[str] = ()) -> None:
             raise InputError(f"arms={arm}: {reason}, or leave out the arm")
 
 
+def check_fracs(fracs: Sequence[float], n: int) -> None:
+    """Refuse a share that comes to none of n training examples.
+
+    Raises:
+        InputError: with the smallest that removes one.
+    """
+    if round(min(fracs) * n) < 1:
+        raise InputError(
+            f"frac={min(fracs):g}: removes none of the {n} training examples; use {1 / n:.2g} or more"
+        )
+
+
 def plan_trials(
     arms: list[str],
     fracs: list[float],
     evidence: Evidence,
     seeds: list[int],
     actions: Sequence[str] = ("remove",),
+    class_names: Sequence[str] = (),
 ) -> list[Trial]:
     """Every (arm, frac, action) to retrain, each beside `none` and a `random` of its size and action.
 
@@ -215,9 +228,8 @@ def plan_trials(
         if "relabel" in actions and arm != "none" and labels is None:
             raise InputError(f"arms={arm}: to relabel, {OLD_SCORES}, or use action=remove")
     n = len(evidence.labels)
+    check_fracs(fracs, n)
     shares = {round(frac * n): frac for frac in sorted(fracs)}  # how many, as it was asked for
-    if min(shares) < 1:
-        raise InputError(f"frac={min(fracs):g}: removes none of the {n} training examples")
     controls = dict(shares)
     trials: list[Trial] = []
     for arm in dict.fromkeys(arms):
@@ -238,7 +250,7 @@ def plan_trials(
     for action in actions:
         trials += chosen if action == "remove" else [_relabelled(t, evidence) for t in chosen]
     for trial in trials:
-        _check_classes(trial, evidence.labels)
+        _check_classes(trial, evidence.labels, class_names)
     return trials
 
 
@@ -260,7 +272,7 @@ def _relabelled(trial: Trial, evidence: Evidence) -> Trial:
     return replace(trial, new_labels=tuple(labels[removed] for removed in trial.removed))
 
 
-def _check_classes(trial: Trial, labels: np.ndarray) -> None:
+def _check_classes(trial: Trial, labels: np.ndarray, class_names: Sequence[str]) -> None:
     before = np.bincount(labels)
     for s, removed in enumerate(trial.removed):
         left = before - np.bincount(labels[removed], minlength=len(before))
@@ -269,9 +281,10 @@ def _check_classes(trial: Trial, labels: np.ndarray) -> None:
         emptied = np.flatnonzero((left == 0) & (before > 0))
         if len(emptied):
             label = int(emptied[0])
+            name = class_names[label] if class_names else label
             raise InputError(
                 f"frac={trial.frac:.3g}: arm {trial.arm} would {trial.action} all {before[label]} "
-                f"training examples of class {label}; use a smaller frac or leave out the arm"
+                f"training examples of class {name}; use a smaller frac or leave out the arm"
             )
 
 

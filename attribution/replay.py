@@ -66,14 +66,17 @@ def _difference(original: Path, replay: Path) -> str:
     if original.suffix == ".csv":
         return _table_difference(original, replay)
     pairs = [_arrays(file) for file in (original, replay)]
-    largest = 0.0
-    for name, then in pairs[0].items():
-        now = pairs[1].get(name)
-        if now is None or now.shape != then.shape:
+    names, apart = sorted({name for pair in pairs for name in pair}), []
+    for name in names:
+        then, now = (pair.get(name) for pair in pairs)
+        if then is None or now is None or now.shape != then.shape:
             return f"{name}: another shape"
-        if then.tobytes() != now.tobytes():
-            largest = max(largest, float(np.abs(np.subtract(then, now, dtype=np.float64)).max()))
-    return f"differs by at most {largest:.3g}" if largest else ""
+        if then.dtype != now.dtype or then.tobytes() != now.tobytes():
+            apart.append(float(np.abs(np.subtract(then, now, dtype=np.float64)).max()))
+    if not apart:
+        return ""
+    largest = max(apart)  # zero where only a sign of zero or a type differs; NaN is neither
+    return f"differs by at most {largest:.3g}" if largest > 0 else "other bits"
 
 
 def _table_difference(original: Path, replay: Path) -> str:

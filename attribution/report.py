@@ -63,9 +63,8 @@ def print_evaluation(table: pd.DataFrame) -> None:
     """Print what each method is worth, with intervals."""
     columns = "method", "LDS", "of ceiling", "slope", "AUROC of flips", "AP", "first 10 %", "20 %"
     ceiling = table["noise_ceiling"].iloc[0]
-    title = (
-        f"Methods against retrained subsets (noise ceiling of LDS {ceiling:.3f}), 95 % intervals"
-    )
+    known = f"noise ceiling of LDS {ceiling:.3f}" if pd.notna(ceiling) else "one model on each"
+    title = f"Methods against retrained subsets ({known}), 95 % intervals"
     rows = []
     for _, row in table.iterrows():
         share = row["lds_share_of_ceiling"]

@@ -208,14 +208,24 @@ def _from_parts(
     for part in parts.values():
         own = getattr(part.features[label], "names", None)
         for value in _values(part, label):
-            known = value is not None and value != -1
-            labels.append(ids[own[value] if own else str(value)] if known else -1)
+            if value is None or value == -1:
+                labels.append(-1)
+                continue
+            named = own[value] if own else str(value)
+            if named not in ids:
+                raise InputError(
+                    f"label_column={label}: a part has class {named!r}, which the training part lacks"
+                )
+            labels.append(ids[named])
         images.append(part.select_columns([image]).cast_column(image, datasets.Image(decode=False)))
     merged = datasets.concatenate_datasets(images).with_format("arrow")
 
     def column(name: str) -> list[Any] | None:
         if not all(name in part.features for part in parts.values()):
             return None
+        kinds = datasets.Value, datasets.ClassLabel
+        if not all(isinstance(part.features[name], kinds) for part in parts.values()):
+            raise InputError(f"groups={name}: holds lists or images; a group is a number or a text")
         return [value for part in parts.values() for value in _values(part, name)]
 
     return Source(

@@ -34,7 +34,7 @@ def open_store(cache: Path) -> None:
     from mlflow.exceptions import MlflowException
 
     uri = mlflow.get_tracking_uri()
-    if uri.startswith("file:") or "://" not in uri:
+    if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise InputError(
             f"MLFLOW_TRACKING_URI={uri}: MLflow has retired its file store; move the old mlruns "
             "folder away or set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
@@ -43,7 +43,12 @@ def open_store(cache: Path) -> None:
         with alone(cache, "store", "another process is opening the tracking store; waiting"):
             file = _database(uri)
             if file and not file.exists():
-                _make(file)
+                try:
+                    _make(file)
+                except (FileExistsError, NotADirectoryError, PermissionError) as error:
+                    raise InputError(
+                        f"MLFLOW_TRACKING_URI={uri}: cannot be written ({error.strerror})"
+                    ) from None
     except OSError as error:
         if error.errno in LACKING:
             raise

@@ -87,15 +87,20 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     if stage == "ablation" and config.groups in data.examples:
         settings["groups"] = [config.groups, digest(*data.examples[config.groups])]
     if stage == "explain" and config.image:
-        settings["image"] = [Path(config.image).name, _content(config.image)]  # both are shown
+        settings["image"] = [Path(config.image).name, _content("image", config.image)]  # both shown
+    if stage == "evaluate" and config.bank and not config.bank.startswith("runs:"):
+        settings["bank"] = [
+            _content("bank", config.bank, file) for file in ("masks.npy", "margins.npy")
+        ]
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
 
 
-def _content(image: str) -> str:
+def _content(parameter: str, value: str, *parts: str) -> str:
     try:
-        return hashlib.blake2b(Path(image).expanduser().read_bytes(), digest_size=16).hexdigest()
+        with Path(value, *parts).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"image={image}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{parameter}={value}: cannot be read ({error.strerror})") from None
 
 
 def work_folder(config: Config, *parts: str) -> Path:
@@ -108,9 +113,13 @@ def work_folder(config: Config, *parts: str) -> Path:
     return cache_folder(config, *top, *parts)
 
 
-def stage_folder(stage: str, config: Config, data: ImageData) -> Path:
-    """The work folder of one stage of a command, which goes when the stage's run is FINISHED."""
-    return work_folder(config, fingerprint(stage, config, data)[:16])
+def stage_folder(stage: str, config: Config, data: ImageData, *parts: str) -> Path:
+    """The work folder of one stage of a command, which goes when the stage's run is FINISHED.
+
+    Args:
+        parts: of a folder in it.
+    """
+    return work_folder(config, fingerprint(stage, config, data)[:16], *parts)
 
 
 @contextmanager
@@ -206,18 +215,21 @@ def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
     """The newest FINISHED run with the stage's fingerprint whose artifacts are all still there."""
     import mlflow
 
-    key, needed = fingerprint(stage, config, data), NEEDED_ARTIFACTS[stage]
-    if stage == "finetune":
-        needed += tuple(f"checkpoints/{m:03d}/model.safetensors" for m in range(config.num_models))
+    key = fingerprint(stage, config, data)
     runs = mlflow.MlflowClient().search_runs(
         [current_run().experiment_id],
         f"tags.stage = '{stage}' and tags.fingerprint = '{key}' and attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"],
     )
-    for run in runs:
-        if all(_has_artifact(run.info.run_id, path) for path in needed):
-            return run.info.run_id
-    return None
+    return next((r.info.run_id for r in runs if is_whole(stage, r.info.run_id, config)), None)
+
+
+def is_whole(stage: str, run_id: str, config: Config) -> bool:
+    """Whether a run still has what others would build on."""
+    needed = NEEDED_ARTIFACTS[stage]
+    if stage == "finetune":
+        needed += tuple(f"checkpoints/{m:03d}/model.safetensors" for m in range(config.num_models))
+    return all(_has_artifact(run_id, path) for path in needed)
 
 
 def _has_artifact(run_id: str, path: str) -> bool:
@@ -367,15 +379,16 @@ def artifact_path(run_id: str, path: str) -> Path:
         raise InputError(f"run {run_id}: its artifact {path} cannot be had ({reason})") from error
 
 
-def delete_artifacts(run_id: str, paths: list[str]) -> None:
-    """Delete artifacts of a run; those that are gone already stay so."""
+def delete_artifacts(run_id: str, paths: list[str]) -> int:
+    """Delete artifacts of a run, and count them; those that are gone already stay so."""
     import mlflow
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     store = get_artifact_repository(mlflow.get_run(run_id).info.artifact_uri)
-    for path in paths:
-        if store.list_artifacts(path):
-            store.delete_artifacts(path)
+    there = [path for path in paths if store.list_artifacts(path)]
+    for path in there:
+        store.delete_artifacts(path)
+    return len(there)
 
 
 @cache
@@ -420,6 +433,11 @@ def lineage(run_id: str | None) -> dict[str, str]:
     return found
 
 
+def finetune_run(run_id: str) -> str:
+    """The run whose checkpoints this run used itself, or else those that it was built on."""
+    return run_tags(run_id).get("finetune_run_id") or lineage(run_id)["finetune run"]
+
+
 def nested_runs(run_id: str, wanted: dict[str, str] | None = None) -> list[Any]:
     """The runs nested in this one that have these values ('params.arm' and the like), oldest first."""
     import mlflow
@@ -444,6 +462,7 @@ def metric_name(text: str) -> str:
     Texts that differ in these alone are told apart by a hash at the end.
     """
     name = re.sub(r"[^\w\-. :/]", "_", text)
+    name = name if len(name) < 248 else name[:240]  # with a hash; MLflow takes 250
     # A name is a path too, and has to be the shortest way to write it.
     name = name if posixpath.normpath(name) == name else name.replace("/", "_")
     return name if name == text else f"{name}_{digest(text)[:6]}"

@@ -344,6 +344,11 @@ def batches_of(
         yield to_batch(pixels[positions[part]], mean, std, device), labels[part]
 
 
+def prediction_batch_size(config: Config) -> int:
+    """Images a batch where only logits are wanted: the first layers of large ones fill the memory."""
+    return 256 if config.image_size <= 96 else 32
+
+
 @torch.inference_mode()
 def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np.ndarray:
     """Logits (n, C), float32, of a split; the model is left in eval mode.
@@ -354,7 +359,7 @@ def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np
     device = next(model.parameters()).device
     model.eval()
     parts = []
-    for images, _ in batches_of(config, data, split, 256, device):
+    for images, _ in batches_of(config, data, split, prediction_batch_size(config), device):
         with autocast(config, device):
             parts.append(model(images).logits.float().cpu())
     logits = torch.cat(parts).numpy()

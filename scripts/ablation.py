@@ -34,13 +34,16 @@ def make(config: Config, data: ImageData) -> None:
     lacking = ["groups"] * (config.groups == alignment.AUTO)
     lacking += ["is_flipped"] * (not data.table("train")["is_flipped"].any())
     removal.check_arms(config.arm_names, lacking)
+    removal.check_fracs(config.fracs, len(data.rows("train")))
     alignment.check_groups(data.examples, config.groups)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
     scores = load_scores(tracking.artifact_path(trak_id, "scores"))
     evidence = gather_evidence(config, data, scores)
     seeds = [training.derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
     actions = ("remove", "relabel") if config.action == "both" else (config.action,)
-    trials = removal.plan_trials(config.arm_names, config.fracs, evidence, seeds, actions)
+    trials = removal.plan_trials(
+        config.arm_names, config.fracs, evidence, seeds, actions, data.class_names
+    )
     work = tracking.work_folder(config, "retrainings")
     logits = comparison.retrain(config, data, trials, seeds, work)
     outcomes = comparison.compare(trials, logits, data.labels("test"), test_groups(config, data))
@@ -98,6 +101,10 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
     losses = scores.targets["loss"].to_numpy()
     weights = alignment.group_weights(losses, groups, config.group_weights)
     train, flipped = scores.train, scores.train["is_flipped"].to_numpy()
+    quality, predicted = (
+        train[name].to_numpy() if name in train else None
+        for name in ("label_quality", "predicted_label")
+    )
     own_groups = None
     if config.groups != alignment.AUTO:
         own_groups = alignment.group_ids(data.table("train"), config.groups)
@@ -110,9 +117,9 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
         alignment=aligned,
         trust=train["trust"].to_numpy() if by_default else aligned,
         loss=train["loss"].to_numpy(),
-        label_quality=train["label_quality"].to_numpy(),
+        label_quality=quality,
         self_influence=train["self_influence"].to_numpy(),
-        predicted=train["predicted_label"].to_numpy(),
+        predicted=predicted,
         groups=own_groups,
         is_flipped=flipped if flipped.any() else None,
         true_labels=train["true_label"].to_numpy(),

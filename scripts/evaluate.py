@@ -27,10 +27,11 @@ def make(config: Config, data: ImageData) -> None:
     methods.check_methods(config.method_names)
     evaluation.check_brittleness(config, len(data.rows("train")))
     given = known_bank(config, data)  # refused before any training
+    evaluation.check_alpha(config, len(data.rows("train")))
     trak_id = tracking.obtain("trak", config, data, trak.make)
-    finetune_id = tracking.obtain("finetune", config, data, finetune.make)
+    finetune_id = finetune.obtain_of(trak_id, config, data)
     bank = given or new_bank(config, data)
-    work = tracking.stage_folder("evaluate", config, data)
+    work = tracking.stage_folder("evaluate", config, data, finetune_id)
     subject = methods.Subject(
         config,
         data,

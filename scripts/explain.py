@@ -27,9 +27,9 @@ def make(config: Config, data: ImageData) -> None:
 
     explanation.check(config, data)  # refused before any training
     trak_id = tracking.obtain("trak", config, data, trak.make)
-    finetune_id = mlflow.get_run(trak_id).data.tags["finetune_run_id"]
+    finetune_id = tracking.run_tags(trak_id)["finetune_run_id"]
     if config.image:  # which needs the checkpoints themselves
-        finetune_id = tracking.obtain("finetune", config, data, finetune.make)
+        finetune_id = finetune.obtain_of(trak_id, config, data)
     mlflow.set_tag("finetune_run_id", finetune_id)
     found = explain(config, data, trak_id, finetune_id)
     with tracking.artifact_folder() as folder:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from attribution import tracking
 from attribution.command import main
+from attribution.errors import InputError
 
 if TYPE_CHECKING:
     from attribution.config import Config
@@ -21,6 +22,7 @@ def make(config: Config, data: ImageData) -> None:
     from attribution import ensemble, models, plots
 
     models.check_image_size(models.build(config.model, data.class_names, seed=0), config.image_size)
+    check_subset_fraction(config, len(data.rows("train")))
     work = tracking.stage_folder("finetune", config, data)
     masks = ensemble.subset_masks(
         len(data.rows("train")), config.num_models, config.subset_fraction, config.seed
@@ -45,6 +47,19 @@ def make(config: Config, data: ImageData) -> None:
         plots.training_curves([c.history for c in checkpoints], folder / "curves.png")
 
 
+def check_subset_fraction(config: Config, n: int) -> None:
+    """Refuse parts too small to train on, before anything is trained.
+
+    Raises:
+        InputError: fewer than two of n training examples for a checkpoint.
+    """
+    if config.subset_fraction * n < 2:
+        raise InputError(
+            f"subset_fraction={config.subset_fraction:g}: a checkpoint needs 2 of the {n} training "
+            f"examples; use {2 / n:.2g} or more"
+        )
+
+
 def show(run_id: str, config: Config) -> None:
     """Print the ensemble's validation metrics and what to type next."""
     import mlflow
@@ -54,6 +69,31 @@ def show(run_id: str, config: Config) -> None:
         print(f"{name}: {metrics[name]:.4f}")
     print(f"finetune run: {run_id}")
     tracking.say(f"next: python -m scripts.trak --finetune_run_id {run_id}")
+
+
+def obtain_of(trak_id: str, config: Config, data: ImageData) -> str:
+    """The run whose checkpoints a trak run scored; where they are gone, one that trains them anew.
+
+    The active run is tagged with it. Others than then, as under another number of jobs, are told.
+    """
+    import mlflow
+    import numpy as np
+
+    from attribution.ensemble import Ensemble
+
+    own = tracking.run_tags(trak_id)["finetune_run_id"]
+    if tracking.is_whole("finetune", own, config):
+        mlflow.set_tag("finetune_run_id", own)
+        return own
+    found = tracking.obtain("finetune", config, data, make)
+    files = [tracking.artifact_path(run_id, "training/logits.npz") for run_id in (own, found)]
+    then, now = (Ensemble.load(file).train_logits for file in files)
+    if not np.array_equal(then, now):
+        tracking.say(
+            f"finetune: the checkpoints that trak run {trak_id} scored are gone, and those of run {found} "
+            "are others (another jobs or device?): what follows is of both"
+        )
+    return found
 
 
 def checkpoint_folders(run_id: str, num_models: int) -> list[Path]:

@@ -39,7 +39,8 @@ def make(config: Config, data: ImageData) -> None:
     held_out = None
     if members.is_out_of_sample:
         held_out = alignment.held_out_weights(members.masks, data.labels("train"))
-    work = tracking.stage_folder("trak", config, data)
+    # What others' checkpoints left is not gone on with.
+    work = tracking.stage_folder("trak", config, data, finetune_id)
     start = time.monotonic()
     folders = finetune.checkpoint_folders(finetune_id, config.num_models)
     stores = featurize(config, data, folders, work)

@@ -287,6 +287,24 @@ def test_an_upstream_run_that_cannot_be_built_on(place: Place, stage: str, upstr
     refused(place, stage, f"{name}={pointer}", "only points to", **NOTHING | {name: pointer})
 
 
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("ablation", "frac", 0.001),
+        ("finetune", "subset_fraction", 0.01),
+        ("evaluate", "alpha", 0.01),
+    ],
+)
+def test_a_share_that_comes_to_nothing_is_refused_before_anything_is_trained(
+    place: Place, stage: str, name: str, value: float
+) -> None:
+    before = len(place.runs("finetune"))
+    given = {name: value, "seed": 77}
+    refused(place, stage, f"{name}={value:g}:", "or more", **given)
+    finished = [run for run in place.runs("finetune") if run.info.status == "FINISHED"]
+    assert len(finished) <= before
+
+
 def test_a_parameter_that_contradicts_the_run_built_on(place: Place) -> None:
     named = NOTHING | {"trak_run_id": run_id(place, "trak")}
     refused(place, "ablation", "epochs=3", "epochs=2", **named | {"epochs": 3})

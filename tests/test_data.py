@@ -556,13 +556,39 @@ def test_a_column_that_some_part_lacks_is_not_taken(load, tmp_path) -> None:
     assert "camera" not in load(tmp_path / "saved", groups="camera").examples
 
 
-@pytest.mark.parametrize("name", ["split", "file_name", "label"])
-def test_a_column_of_the_data_set_does_not_take_the_place_of_ours(load, tmp_path, name) -> None:
-    part = hub_dataset(0, [12, 12])
-    if name != "label":
-        part = part.add_column(name, ["theirs"] * 24)
+@pytest.mark.parametrize("name", ["split", "file_name", "position"])
+def test_a_column_that_has_the_name_of_ours_is_refused(load, tmp_path, name) -> None:
+    """Groups would be of another thing than was asked for, and nothing would show it."""
+    part = hub_dataset(0, [12, 12]).add_column(name, ["left", "right"] * 12)
     folder = write_parquet(tmp_path / "hub", train=part)
-    assert load(folder, groups=name).examples.equals(load(folder).examples)
+    assert load(folder, groups="label").examples.equals(load(folder).examples)
+    fails(load, folder, f"groups={name}", "rename it", groups=name)
+
+
+def test_a_group_is_no_list_and_no_image(load, tmp_path) -> None:
+    part = hub_dataset(0, [12, 12]).add_column("tags", [["a", "b"]] * 24)
+    folder = write_parquet(tmp_path / "hub", train=part)
+    for name in ("tags", "image"):
+        fails(load, folder, f"groups={name}", "number or a text", groups=name)
+
+
+def test_a_class_that_the_training_part_does_not_know_is_refused(load, tmp_path) -> None:
+    import datasets
+
+    train, test = hub_dataset(0, [12, 12]), hub_dataset(50, [5, 4])
+    names = [*train.features["label"].names[:1], "another"]
+    test = test.cast_column("label", datasets.ClassLabel(names=names))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "saved")
+    fails(load, tmp_path / "saved", "label_column=label", "'another'")
+
+
+def test_a_class_that_shares_its_images_has_too_few_of_its_own(load, root) -> None:
+    """An image of two classes counts for the first alone, and none is left for some split."""
+    write_classes(root, {"zebra": 3}, 300)
+    first = sorted(folder for folder in root.iterdir() if folder.name != "zebra")[0]
+    for file in sorted((root / "zebra").iterdir())[:2]:
+        (first / f"z{file.name}").write_bytes(file.read_bytes())
+    fails(load, root, "class 'zebra' has 1 different images of its own", "at least 3")
 
 
 # Fingerprint
@@ -702,6 +728,18 @@ def test_16_bit_grey_is_scaled(mode, suffix) -> None:
     image.save(stream, suffix)
     pixels = decode_image(Image.open(stream), 8)
     assert np.abs(pixels[..., 0] - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("bright", [0.9, 1.0, 1.1, 256.0, np.nan, -0.1])
+def test_numbers_without_an_agreed_range_are_refused_and_others_keep_their_order(bright) -> None:
+    """A range guessed from each image would make a dark one lighter than a bright one."""
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8), bright, np.float32)).save(stream, "TIFF")
+    if 0 <= bright <= 1:
+        assert np.abs(decode_image(Image.open(stream), 8) - 255 * bright).max() <= 0.6
+    else:
+        with pytest.raises(ValueError, match="grey values of mode F are not from 0 to 1"):
+            decode_image(Image.open(stream), 8)
 
 
 def test_exif_rotation(tmp_path) -> None:

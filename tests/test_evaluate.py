@@ -80,6 +80,23 @@ def test_a_ranking_without_scores_has_detection_alone() -> None:
     assert "auroc" not in without
 
 
+def test_a_bank_that_was_made_anew_is_another_bank(tmp_path) -> None:
+    from attribution.tracking import fingerprint
+
+    data, keys = toy_data(tmp_path / "data"), []
+    for value in (0.0, 0.0, 1.0):
+        for name in ("masks", "margins"):
+            np.save(tmp_path / f"{name}.npy", np.full(3, value))
+        keys.append(fingerprint("evaluate", toy_config(bank=str(tmp_path)), data))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_rankings_alone_can_be_judged() -> None:
+    _, bank = planted()
+    table = judge({"loss": Attribution(trust=np.arange(60.0))}, bank, np.arange(60) < 6)
+    assert row(table, "loss")["auroc"] == 1 and np.isnan(row(table, "loss")["lds"])
+
+
 def test_scores_without_a_ranking_have_no_detection() -> None:
     values, bank = planted()
     scores = Attribution(values)

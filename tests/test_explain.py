@@ -753,3 +753,25 @@ def test_class_names_that_look_like_numbers_or_nothing(new_place, tmp_path) -> N
         place.artifacts(result.tags["trak_run_id"]) / "scores" / "targets.parquet"
     )
     assert shown == targets["label_name"].tolist() and set(shown) == set(names.values())
+
+
+def test_scores_go_with_the_checkpoints_that_they_were_made_from(new_place, tmp_path) -> None:
+    """A newer run with the same settings may be of another number of threads, or another device."""
+    place = new_place("own")
+    first = place.done("trak")
+    own = first.tags["finetune_run_id"]
+    checkpoints, kept = place.artifacts(own) / "checkpoints", tmp_path / "kept"
+    checkpoints.rename(kept)
+    newer = place.done("finetune").run_id
+    pictures = iter(sorted(place.dataset.rglob("*.png")))
+    result = place.done("explain", image=next(pictures))
+    assert result.tags["finetune_run_id"] == newer != own and "are others" not in result.err
+    logits = place.artifacts(own) / "training" / "logits.npz"
+    arrays = dict(np.load(logits))
+    arrays["train_logits"] = arrays["train_logits"] + 1
+    np.savez(logits, **arrays)
+    result = place.done("explain", image=next(pictures))
+    assert f"the checkpoints that trak run {first.run_id} scored are gone" in result.err
+    kept.rename(checkpoints)
+    result = place.done("explain", image=next(pictures))
+    assert result.tags["finetune_run_id"] == own and "are others" not in result.err

@@ -67,6 +67,14 @@ def test_a_table_is_read_wherever_its_column_is(tmp_path_factory, ids, name, at,
     assert read_ids(str(file)) == ids
 
 
+def test_what_is_a_line_to_python_alone_is_a_part_of_a_name(tmp_path) -> None:
+    """As `export_arm` writes it: csv quotes neither of these."""
+    file = tmp_path / "keep.csv"
+    table = pd.DataFrame({"label_name": ["x\u2028y", "a\x0cb\x85c"], "example_id": ["abc", "def"]})
+    table.to_csv(file, index=False)
+    assert read_ids(str(file)) == ["abc", "def"]
+
+
 @pytest.mark.parametrize("content", ["", "\n \n", "example_id\n", "example_id,label\n"])
 def test_a_file_without_ids_is_refused(tmp_path, content) -> None:
     file = tmp_path / "keep.csv"

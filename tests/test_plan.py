@@ -31,7 +31,7 @@ def test_durations_are_rounded_as_befits_an_estimate(seconds, words) -> None:
 
 def test_lines_add_up_and_leave_out_what_is_not_known() -> None:
     def lines(*steps: Step) -> list[str]:
-        return describe(Plan(list(steps), [], Need(work=3 << 30, artifacts=1 << 29)), 2)
+        return describe(Plan(list(steps), Need(work=3 << 30, artifacts=1 << 29)), 2)
 
     known = lines(Step("finetune", "a", 60.0), Step("trak", "b", 30.0))
     assert known[0] == "plan:" and known[-2].startswith("  in all about 2 min")

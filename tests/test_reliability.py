@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 from conftest import Place
 from mlflow.exceptions import MlflowException
 from test_bad_input import refused
 from test_pipeline import child_environment
 
-from attribution import store, tracking
+from attribution import replay, store, tracking
+from attribution.errors import InputError
 from attribution.signals import STOPPING, ended_by_signals
 from scripts.benchmarks import faults
 
@@ -172,6 +174,35 @@ def new_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a store that is not there yet."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
     return tmp_path / "new.db"
+
+
+def test_a_store_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'file' / 'new.db'}")
+    with pytest.raises(InputError, match="^MLFLOW_TRACKING_URI=sqlite:.*: cannot be written"):
+        store.open_store(tmp_path / "cache")
+
+
+def test_a_result_is_finished_before_another_process_may_look_for_it(
+    new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from filelock import FileLock, Timeout
+
+    place, held = new_place("order"), []
+    end_run = mlflow.end_run
+
+    def watched(*args: Any) -> None:
+        if mlflow.active_run():
+            for file in (place.cache / "locks").glob("????????????????.lock"):
+                try:
+                    FileLock(file).acquire(timeout=0)
+                except Timeout:
+                    held.append(file.stem)
+        end_run(*args)
+
+    monkeypatch.setattr(mlflow, "end_run", watched)
+    result = place.done("finetune")
+    assert [result.tags["fingerprint"][:16]] == held
 
 
 def test_a_store_appears_whole_or_not_at_all(
@@ -368,6 +399,23 @@ def test_a_replay_that_differs_says_where_and_fails(replayed) -> None:
     assert "differs by at most 0.25 (accuracy_mean)" in result.out
     assert f"replay of run {first.run_id}: differs" in result.out
     assert "torch: 12." in result.err and " then, 2." in result.err
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"a": [1.0, 2.0]}, ""),
+        ({"a": [1.0, 2.5]}, "differs by at most 0.5"),
+        ({"a": [1.0, np.nan]}, "other bits"),
+        ({"a": np.float32([1, 2])}, "other bits"),
+        ({"a": [1.0]}, "a: another shape"),
+        ({"a": [1.0, 2.0], "b": [0]}, "b: another shape"),
+    ],
+)
+def test_results_are_the_same_in_every_bit_or_are_said_to_differ(tmp_path, now, said) -> None:
+    np.savez(tmp_path / "then.npz", a=[1.0, 2.0])
+    np.savez(tmp_path / "now.npz", **now)
+    assert replay._difference(tmp_path / "then.npz", tmp_path / "now.npz") == said
 
 
 def test_what_cannot_be_replayed(replayed, images: Path, tmp_path: Path) -> None:
