@@ -213,7 +213,7 @@ def _quality(table: pd.DataFrame) -> dict[str, Any]:
                 "auroc": report.interval(row, "auroc", ".3f"),
             }
         )
-    known = f" A noise ceiling of {ceiling:.3f} is the most that any method could reach."
+    known = f" A noise ceiling of {ceiling:.3f} is about the most that any method could reach."
     sentence = (
         "LDS is the rank correlation between what scores predict for models trained on random "
         "subsets and what those models did, the mean over validation images, with a 95 % interval."

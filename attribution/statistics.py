@@ -277,7 +277,10 @@ def noise_ceiling(margins: np.ndarray) -> np.ndarray:
     """The LDS that knowing each subset's expected margin would have, (m,), at least 0.
 
     The mean of R repeats correlates with its expectation by the square root of its reliability,
-    which Spearman and Brown's formula gives from the correlation of single repeats.
+    which Spearman and Brown's formula gives from the correlation of single repeats. The root of
+    few subsets' noise makes the mean over targets a little low (simulated, for ceilings of .5 to
+    .8: by .02 to .04 with 50 subsets and 2 repeats, by at most .01 with 100 and 3), and for targets
+    that nothing moves not zero but .2.
 
     Args:
         margins: (S, R, m), R at least 2.
