@@ -246,7 +246,7 @@ def early_workers(jobs: int, function: Callable[[], object]) -> Iterator[None]:
     """Have worker processes start, and each call a function, while the block goes on to its first map.
 
     Args:
-        jobs: of that map, if it is on this machine; one needs no worker process.
+        jobs: as that map will have them, or it waits for other workers; one needs no worker process.
         function: imports what tasks will need. What becomes of it is not asked.
     """
     if jobs > 1:

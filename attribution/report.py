@@ -131,7 +131,7 @@ def interval(row: pd.Series, name: str, form: str) -> str:
 
 
 def power(table: pd.DataFrame) -> str:
-    """What the run could have seen, and how many seeds its largest and smallest differences need."""
+    """What the run could have seen, and how many seeds its largest unclear difference needs."""
     rows = table[table["accuracy_vs_random"].notna()]
     if rows.empty:
         return ""
