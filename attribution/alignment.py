@@ -8,7 +8,7 @@ import pandas as pd
 from attribution.config import nearest
 from attribution.data import SPLITS
 from attribution.errors import InputError
-from attribution.matrices import row_blocks
+from attribution.matrices import pieces, row_blocks
 
 AUTO = "auto"
 SMALLEST_HALF = 0.05  # of a label's targets; a smaller pseudo-group is left with its label
@@ -127,7 +127,11 @@ def group_alignment(scores: np.ndarray, groups: np.ndarray, weights: np.ndarray)
     """
     column_weights = weights[groups] / np.bincount(groups)[groups]
     return np.concatenate(
-        [block.astype(np.float64) @ column_weights for block in row_blocks(scores)]
+        [
+            piece.astype(np.float64) @ column_weights
+            for block in row_blocks(scores)
+            for piece in pieces(block)
+        ]
     )
 
 

@@ -15,6 +15,7 @@ from attribution.files import regular
 
 BLOCK_ROWS = 4096  # at most: enough for a product of matrices to run at full speed
 BLOCK_BYTES = 1 << 27
+PIECE_BYTES = 1 << 20  # what stays in a core's cache, and malloc need not ask the system for
 
 
 def row_slices(n: int, columns: int) -> Iterator[slice]:
@@ -33,6 +34,12 @@ def row_blocks(*matrices: np.ndarray, columns: int = 0) -> Iterator[np.ndarray]:
     for matrix in matrices:
         for rows in row_slices(len(matrix), max(matrix.shape[1], columns)):
             yield read_rows(matrix, rows)
+
+
+def pieces(block: np.ndarray) -> Iterator[np.ndarray]:
+    """A block's rows, so few at a time that what is computed of them alone costs no memory traffic."""
+    rows = max(1, PIECE_BYTES // (4 * max(1, block.shape[1])))
+    return (block[start : start + rows] for start in range(0, len(block), rows))
 
 
 def ahead(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -359,6 +359,7 @@ def combine(
 
     from attribution.traker_plugins import RidgeScoreComputer
 
+    keep_freed_memory()  # the system would zero every block anew
     computer = RidgeScoreComputer(
         torch.float32, device, lambda_reg=lambda_reg, num_blocks=num_blocks
     )

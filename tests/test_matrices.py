@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from attribution import matrices
 from attribution.errors import InputError
-from attribution.matrices import ahead, open_matrix, read_rows, row_blocks, row_slices, write_matrix
+from attribution.matrices import (
+    ahead,
+    open_matrix,
+    pieces,
+    read_rows,
+    row_blocks,
+    row_slices,
+    write_matrix,
+)
 
 
 def example(n: int = 7, columns: int = 3) -> np.ndarray:
@@ -148,3 +156,12 @@ def test_blocks_come_in_order_one_ahead_and_an_error_where_it_happens() -> None:
             assert len(made) <= len(found) + 1
     assert found == [0, 1, 2, 3]
     assert list(ahead([])) == []
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (700, 1000), (3, 2**20), (5, 0)])
+def test_pieces_are_a_block_in_order_and_small(shape) -> None:
+    block = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    found = list(pieces(block))
+    assert sum(map(len, found)) == len(block)
+    assert all((a == b).all() for a, b in zip(np.concatenate([block[:0], *found]), block))
+    assert all(len(piece) == 1 or piece.nbytes <= 1 << 20 for piece in found)
