@@ -89,9 +89,10 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     if stage == "explain" and config.image:
         settings["image"] = [Path(config.image).name, _content("image", config.image)]  # both shown
     if stage == "evaluate" and config.bank and not config.bank.startswith("runs:"):
-        settings["bank"] = [
-            _content("bank", config.bank, file) for file in ("masks.npy", "margins.npy")
-        ]
+        with suppress(InputError):  # load_bank says what is wrong with it
+            settings["bank"] = [
+                _content("bank", config.bank, file) for file in ("masks.npy", "margins.npy")
+            ]
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
 
 

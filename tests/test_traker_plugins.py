@@ -288,7 +288,7 @@ def test_products_of_rows_whitened_in_float32_are_those_of_float64(ridge) -> Non
     left, right = computer.whiten(x, factor.float()), computer.whiten(x, factor).float()
     found = torch.zeros(500, 500)
     computer.get_scores(left, right, accumulator=found)
-    torch.testing.assert_close(found, truth.float(), rtol=0, atol=1e-5 * float(truth.std()))
+    torch.testing.assert_close(found, truth.float(), rtol=0, atol=3e-5 * float(truth.std()))
     norms = left.square().sum(1)
     torch.testing.assert_close(norms, truth.diagonal().float(), rtol=2e-5, atol=0)
 
