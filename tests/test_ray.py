@@ -122,6 +122,7 @@ def test_retrainings_of_the_digits_have_the_same_bits_as_local_ones(
         assert ours.tobytes() == theirs.tobytes()
 
 
+@pytest.mark.usefixtures("one_thread")  # as many as the worker: others round otherwise
 def test_a_model_folder_of_the_driver_reaches_the_workers(on_ray, tmp_path: Path) -> None:
     from attribution import models
 
