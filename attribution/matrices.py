@@ -18,9 +18,13 @@ BLOCK_BYTES = 1 << 27
 PIECE_BYTES = 1 << 20  # what stays in a core's cache, and malloc need not ask the system for
 
 
-def row_slices(n: int, columns: int) -> Iterator[slice]:
-    """Divide n rows of so many float32 columns into blocks of bounded size, in order."""
-    rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * max(1, columns))))
+def row_slices(n: int, columns: int, limit: int = 0) -> Iterator[slice]:
+    """Divide n rows of so many float32 columns into blocks of bounded size, in order.
+
+    Args:
+        limit: bytes of a block, where that is not BLOCK_BYTES.
+    """
+    rows = max(1, min(BLOCK_ROWS, (limit or BLOCK_BYTES) // (4 * max(1, columns))))
     for start in range(0, n, rows):
         yield slice(start, min(start + rows, n))
 
@@ -38,8 +42,7 @@ def row_blocks(*matrices: np.ndarray, columns: int = 0) -> Iterator[np.ndarray]:
 
 def pieces(block: np.ndarray) -> Iterator[np.ndarray]:
     """A block's rows, so few at a time that what is computed of them alone costs no memory traffic."""
-    rows = max(1, PIECE_BYTES // (4 * max(1, block.shape[1])))
-    return (block[start : start + rows] for start in range(0, len(block), rows))
+    return (block[rows] for rows in row_slices(len(block), block.shape[1], PIECE_BYTES))
 
 
 def ahead(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

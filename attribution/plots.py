@@ -76,6 +76,19 @@ def _gallery(lines: Sequence[Sequence[_Tile | None]], title: str, path: Path) ->
     plt.close(figure)
 
 
+def _tiles(data: ImageData, table: pd.DataFrame, column: str, colour: str = "") -> list[_Tile]:
+    """The training examples of a table with the values of a column, by default red where flipped."""
+    pixels, train = data.pixels(), data.rows("train")
+    return [
+        _Tile(
+            pixels[train[row.position]],
+            _caption(row, getattr(row, column)),
+            colour or (HARMFUL if row.is_flipped else NEUTRAL),
+        )
+        for row in table.itertuples()
+    ]
+
+
 def _plain(text: str) -> str:
     """Text that matplotlib draws as it is: a dollar sign would start a formula."""
     return text.replace("$", r"\$")
@@ -87,37 +100,25 @@ def score_gallery(
     """For some targets spread over the classes: the most helpful and most harmful examples."""
     chosen = list(scores.targets.groupby("label").head(1).head(targets).index)
     shown = scores.select(chosen)
-    train, validation = data.rows("train"), data.rows("validation")
-    pixels, lines = data.pixels(), []
+    pixels, validation, lines = data.pixels(), data.rows("validation"), []
     for i, target in enumerate(chosen):
         name = f"target\n{shown.targets['label_name'][i]}"
         line: list[_Tile | None] = [_Tile(pixels[validation[target]], name, NEUTRAL)]
         for rows, colour in ((shown.top(i, k), HELPFUL), (shown.bottom(i, k), HARMFUL)):
-            for row in rows.itertuples():
-                image = pixels[train[row.position]]
-                line.append(_Tile(image, _caption(row, row.score), colour))
-            line += [None] * (k - len(rows))
+            line += [*_tiles(data, rows, "score", colour), *[None] * (k - len(rows))]
         lines.append(line)
     _gallery(lines, "green: raises the target's margin, red: lowers it", path)
 
 
 def explanation(data: ImageData, found: Explanation, path: Path) -> None:
     """What was predicted, with the examples that raised (above) and lowered (below) its margin."""
-    pixels, train = data.pixels(), data.rows("train")
     own = f"{found.predicted} {found.probability:.2f}"
     if not found.is_right:
         own += f"\n({found.label} {found.label_probability:.2f})"
     first = _Tile(found.pixels, own, HELPFUL if found.is_right else HARMFUL)
-    lines = [
-        [start]
-        + [
-            _Tile(pixels[train[row.position]], _caption(row, row.score), colour)
-            for row in table.itertuples()
-        ]
-        for start, table, colour in (
-            (first, found.helpful, HELPFUL),
-            (None, found.harmful, HARMFUL),
-        )
+    lines: list[list[_Tile | None]] = [
+        [first, *_tiles(data, found.helpful, "score", HELPFUL)],
+        [None, *_tiles(data, found.harmful, "score", HARMFUL)],
     ]
     title = f"{found.name}: green raised the margin of {found.label}, red lowered it"
     _gallery(lines, title, path)
@@ -133,15 +134,7 @@ def removed_gallery(
 ) -> None:
     """The first removed examples by alignment (lowest first); a red frame marks a known flip."""
     shown = removed.sort_values("alignment", kind="stable").head(limit)
-    pixels, train = data.pixels(), data.rows("train")
-    tiles = [
-        _Tile(
-            pixels[train[row.position]],
-            _caption(row, row.alignment),
-            HARMFUL if row.is_flipped else NEUTRAL,
-        )
-        for row in shown.itertuples()
-    ]
+    tiles = _tiles(data, shown, "alignment")
     lines = [tiles[i : i + 12] for i in range(0, len(tiles), 12)]
     more = f", the first {limit} of {len(removed)}" if len(removed) > limit else ""
     _gallery(lines, f"removed by {title}{more}; label and alignment", path)

@@ -6,6 +6,8 @@ import errno
 import glob
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from attribution.errors import InputError
@@ -39,27 +41,29 @@ def open_store(cache: Path) -> None:
             f"MLFLOW_TRACKING_URI={uri}: MLflow has retired its file store; move the old mlruns "
             "folder away or set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
         )
-    try:
-        with alone(cache, "store", "another process is opening the tracking store; waiting"):
-            file = _database(uri)
-            if file and not file.exists():
-                try:
-                    _make(file)
-                except (FileExistsError, NotADirectoryError, PermissionError) as error:
-                    raise InputError(
-                        f"MLFLOW_TRACKING_URI={uri}: cannot be written ({error.strerror})"
-                    ) from None
-    except OSError as error:
-        if error.errno in LACKING:
-            raise
-        reason = error.strerror or error
-        raise InputError(f"cache_dir={cache}: cannot be written ({reason})") from None
+    waiting = "another process is opening the tracking store; waiting"
+    with _writing(f"cache_dir={cache}"), alone(cache, "store", waiting):
+        file = _database(uri)
+        if file and not file.exists():
+            with _writing(f"MLFLOW_TRACKING_URI={uri}"):
+                _make(file)
     try:
         mlflow.MlflowClient().search_experiments(max_results=1)
     except MlflowException as error:
         if "UnicodeError" in str(error) or "InvalidURL" in str(error):
             raise InputError(f"MLFLOW_TRACKING_URI={uri}: not an address") from None
         raise
+
+
+@contextmanager
+def _writing(place: str) -> Iterator[None]:
+    """Name the place that cannot be written; what the machine lacks is told elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in LACKING:
+            raise
+        raise InputError(f"{place}: cannot be written ({error.strerror or error})") from None
 
 
 def _database(uri: str) -> Path | None:

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlparse
 from attribution import notes
 from attribution.config import STAGE_GROUPS, Config, convert
 from attribution.errors import InputError
+from attribution.files import sha256
 from attribution.signals import is_stopping
 from attribution.store import failure
 from attribution.workspace import alone, cache_folder, discard
@@ -98,8 +99,7 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
 
 def _content(parameter: str, value: str, *parts: str) -> str:
     try:
-        with Path(value, *parts).expanduser().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(Path(value, *parts).expanduser())
     except OSError as error:
         raise InputError(f"{parameter}={value}: cannot be read ({error.strerror})") from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +58,7 @@ def check_subset_fraction(config: Config, n: int) -> None:
     if config.subset_fraction * n < 2:
         raise InputError(
             f"subset_fraction={config.subset_fraction:g}: a checkpoint needs 2 of the {n} training "
-            f"examples; use {2 / n:.2g} or more"
+            f"examples; use {math.ceil(2000 / n) / 1000:g} or more"
         )
 
 
@@ -74,26 +76,33 @@ def show(run_id: str, config: Config) -> None:
 def obtain_of(trak_id: str, config: Config, data: ImageData) -> str:
     """The run whose checkpoints a trak run scored; where they are gone, one that trains them anew.
 
-    The active run is tagged with it. Others than then, as under another number of jobs, are told.
+    The active run is tagged with it. Others than then, as under another number of jobs, are told. A
+    run that the caller names is taken at their word.
     """
-    import mlflow
+    own = tracking.run_tags(trak_id)["finetune_run_id"]
+    if not config.finetune_run_id and tracking.is_whole("finetune", own, config):
+        config = dataclasses.replace(config, finetune_run_id=own)
+    found = tracking.obtain("finetune", config, data, make)
+    if found != own and not _are_alike(own, found):
+        tracking.say(
+            f"finetune: the checkpoints of run {found} are others than those that trak run {trak_id} "
+            "scored (another jobs or device?): what follows is of both"
+        )
+    return found
+
+
+def _are_alike(*run_ids: str) -> bool:
+    """Whether the checkpoints of two runs say the same of every training example, as far as is kept."""
     import numpy as np
 
     from attribution.ensemble import Ensemble
 
-    own = tracking.run_tags(trak_id)["finetune_run_id"]
-    if tracking.is_whole("finetune", own, config):
-        mlflow.set_tag("finetune_run_id", own)
-        return own
-    found = tracking.obtain("finetune", config, data, make)
-    files = [tracking.artifact_path(run_id, "training/logits.npz") for run_id in (own, found)]
-    then, now = (Ensemble.load(file).train_logits for file in files)
-    if not np.array_equal(then, now):
-        tracking.say(
-            f"finetune: the checkpoints that trak run {trak_id} scored are gone, and those of run {found} "
-            "are others (another jobs or device?): what follows is of both"
-        )
-    return found
+    try:
+        files = [tracking.artifact_path(run_id, "training/logits.npz") for run_id in run_ids]
+        then, now = (Ensemble.load(file).train_logits for file in files)
+    except InputError:
+        return False
+    return np.array_equal(then, now)
 
 
 def checkpoint_folders(run_id: str, num_models: int) -> list[Path]:

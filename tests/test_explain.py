@@ -771,7 +771,9 @@ def test_scores_go_with_the_checkpoints_that_they_were_made_from(new_place, tmp_
     arrays["train_logits"] = arrays["train_logits"] + 1
     np.savez(logits, **arrays)
     result = place.done("explain", image=next(pictures))
-    assert f"the checkpoints that trak run {first.run_id} scored are gone" in result.err
+    assert f"trak run {first.run_id} scored" in result.err and "are others" in result.err
     kept.rename(checkpoints)
     result = place.done("explain", image=next(pictures))
     assert result.tags["finetune_run_id"] == own and "are others" not in result.err
+    result = place.done("explain", image=next(pictures), finetune_run_id=newer)
+    assert result.tags["finetune_run_id"] == newer and "are others" in result.err
