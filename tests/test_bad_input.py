@@ -298,11 +298,13 @@ def test_an_upstream_run_that_cannot_be_built_on(place: Place, stage: str, upstr
 def test_a_share_that_comes_to_nothing_is_refused_before_anything_is_trained(
     place: Place, stage: str, name: str, value: float
 ) -> None:
-    before = len(place.runs("finetune"))
-    given = {name: value, "seed": 77}
-    refused(place, stage, f"{name}={value:g}:", "or more", **given)
-    finished = [run for run in place.runs("finetune") if run.info.status == "FINISHED"]
-    assert len(finished) <= before
+    def finished() -> set[str]:
+        runs = place.runs("finetune")
+        return {run.info.run_id for run in runs if run.info.status == "FINISHED"}
+
+    before = finished()
+    refused(place, stage, f"{name}={value:g}:", "or more", **{name: value, "seed": 77})
+    assert finished() == before
 
 
 def test_a_parameter_that_contradicts_the_run_built_on(place: Place) -> None:
@@ -372,3 +374,25 @@ def test_an_error_does_not_hide_a_later_success(place: Place, folder: Path) -> N
     assert place.done("finetune", **given).made() == {"finetune"}
     shutil.rmtree(folder)
     refused(place, "finetune", f"dataset={folder}", "missing folder", **given)
+
+
+@pytest.mark.parametrize("n", [3, 7, 9, 23, 97, 1079, 5989, 123_457])
+def test_the_smallest_share_that_is_advised_is_accepted(n: int) -> None:
+    import re
+
+    from toy import toy_config
+
+    from attribution.errors import InputError
+    from attribution.evaluation import check_alpha
+    from attribution.removal import check_fracs
+    from scripts.finetune import check_subset_fraction
+
+    checks = [
+        lambda share: check_fracs([share], n),
+        lambda share: check_alpha(toy_config(alpha=share), n),
+        lambda share: check_subset_fraction(toy_config(subset_fraction=share), n),
+    ]
+    for check in checks:
+        with pytest.raises(InputError) as caught:
+            check(1e-7)
+        check(float(re.search(r"use (\S+) or more", str(caught.value))[1]))
