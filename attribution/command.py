@@ -113,8 +113,6 @@ def _find_or_make(
     given: dict[str, Any],
 ) -> tuple[str, Config]:
     """The id of the run that holds the result, and the resolved parameters."""
-    import mlflow
-
     with _entry_run(stage, given) as run:
         config, data = _prepare(stage, given)
         refuse_existing(files(config), config)
@@ -126,7 +124,7 @@ def _find_or_make(
                 tracking.describe(stage, config, data)
                 _make(stage, config, data, make)
                 # FINISHED while this process alone may make it: a waiting one then finds it.
-                mlflow.end_run()
+                tracking.end_run(run)
             # Not before the run is FINISHED: a kill in between would lose both.
             discard(
                 tracking.work_folder(config)

@@ -19,6 +19,7 @@ STOPPING = [
 ]
 
 _asked: list[int] = []  # of the block under way
+_held = _pending = False  # whether an exception has to wait, and whether one does
 
 
 def is_stopping() -> bool:
@@ -47,7 +48,10 @@ def ended_by_signals() -> Iterator[list[int]]:
         if not asked:
             asked.append(number)
             _later(GRACE_SECONDS, os._exit, 128 + number)
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        global _pending
+        _pending = _held
+        if not _held:
+            raise KeyboardInterrupt(signal.Signals(number).name)
 
     def unraisable(what: Any) -> None:
         if not (asked and what.exc_type is KeyboardInterrupt):
@@ -69,6 +73,20 @@ def ended_by_signals() -> Iterator[list[int]]:
         sys.unraisablehook = hook
         for each, handler in known.items():
             signal.signal(each, handler)
+
+
+@contextmanager
+def stop_after() -> Iterator[None]:
+    """Raise a KeyboardInterrupt that comes in the block at its end: it is done whole or not at all."""
+    global _held, _pending
+    _held = True
+    try:
+        yield
+    finally:
+        _held = False
+        if _pending:
+            _pending = False
+            raise KeyboardInterrupt
 
 
 def _later(seconds: float, function: Callable, *arguments: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache
@@ -23,7 +25,7 @@ from attribution import notes
 from attribution.config import STAGE_GROUPS, Config, convert
 from attribution.errors import InputError
 from attribution.files import sha256
-from attribution.signals import is_stopping
+from attribution.signals import is_stopping, stop_after
 from attribution.store import failure
 from attribution.workspace import alone, cache_folder, discard
 
@@ -196,20 +198,53 @@ def open_run(**options: Any) -> Iterator[Any]:
     """
     import mlflow
 
-    run = mlflow.start_run(**options)
+    run = None
     try:
+        with stop_after():
+            run = mlflow.start_run(**options)
         yield run
+        end_run(run)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt) or is_stopping()
+        if stopped:
+            _let_go(error)
         if stopped or failure(error):  # the store may be what failed: it is not asked for minutes
             os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
-        with suppress(Exception):
-            if stopped:
-                mlflow.set_tag("stopped_by", "signal")
-        with suppress(Exception):
-            mlflow.end_run("KILLED" if stopped else "FAILED")
+        if run and _is_active(run):
+            with suppress(Exception):
+                if stopped:
+                    mlflow.set_tag("stopped_by", "signal")
+            with suppress(Exception):
+                mlflow.end_run("KILLED" if stopped else "FAILED")
         raise
-    mlflow.end_run()
+
+
+def end_run(run: Any) -> None:
+    """Mark it FINISHED, unless it is already; a signal waits for that."""
+    import mlflow
+
+    with stop_after():
+        if _is_active(run):
+            mlflow.end_run()
+
+
+def _is_active(run: Any) -> bool:
+    import mlflow
+
+    active = mlflow.active_run()
+    return active is not None and active.info.run_id == run.info.run_id
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames that an error came through still hold.
+
+    A signal may have interrupted MLflow within a transaction: while that frame lives, its connection
+    keeps the database locked for this very process too.
+    """
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
 
 
 def find_finished(stage: str, config: Config, data: ImageData) -> str | None:

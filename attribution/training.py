@@ -106,7 +106,7 @@ def train(
     trained, best_loss, best_state = Trained(model), math.inf, None
     for epoch in range(config.epochs):
         model.train()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=device)  # read once: a GPU runs ahead
         for images, classes in batches(kept, steps):
             with autocast(config, device):
                 logits = model(images).logits
@@ -115,9 +115,9 @@ def train(
             loss.backward()
             optimizer.step()
             scheduler.step()
-            total += float(loss.detach()) * len(classes)
-        metrics = {"epoch": epoch, "train_loss": total / len(kept)}
-        _check_loss(config, total, epoch)
+            total += loss.detach().double() * len(classes)
+        metrics = {"epoch": epoch, "train_loss": float(total) / len(kept)}
+        _check_loss(config, float(total), epoch)
         if validate or config.patience:
             logits = predict(config, model, data, "validation")
             metrics |= classification_metrics(logits, data.labels("validation"), "validation_")
@@ -303,6 +303,9 @@ class Batches:
         self.pad = max(1, config.image_size // 8)
         self.mean, self.std = models.normalisation(config.model)
         self.pixels, self.rows = data.pixels(), data.rows("train")
+        if device.type == "cuda" and _fits(self.pixels[:1].nbytes * len(self.rows), device):
+            self.pixels = torch.from_numpy(self.pixels[self.rows]).to(device)
+            self.rows = np.arange(len(self.rows))
         labels = data.labels("train") if labels is None else labels
         self.labels = torch.from_numpy(labels).to(device)
         self.generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
@@ -318,6 +321,11 @@ class Batches:
             index = torch.from_numpy(batch)
             images = augment_batch(images, augmentation[index])
             yield images, self.labels[index.to(self.device)]
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes are a small part of what a GPU has free."""
+    return size < torch.cuda.mem_get_info(device)[0] // 4
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:

@@ -35,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto", help="auto, cpu, or cuda")
+    parser.add_argument("--batch", type=int, default=0, help="images; 0: what the setting says")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -47,16 +48,19 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name in options.settings:
         for precision in options.precisions:
-            rows += _compare(name, precision, device, options.repeats)
+            rows += _compare(name, precision, device, options.repeats, options.batch)
     return rows
 
 
-def _compare(name: str, precision: str, device: Any, repeats: int) -> list[dict[str, Any]]:
+def _compare(
+    name: str, precision: str, device: Any, repeats: int, batch: int
+) -> list[dict[str, Any]]:
     import torch
 
     from attribution.sketch import Sketch
 
-    config, size, batch, k, blocks = SETTINGS[name]
+    config, size, usual, k, blocks = SETTINGS[name]
+    batch = batch or usual
     model = make_model(config).eval().to(device)
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
