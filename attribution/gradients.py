@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -44,6 +44,16 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, label)[:, 0] - others.logsumexp(1)
 
 
+@cache
+def kernels() -> Any:
+    """The module of the same name; None where Triton is missing, as on Windows."""
+    try:
+        from attribution import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
 @dataclass
 class Call:
     """One call of a covered module: its input and the margin's gradient at its output."""
@@ -65,6 +75,8 @@ class Call:
         """
         if self.has_matrix and "bias" not in self.names:
             return {}
+        if isinstance(self.module, nn.BatchNorm2d) and self.has_kernels():
+            return self._normalisation(*kernels().position_sums(self.input, self.delta))
         parts = [
             self._vectors(r) for r in steps(len(self.input), self.input[0].numel(), self.input)
         ]
@@ -91,16 +103,46 @@ class Call:
             return (values.sum(axes) if axes else values).flatten(1)
 
         sums = total(delta)
+        if isinstance(self.module, BATCH_NORMS):
+            return self._normalisation(sums, total(delta * x))
         if "bias" in self.names:
             found[self.names["bias"]] = sums
-        if isinstance(self.module, BATCH_NORMS):
-            # sum delta (x - mean)/std without a normalised copy of x
-            mean, variance = self.module.running_mean, self.module.running_var
-            scale = (variance + self.module.eps).rsqrt()
-            found[self.names["weight"]] = (total(delta * x) - mean * sums) * scale
-        elif not self.has_matrix and "weight" in self.names:
+        if not self.has_matrix and "weight" in self.names:
             found[self.names["weight"]] = total(delta * normal)
         return found
+
+    def _normalisation(self, sums: Tensor, weighted: Tensor) -> dict[str, Tensor]:
+        """BatchNorm's, of (b, channels) sums over positions of delta and of delta x."""
+        # sum delta (x - mean)/std without a normalised copy of x
+        mean, variance = self.module.running_mean, self.module.running_var
+        scale = (variance + self.module.eps).rsqrt()
+        found = {self.names["weight"]: (weighted - mean * sums) * scale}
+        return found | ({self.names["bias"]: sums} if "bias" in self.names else {})
+
+    def has_kernels(self) -> bool:
+        """Whether a GPU's kernels apply: to types that its matrix units multiply, and without groups."""
+        return (
+            self.delta.is_cuda
+            and getattr(self.module, "groups", 1) == 1
+            and {self.delta.dtype, self.input.dtype}
+            <= {torch.float32, torch.bfloat16, torch.float16}
+            and kernels() is not None
+        )
+
+    def write_products(self, rows: slice, signs: tuple[Tensor, Tensor], out: Tensor) -> None:
+        """Weight gradients of some samples, signed, by a GPU's kernel; `out` is (b, O, patch) float32.
+
+        Args:
+            signs: (O,) and (patch,) float32.
+        """
+        x, delta, module = self.input[rows], self.delta[rows], self.module
+        if isinstance(module, nn.Linear):  # a convolution over a column of positions
+            x, delta = (t.reshape(len(t), -1, t.shape[-1]).mT[..., None] for t in (x, delta))
+            geometry: tuple = (1, 1), (1, 1), (0, 0), (1, 1)
+        else:
+            (top, _), (left, _) = _padding(module)
+            geometry = module.kernel_size, module.stride, (top, left), module.dilation
+        kernels().outer_products(x, delta, geometry, *signs, out)
 
     def deltas(self, rows: slice) -> Tensor:
         """Output gradients of some samples as (b, groups, positions, outputs per group)."""

@@ -238,8 +238,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def to_batch(
     pixels: np.ndarray | Tensor,
-    mean: Iterable[float],
-    std: Iterable[float],
+    mean: Iterable[float] | Tensor,
+    std: Iterable[float] | Tensor,
     device: str | torch.device = "cpu",
 ) -> Tensor:
     """uint8 (B, H, W, 3) as a normalised float32 (B, 3, H, W), channels_last."""
@@ -248,7 +248,8 @@ def to_batch(
     if not isinstance(pixels, Tensor):
         pixels = torch.from_numpy(np.require(pixels, requirements=("C", "W")))
     batch = F.to_dtype(pixels.to(device).permute(0, 3, 1, 2), torch.float32, scale=True)
-    batch = F.normalize(batch, list(mean), list(std), inplace=True)
+    mean, std = (v if isinstance(v, Tensor) else list(v) for v in (mean, std))
+    batch = F.normalize(batch, mean, std, inplace=True)
     return batch.contiguous(memory_format=torch.channels_last)
 
 
@@ -284,8 +285,6 @@ def augment_batch(batch: Tensor, augmentation: Augmentation) -> Tensor:
     """Mirror and shift each image of (B, 3, H, W) as its entry says; stays channels_last."""
     from torchvision.transforms.v2 import functional as F
 
-    if not augmentation.pad and not augmentation.flips.any():
-        return batch
     flips, dy, dx = (
         value.to(batch.device) for value in (augmentation.flips, augmentation.dy, augmentation.dx)
     )

@@ -6,10 +6,11 @@ import hashlib
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
 from attribution.memory import keep_freed_memory
-from attribution.pixels import augment_batch, draw_augmentation, to_batch
+from attribution.pixels import Augmentation, augment_batch, draw_augmentation, to_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,19 +104,23 @@ def train(
     model = _new_model(config, data, seed, device)
     optimizer, scheduler = make_optimizer(config, model.parameters(), steps * config.epochs)
     batches = Batches(config, data, seed, device, labels)
+
+    def loss_of(draw: torch.Tensor) -> torch.Tensor:
+        images, classes = batches.load(draw)
+        with autocast(config, device):
+            logits = model(images).logits
+        return nn.functional.cross_entropy(logits.float(), classes)
+
+    step = _step(loss_of, list(model.parameters()), batches.resident)
     trained, best_loss, best_state = Trained(model), math.inf, None
     for epoch in range(config.epochs):
         model.train()
         total = torch.zeros((), dtype=torch.float64, device=device)  # read once: a GPU runs ahead
-        for images, classes in batches(kept, steps):
-            with autocast(config, device):
-                logits = model(images).logits
-            loss = nn.functional.cross_entropy(logits.float(), classes)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        for draw in batches.draws(kept, steps):
+            loss = step(draw)
             optimizer.step()
             scheduler.step()
-            total += loss.detach().double() * len(classes)
+            total += loss.double() * draw.shape[1]
         metrics = {"epoch": epoch, "train_loss": float(total) / len(kept)}
         _check_loss(config, float(total), epoch)
         if validate or config.patience:
@@ -166,6 +171,8 @@ def train_stacked(
     device = _prepare(config)
     steps = _steps(config, keeps[0])
     members = [_new_model(config, data, seed, device).train() for seed in seeds]
+    if device.type == "cuda":
+        _normalise_without_cudnn(members[0])
     weights, buffers = torch.func.stack_module_state(members)
     optimizer, scheduler = make_optimizer(config, weights.values(), steps * config.epochs)
     labels = [None] * len(seeds) if labels is None else labels
@@ -177,20 +184,25 @@ def train_stacked(
         return torch.func.functional_call(members[0], (weights, buffers), (images,)).logits
 
     forward = torch.vmap(logits_of, randomness="different")
+    all_classes = torch.stack([each.labels for each in batches])
+
+    def loss_of(draw: torch.Tensor) -> torch.Tensor:
+        images = batches[0].images(draw.flatten(1)).unflatten(0, draw.shape[1:]).contiguous()
+        with autocast(config, device):
+            logits = forward(weights, buffers, images)
+        classes = all_classes.gather(1, draw[0].to(device))
+        # The sum over models of each one's mean: their gradients stay apart.
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), classes.flatten())
+        return loss * len(seeds)
+
+    step = _step(loss_of, list(weights.values()), batches[0].resident)
     for epoch in range(config.epochs):
         total = torch.zeros((), device=device)
-        parts = (b(np.flatnonzero(k), steps) for b, k in zip(batches, keeps, strict=True))
-        for batch in zip(*parts, strict=True):
-            images, classes = (torch.stack(values) for values in zip(*batch, strict=True))
-            with autocast(config, device):
-                logits = forward(weights, buffers, images)
-            # The sum over models of each one's mean: their gradients stay apart.
-            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), classes.flatten())
-            optimizer.zero_grad(set_to_none=True)
-            (loss * len(seeds)).backward()
+        parts = (b.draws(np.flatnonzero(k), steps) for b, k in zip(batches, keeps, strict=True))
+        for draws in zip(*parts, strict=True):
+            total += step(torch.stack(draws, dim=1))
             optimizer.step()
             scheduler.step()
-            total += loss.detach()
         _check_loss(config, float(total), epoch)
     for i, member in enumerate(members):
         member.load_state_dict({k: v[i] for k, v in (weights | buffers).items()})
@@ -202,9 +214,11 @@ def stacking_pays(config: Config) -> bool:
     """Whether small models train faster as one: from scratch, with few pixels a step, one pass.
 
     One AVX-512 core, ms a step of one resnet-mini at batch 32: alone 3.9, in a stack of five 2.9
-    and of ten 2.2 at 16 x 16; at 32 x 32 6.3 either way (docs/performance.md).
+    and of ten 2.2 at 16 x 16; at 32 x 32 6.3 either way. A GPU gains by it at any size that a small
+    model is trained at (docs/performance.md).
     """
     few = config.batch_size * config.image_size**2 <= 2**14
+    few = few or resolve_device(config.device).type == "cuda"
     return few and config.model in models.MINI_CONFIGS and not config.patience
 
 
@@ -235,6 +249,85 @@ def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int
     finally:
         torch.set_num_threads(threads)
     return min(times) / n
+
+
+def _step(
+    loss_of: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor], replays: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that leaves the gradients of a draw's loss at the weights, and returns the loss."""
+
+    def step(draw: torch.Tensor) -> torch.Tensor:
+        for weight in weights:
+            weight.grad = None
+        loss = loss_of(draw)
+        loss.backward()
+        return loss.detach()
+
+    return Replayed(step, weights) if replays else step
+
+
+class Replayed:
+    """A training step as a CUDA graph for each shape of its draws: one launch in place of hundreds.
+
+    The first WARM_UP steps of a shape run as they are: libraries choose and allocate in them.
+    """
+
+    WARM_UP = 3
+
+    def __init__(
+        self, step: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor]
+    ) -> None:
+        self._step, self._weights, self._device = step, weights, weights[0].device
+        self._stream = torch.cuda.Stream(self._device)
+        self._draws: dict[torch.Size, torch.Tensor] = {}
+        self._calls: Counter[torch.Size] = Counter()
+        self._graphs: dict[torch.Size, tuple[Any, torch.Tensor, list[torch.Tensor | None]]] = {}
+
+    def __call__(self, draw: torch.Tensor) -> torch.Tensor:
+        """The loss, to be read before the next step overwrites it."""
+        shape = draw.shape
+        own = self._draws.setdefault(shape, torch.empty_like(draw, device=self._device))
+        own.copy_(draw)
+        self._calls[shape] += 1
+        if self._calls[shape] <= self.WARM_UP:
+            return self._run(own)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(own)
+        graph, loss, gradients = self._graphs[shape]
+        graph.replay()
+        for weight, gradient in zip(self._weights, gradients, strict=True):
+            weight.grad = gradient
+        return loss
+
+    def _run(self, draw: torch.Tensor) -> torch.Tensor:
+        """On a stream of its own, as a capture has to be warmed up."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            loss = self._step(draw)
+        current.wait_stream(self._stream)
+        return loss
+
+    def _capture(self, draw: torch.Tensor) -> tuple[Any, torch.Tensor, list[torch.Tensor | None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            loss = self._step(draw)
+        return graph, loss, [weight.grad for weight in self._weights]
+
+
+def _normalise_without_cudnn(model: nn.Module) -> None:
+    """cuDNN's batch normalisation asks for a memory layout that tensors under vmap do not tell."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = _without_cudnn(module.forward)  # type: ignore[method-assign]
+
+
+def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with torch.backends.cudnn.flags(enabled=False):
+            return function(*arguments)
+
+    return call
 
 
 def _prepare(config: Config) -> torch.device:
@@ -301,26 +394,49 @@ class Batches:
     ) -> None:
         self.augment, self.device = config.augment, device
         self.pad = max(1, config.image_size // 8)
-        self.mean, self.std = models.normalisation(config.model)
-        self.pixels, self.rows = data.pixels(), data.rows("train")
-        if device.type == "cuda" and _fits(self.pixels[:1].nbytes * len(self.rows), device):
+        # On the device, where a CUDA graph may use them.
+        self.mean, self.std = (
+            torch.tensor(v).to(device) for v in models.normalisation(config.model)
+        )
+        self.pixels: np.ndarray | torch.Tensor = data.pixels()
+        self.rows = data.rows("train")
+        # Whether all images lie on a GPU.
+        self.resident = device.type == "cuda" and _fits(
+            self.pixels[:1].nbytes * len(self.rows), device
+        )
+        if self.resident:
             self.pixels = torch.from_numpy(self.pixels[self.rows]).to(device)
-            self.rows = np.arange(len(self.rows))
         labels = data.labels("train") if labels is None else labels
         self.labels = torch.from_numpy(labels).to(device)
         self.generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
 
     def __call__(self, kept: np.ndarray, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Images (B, 3, H, W) and labels (B,) of each batch."""
+        return map(self.load, self.draws(kept, steps))
+
+    def draws(self, kept: np.ndarray, steps: int) -> Iterator[torch.Tensor]:
+        """What makes each batch, (4, B) int64: examples, whether each is mirrored, its crop's y and x."""
         n = len(self.rows)
         order = torch.randperm(n, generator=self.generator).numpy()
-        augmentation = draw_augmentation(n, self.augment, self.pad, self.generator)
+        drawn = draw_augmentation(n, self.augment, self.pad, self.generator)
+        columns = torch.stack([torch.arange(n), drawn.flips.long(), drawn.dy, drawn.dx])
         order = order[np.isin(order, kept, assume_unique=True)]
         # Batches of nearly equal size: a last batch of one would break BatchNorm.
-        for batch in np.array_split(order, steps):
-            images = to_batch(self.pixels[self.rows[batch]], self.mean, self.std, self.device)
-            index = torch.from_numpy(batch)
-            images = augment_batch(images, augmentation[index])
-            yield images, self.labels[index.to(self.device)]
+        return (columns[:, torch.from_numpy(part)] for part in np.array_split(order, steps))
+
+    def load(self, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, 3, H, W) and labels (B,) of a draw."""
+        return self.images(draw), self.labels[draw[0].to(self.device)]
+
+    def images(self, draw: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), augmented, of a draw."""
+        index, flips, dy, dx = draw
+        chosen = self.pixels[index] if self.resident else self.pixels[self.rows[index.numpy()]]
+        images = to_batch(chosen, self.mean, self.std, self.device)
+        if self.augment == "none":
+            return images
+        pad = self.pad if "crop" in self.augment else 0
+        return augment_batch(images, Augmentation(flips.bool(), dy, dx, pad))
 
 
 def _fits(size: int, device: torch.device) -> bool:

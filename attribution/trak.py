@@ -187,7 +187,7 @@ def _featurize_all(
     folders = [stores[m].shard(split, rows.start) for m, split, rows in shards]
     missing = [i for i, folder in enumerate(folders) if not (folder / "done").exists()]
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(shards))
-    size = feature_batch_size(config.image_size)
+    size = feature_batch_size(config.image_size, resolve_device(config.device).type)
     # Workers on this machine write to the stores; those of a cluster have no such disk.
     away = config.backend == "ray"
     function = _featurize_away if away else _featurize
@@ -208,9 +208,12 @@ def _featurize_all(
             advance()
 
 
-def feature_batch_size(image_size: int) -> int:
+def feature_batch_size(image_size: int, device_type: str) -> int:
     """Images a batch: large enough to be fast, small enough that activations fit in memory."""
-    return 256 if image_size <= 32 else 64 if image_size <= 96 else 16
+    size = 256 if image_size <= 32 else 64 if image_size <= 96 else 16
+    return (
+        16 * size if device_type == "cuda" else size
+    )  # there every call of a layer costs the same
 
 
 def _smaller_batch(task: tuple) -> tuple:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"blue": (70, 70, 170), "green": (70, 170, 70), "red": (170, 70, 70)}
@@ -48,6 +49,8 @@ os.environ.update(
         "TRAK_ABLATION_CACHE": f"{_scratch.name}/cache",
     }
 )
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels of attribution/kernels.py need no GPU then
 for _name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(_name, None)
 

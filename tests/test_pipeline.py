@@ -555,7 +555,7 @@ def test_interrupted_scoring_goes_on_and_ends_the_same(
             count += 1
             yield batch
 
-    monkeypatch.setattr(trak, "feature_batch_size", lambda image_size: 10)
+    monkeypatch.setattr(trak, "feature_batch_size", lambda *_: 10)
     reference = place.done("trak", finetune_run_id=finetune_id, lambda_reg=0.5)
     scores = place.artifacts(reference.run_id) / "scores" / "scores.npy"
     expected = np.load(scores)

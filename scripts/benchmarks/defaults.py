@@ -154,7 +154,7 @@ class _Grid:
             seed = derive_seed(self.config.seed, "projection")
             own = f"{seed}/{m}" + (f"/{draw}" if draw else "")
             sketch, parts = Sketch(k, own, num_blocks=1 << 20), []
-            size = feature_batch_size(self.config.image_size)
+            size = feature_batch_size(self.config.image_size, device.type)
             for split in ("train", TARGETS):
                 for batch in batches_of(self.config, self.data, split, size, device):
                     parts.append(sketch.features(model, *batch)[0].cpu().numpy())

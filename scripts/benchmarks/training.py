@@ -23,6 +23,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Flags of this sub-benchmark."""
     parser.add_argument("--dataset", default="", help="a folder, in place of the digits")
     parser.add_argument("--model", default="resnet-mini", help="with --dataset")
+    parser.add_argument("--image_size", type=int, default=64, help="with --dataset")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: the preset's")
+    parser.add_argument("--precision", default="", help="empty: the preset's")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--images", type=int, default=2000, help="in an epoch")
     parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
 
@@ -36,10 +40,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.data import load_data
     from attribution.retraining import STACK
 
-    given = {"epochs": EPOCHS, "cache_dir": options.cache_dir, "device": "cpu"}
+    given = {"epochs": EPOCHS, "cache_dir": options.cache_dir, "device": options.device}
     if options.dataset:
-        given |= {"preset": "food101", "dataset": options.dataset, "image_size": 64, "patience": 0}
-        given |= {"model": options.model, "precision": "auto"}
+        given |= {"preset": "food101", "dataset": options.dataset, "patience": 0}
+        given |= {"image_size": options.image_size, "model": options.model, "precision": "auto"}
+    for name in ("batch_size", "precision"):
+        if getattr(options, name):
+            given[name] = getattr(options, name)
     config = resolve(given)
     data = load_data(config)
     n = min(len(data.rows("train")), options.images)
@@ -55,7 +62,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
     seconds = measure(sides, options.repeats)
     seconds = {side: [s / models[side] for s in values] for side, values in seconds.items()}
-    setting = f"{Path(config.dataset).name} at {config.image_size}, {n} images, {config.precision}"
+    setting = f"{Path(config.dataset).name} at {config.image_size}, {n} images, "
+    setting += f"batch {config.batch_size}, {config.precision}, {config.device}"
     return [
         {"setting": setting, "side": side}
         | summary(values, n * EPOCHS)
@@ -71,11 +79,11 @@ def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[
 
     from attribution import models, training
 
-    device = torch.device("cpu")
+    device = torch.device(config.device)
     steps = -(-int(keep.sum()) // config.batch_size)
     batches = list(training.Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
     model = models.build(config.model, data.class_names, 0)
-    model.to(memory_format=torch.channels_last).train()
+    models.place(model.train(), device)
 
     def bare() -> None:  # without the building of a model, which training includes
         total = steps * config.epochs
@@ -88,5 +96,6 @@ def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[
             loss.backward()
             optimizer.step()
             scheduler.step()
+        loss.item()  # waits for a GPU
 
     return bare

@@ -1,0 +1,127 @@
+"""Triton kernels for a GPU: per-sample weight gradients without patches in memory, and sums over positions."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SPAN = 1024  # positions that one program of _position_sums adds up
+
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+@triton.jit(do_not_specialize=["H", "W", "X", "T", "sy", "sx", "top", "left", "ddy", "ddx", "P"])
+def _outer_products(
+    x, delta, row_signs, column_signs, out,
+    xb, xc, xy, xx, db, do, dy, dx, ob, oo,
+    C, H, W, N, X, T, P, sy, sx, top, left, ddy, ddx,
+    KW: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BO: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """A tile of sum_t delta_t x a_t of one sample, with t over the output's positions."""
+    b = tl.program_id(2).to(tl.int64)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    first = tl.program_id(0) * BP
+    p = first + tl.arange(0, BP)
+    if ALIGNED:  # one tap of the kernel a tile, and neighbouring channels
+        c, tap = first % C + tl.arange(0, BP), first // C
+        down, right = (tap // KW) * ddy, (tap % KW) * ddx
+    else:
+        c, tap = p % C, p // C
+        down, right = ((tap // KW) * ddy)[None, :], ((tap % KW) * ddx)[None, :]
+    total = tl.zeros((BO, BP), dtype=tl.float32)
+    for start in range(0, T, BT):
+        t = start + tl.arange(0, BT)
+        there = (t < T)[:, None]
+        d = tl.load(
+            delta + b * db + o[None, :] * do + (t // X * dy + t % X * dx)[:, None],
+            mask=there & (o < N)[None, :],
+            other=0.0,
+        )
+        row = (t // X * sy - top)[:, None] + down
+        column = (t % X * sx - left)[:, None] + right
+        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        a = tl.load(
+            x + b * xb + c[None, :] * xc + row * xy + column * xx,
+            mask=inside & there & (p < P)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(tl.trans(d), a.to(d.dtype), total, input_precision=PRECISION)
+    signs = tl.load(row_signs + o, mask=o < N)[:, None]
+    signs = signs * tl.load(column_signs + p, mask=p < P)[None, :]
+    place = out + b * ob + o[:, None].to(tl.int64) * oo + p[None, :]
+    tl.store(place, total * signs, mask=(o < N)[:, None] & (p < P)[None, :])
+
+
+def outer_products(
+    x: Tensor,
+    delta: Tensor,
+    geometry: Geometry,
+    row_signs: Tensor,
+    column_signs: Tensor,
+    out: Tensor,
+) -> None:
+    """Write per-sample gradients of a convolution's weight, signed, to `out`.
+
+    In float32 the products are in TF32 where cuDNN's convolutions are.
+
+    Args:
+        x: its input (b, C, H, W), any strides.
+        delta: the gradient at its output (b, O, Y, X), any strides.
+        geometry: kernel size, stride, padding at top and left, dilation.
+        row_signs: (O,) float32.
+        column_signs: (P,) float32, P = kernel size x C, channels last.
+        out: (b, O, P) float32, its last stride 1.
+    """
+    (_, kw), (sy, sx), (top, left), (ddy, ddx) = geometry
+    (b, channels, height, width), outputs = x.shape, delta.shape[1]
+    patch, positions = out.shape[2], delta[0, 0].numel()
+    wide = 128 if outputs >= 128 else 64
+    tf32 = torch.backends.cudnn.allow_tf32
+    grid = triton.cdiv(patch, 64), triton.cdiv(outputs, wide), b
+    _outer_products[grid](
+        x, delta, row_signs, column_signs, out,
+        *x.stride(), *delta.stride(), *out.stride()[:2],
+        channels, height, width, outputs, delta.shape[3], positions, patch,
+        sy, sx, top, left, ddy, ddx,
+        KW=kw, ALIGNED=channels % 64 == 0, PRECISION="tf32" if tf32 else "ieee",
+        BO=wide, BP=64, BT=32 if delta.dtype == torch.float32 else 64,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["X", "T"])
+def _position_sums(
+    x, delta, out,
+    xb, xc, xy, xx, db, dc, dy, dx,
+    C, X, T,
+    SPAN: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    b, part = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    plain, weighted = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    for start in range(part * SPAN, min(T, (part + 1) * SPAN), BT):
+        t = start + tl.arange(0, BT)
+        mask = (t < T)[:, None] & (c < C)[None, :]
+        y, z = t // X, t % X
+        d = tl.load(delta + b * db + c[None, :] * dc + (y * dy + z * dx)[:, None], mask, 0.0)
+        a = tl.load(x + b * xb + c[None, :] * xc + (y * xy + z * xx)[:, None], mask, 0.0)
+        plain += tl.sum(d.to(tl.float32), 0)
+        weighted += tl.sum(d.to(tl.float32) * a.to(tl.float32), 0)
+    place = out + (b * tl.num_programs(1) + part) * 2 * C + c
+    tl.store(place, plain, mask=c < C)
+    tl.store(place + C, weighted, mask=c < C)
+
+
+def position_sums(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over positions of delta and of delta x, (b, C) float32, of x and delta (b, C, Y, X)."""
+    (b, channels, _, width), positions = x.shape, x[0, 0].numel()
+    parts = triton.cdiv(positions, SPAN)
+    out = torch.empty(b, parts, 2, channels, device=x.device)
+    _position_sums[triton.cdiv(channels, 64), parts, b](
+        x, delta, out, *x.stride(), *delta.stride(), channels, width, positions,
+        SPAN=SPAN, BC=64, BT=32,
+    )  # fmt: skip
+    plain, weighted = out.sum(1).unbind(1)
+    return plain, weighted
