@@ -11,27 +11,32 @@ SPAN = 1024  # positions that one program of _position_sums adds up
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
-@triton.jit(do_not_specialize=["H", "W", "X", "T", "sy", "sx", "top", "left", "ddy", "ddx", "P"])
+@triton.jit(
+    do_not_specialize=["H", "W", "X", "T", "P", "gap", "sy", "sx", "top", "left", "ddy", "ddx"]
+)
 def _outer_products(
     x, delta, row_signs, column_signs, out,
     xb, xc, xy, xx, db, do, dy, dx, ob, oo,
-    C, H, W, N, X, T, P, sy, sx, top, left, ddy, ddx,
+    C, H, W, N, X, T, P, gap, sy, sx, top, left, ddy, ddx,
     KW: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BO: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of sum_t delta_t x a_t of one sample, with t over the output's positions."""
+    """A tile of sum_t delta_t x a_t of one sample, with t over the output's positions.
+
+    After all rows but the last come `gap` zeros.
+    """
     b = tl.program_id(2).to(tl.int64)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     first = tl.program_id(0) * BP
     p = first + tl.arange(0, BP)
-    if ALIGNED:  # one tap of the kernel a tile, and neighbouring channels
+    if ALIGNED:  # one tap of the kernel a tile, and neighbouring channels, all of them there
         c, tap = first % C + tl.arange(0, BP), first // C
         down, right = (tap // KW) * ddy, (tap % KW) * ddx
     else:
         c, tap = p % C, p // C
         down, right = ((tap // KW) * ddy)[None, :], ((tap % KW) * ddx)[None, :]
     total = tl.zeros((BO, BP), dtype=tl.float32)
-    for start in range(0, T, BT):
+    for start in range(0, tl.where(first < P, T, 0), BT):
         t = start + tl.arange(0, BT)
         there = (t < T)[:, None]
         d = tl.load(
@@ -41,17 +46,20 @@ def _outer_products(
         )
         row = (t // X * sy - top)[:, None] + down
         column = (t % X * sx - left)[:, None] + right
-        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        inside = there & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        if not ALIGNED:
+            inside = inside & (p < P)[None, :]
         a = tl.load(
             x + b * xb + c[None, :] * xc + row * xy + column * xx,
-            mask=inside & there & (p < P)[None, :],
+            mask=inside,
             other=0.0,
         )
         total = tl.dot(tl.trans(d), a.to(d.dtype), total, input_precision=PRECISION)
     signs = tl.load(row_signs + o, mask=o < N)[:, None]
-    signs = signs * tl.load(column_signs + p, mask=p < P)[None, :]
+    signs = signs * tl.load(column_signs + p, mask=p < P, other=0.0)[None, :]
     place = out + b * ob + o[:, None].to(tl.int64) * oo + p[None, :]
-    tl.store(place, total * signs, mask=(o < N)[:, None] & (p < P)[None, :])
+    own = (p < P)[None, :] | (p < P + gap)[None, :] & (o < N - 1)[:, None]
+    tl.store(place, total * signs, mask=own & (o < N)[:, None])
 
 
 def outer_products(
@@ -62,7 +70,7 @@ def outer_products(
     column_signs: Tensor,
     out: Tensor,
 ) -> None:
-    """Write per-sample gradients of a convolution's weight, signed, to `out`.
+    """Write per-sample gradients of a convolution's weight, signed, to `out`, and zeros between its rows.
 
     In float32 the products are in TF32 where cuDNN's convolutions are.
 
@@ -79,11 +87,12 @@ def outer_products(
     patch, positions = out.shape[2], delta[0, 0].numel()
     wide = 128 if outputs >= 128 else 64
     tf32 = torch.backends.cudnn.allow_tf32
-    grid = triton.cdiv(patch, 64), triton.cdiv(outputs, wide), b
+    gap = out.stride(1) - patch
+    grid = triton.cdiv(patch + gap, 64), triton.cdiv(outputs, wide), b
     _outer_products[grid](
         x, delta, row_signs, column_signs, out,
         *x.stride(), *delta.stride(), *out.stride()[:2],
-        channels, height, width, outputs, delta.shape[3], positions, patch,
+        channels, height, width, outputs, delta.shape[3], positions, patch, gap,
         sy, sx, top, left, ddy, ddx,
         KW=kw, ALIGNED=channels % 64 == 0, PRECISION="tf32" if tf32 else "ieee",
         BO=wide, BP=64, BT=32 if delta.dtype == torch.float32 else 64,

@@ -207,8 +207,13 @@ class Sketch:
         fused = call.has_kernels()
         unfolded = 0 if fused else positions * patch
         slices = list(steps(len(cells), lines * k + unfolded, cells))
-        # The gaps between rows are never written, and stay zero from step to step.
-        scratch = cells.new_zeros(slices[0].stop, lines * k)
+        # Before, between and after the rows are zeros, which stay so from step to step.
+        scratch = torch.empty(slices[0].stop, lines * k, dtype=cells.dtype, device=cells.device)
+        if fused:  # the kernel writes those between
+            end = table.offset + (outputs - 1) * table.stride + patch
+            scratch[:, : table.offset] = scratch[:, end:] = 0
+        else:
+            scratch.zero_()
         size, step = (outputs, patch), (lines * k, table.stride, 1)
         for rows in slices:
             b = rows.stop - rows.start
