@@ -9,6 +9,7 @@ such a rule (a class token, a layer scale) every sample is given a copy of its o
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -124,8 +125,7 @@ class Call:
         return (
             self.delta.is_cuda
             and getattr(self.module, "groups", 1) == 1
-            and {self.delta.dtype, self.input.dtype}
-            <= {torch.float32, torch.bfloat16, torch.float16}
+            and {self.delta.dtype, self.input.dtype} <= set(kernels().TILES)
             and kernels() is not None
         )
 
@@ -353,6 +353,8 @@ def capture(
 
     def keep(call: Call | Stray, delta: Tensor) -> None:
         call.delta = delta.detach()
+        if delta.is_cuda and isinstance(call, Call) and isinstance(call.module, nn.Conv2d):
+            call.delta = call.delta.contiguous(memory_format=torch.channels_last)
         if receive is None:
             used.append(call)
             return
@@ -360,6 +362,8 @@ def capture(
             receive(call)
         call.input = call.delta = None
 
+    span = labels.aminmax()  # before the pass: a GPU would be waited for in the middle
+    least, most = int(span.min), int(span.max)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _ in flags:
@@ -368,8 +372,9 @@ def capture(
             if strays:
                 logits = _run_apart(model, images.detach(), layers, record, strays, keep)
             else:
-                logits = _run(model, images.detach(), layers, record)
-            _check_labels(logits, labels)
+                with _own_normalisation(layers if images.is_cuda else ()):
+                    logits = _run(model, images.detach(), layers, record)
+            _check_labels(logits, labels, least, most)
             _check_calls(layers, paths, calls)
             f = margins(
                 logits.double() if logits.dtype == torch.float64 else logits.float(), labels
@@ -394,6 +399,38 @@ def _run(model: Callable, images: Tensor, layers: Iterable[nn.Module], hook: Cal
         for handle in handles:
             handle.remove()
     return getattr(output, "logits", output)
+
+
+@contextmanager
+def _own_normalisation(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """BatchNorms run by _Normalise in the block."""
+    norms = [m for m in modules if isinstance(m, nn.BatchNorm2d) and "forward" not in vars(m)]
+    for module in norms:
+        vars(module)["forward"] = partial(_Normalise.apply, module)
+    try:
+        yield
+    finally:
+        for module in norms:
+            del vars(module)["forward"]
+
+
+class _Normalise(torch.autograd.Function):
+    """BatchNorm in eval mode, whose backward pass keeps the layout that a GPU's convolutions want.
+
+    PyTorch's own does not, and then copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        scale = (module.running_var + module.eps).rsqrt()
+        ctx.scale = (scale * module.weight if module.weight is not None else scale)[:, None, None]
+        return F.batch_norm(
+            x, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps
+        )
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[None, Tensor]:
+        return None, torch.mul(delta, ctx.scale, out=torch.empty_like(delta))
 
 
 def _run_apart(
@@ -506,13 +543,13 @@ def _has_rule(module: nn.Module) -> bool:
     )
 
 
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
+def _check_labels(logits: Tensor, labels: Tensor, least: int, most: int) -> None:
     if logits.dim() != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
         raise InputError(
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: a margin needs "
             "(B, C) with at least two classes, and (B,)"
         )
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+    if least < 0 or most >= logits.shape[1]:
         raise InputError(f"labels must lie in 0..{logits.shape[1] - 1}")
 
 

@@ -5,7 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a tile: columns and positions at a time, then warps and stages of its pipeline.
+TILES = {
+    torch.float32: (64, 32, 4, 3),
+    torch.bfloat16: (64, 64, 4, 3),
+    torch.float16: (64, 64, 4, 3),
+}
 SPAN = 1024  # positions that one program of _position_sums adds up
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -86,17 +91,17 @@ def outer_products(
     (b, channels, height, width), outputs = x.shape, delta.shape[1]
     patch, positions = out.shape[2], delta[0, 0].numel()
     wide = 128 if outputs >= 128 else 64
+    columns, depth, warps, stages = TILES[delta.dtype]
     tf32 = torch.backends.cudnn.allow_tf32
     gap = out.stride(1) - patch
-    grid = triton.cdiv(patch + gap, 64), triton.cdiv(outputs, wide), b
+    grid = triton.cdiv(patch + gap, columns), triton.cdiv(outputs, wide), b
     _outer_products[grid](
         x, delta, row_signs, column_signs, out,
         *x.stride(), *delta.stride(), *out.stride()[:2],
         channels, height, width, outputs, delta.shape[3], positions, patch, gap,
         sy, sx, top, left, ddy, ddx,
-        KW=kw, ALIGNED=channels % 64 == 0, PRECISION="tf32" if tf32 else "ieee",
-        BO=wide, BP=64, BT=32 if delta.dtype == torch.float32 else 64,
-        num_warps=4, num_stages=3,
+        KW=kw, ALIGNED=channels % columns == 0, PRECISION="tf32" if tf32 else "ieee",
+        BO=wide, BP=columns, BT=depth, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import hashlib
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from attribution import models
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
+from attribution.graphs import Outputs, Replayed
 from attribution.memory import keep_freed_memory
 from attribution.pixels import Augmentation, augment_batch, draw_augmentation, to_batch
 
@@ -256,63 +256,23 @@ def _step(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that leaves the gradients of a draw's loss at the weights, and returns the loss."""
 
-    def step(draw: torch.Tensor) -> torch.Tensor:
+    def step(draw: torch.Tensor) -> Outputs:
         for weight in weights:
             weight.grad = None
         loss = loss_of(draw)
         loss.backward()
-        return loss.detach()
+        return [loss.detach(), *(weight.grad for weight in weights)]
 
-    return Replayed(step, weights) if replays else step
+    run = Replayed(step, weights[0].device) if replays else step
 
-
-class Replayed:
-    """A training step as a CUDA graph for each shape of its draws: one launch in place of hundreds.
-
-    The first WARM_UP steps of a shape run as they are: libraries choose and allocate in them.
-    """
-
-    WARM_UP = 3
-
-    def __init__(
-        self, step: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor]
-    ) -> None:
-        self._step, self._weights, self._device = step, weights, weights[0].device
-        self._stream = torch.cuda.Stream(self._device)
-        self._draws: dict[torch.Size, torch.Tensor] = {}
-        self._calls: Counter[torch.Size] = Counter()
-        self._graphs: dict[torch.Size, tuple[Any, torch.Tensor, list[torch.Tensor | None]]] = {}
-
-    def __call__(self, draw: torch.Tensor) -> torch.Tensor:
-        """The loss, to be read before the next step overwrites it."""
-        shape = draw.shape
-        own = self._draws.setdefault(shape, torch.empty_like(draw, device=self._device))
-        own.copy_(draw)
-        self._calls[shape] += 1
-        if self._calls[shape] <= self.WARM_UP:
-            return self._run(own)
-        if shape not in self._graphs:
-            self._graphs[shape] = self._capture(own)
-        graph, loss, gradients = self._graphs[shape]
-        graph.replay()
-        for weight, gradient in zip(self._weights, gradients, strict=True):
+    def take(draw: torch.Tensor) -> torch.Tensor:
+        loss, *gradients = run(draw)
+        for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
+        assert loss is not None  # gradients may be missing
         return loss
 
-    def _run(self, draw: torch.Tensor) -> torch.Tensor:
-        """On a stream of its own, as a capture has to be warmed up."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            loss = self._step(draw)
-        current.wait_stream(self._stream)
-        return loss
-
-    def _capture(self, draw: torch.Tensor) -> tuple[Any, torch.Tensor, list[torch.Tensor | None]]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            loss = self._step(draw)
-        return graph, loss, [weight.grad for weight in self._weights]
+    return take
 
 
 def _normalise_without_cudnn(model: nn.Module) -> None:

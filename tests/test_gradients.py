@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from attribution.errors import InputError
-from attribution.gradients import Call, capture, margins
+from attribution.gradients import Call, _own_normalisation, capture, margins
 from attribution.sketch import Sketch, dealt
 
 torch.set_num_threads(1)  # the tensors are tiny; threads would only wait for each other
@@ -604,3 +604,18 @@ def test_each_block_is_the_sketch_of_its_own_parameters(num_blocks, route):
 def test_refuses_an_empty_projection():
     with pytest.raises(InputError, match="proj_dim is 0"):
         Sketch(0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_gpu_s_normalisation_is_batch_norm_s(affine: bool) -> None:
+    norm = nn.BatchNorm2d(5, affine=affine, dtype=torch.float64)
+    norm(torch.randn(8, 5, 4, 3, dtype=torch.float64) * 3 + 1)
+    norm.eval()
+    x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    delta = torch.randn(2, 5, 4, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(norm(x), x, delta)
+    with _own_normalisation([norm]):
+        output = norm(x)
+        (found,) = torch.autograd.grad(output, x, delta)
+    torch.testing.assert_close(output, norm(x))
+    torch.testing.assert_close(found, expected)

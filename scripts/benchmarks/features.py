@@ -35,7 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto", help="auto, cpu, or cuda")
-    parser.add_argument("--batch", type=int, default=0, help="images; 0: what the setting says")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="images; 0: as listed, on a GPU as `trak`"
+    )
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -58,9 +60,10 @@ def _compare(
     import torch
 
     from attribution.sketch import Sketch
+    from attribution.trak import feature_batch_size
 
     config, size, usual, k, blocks = SETTINGS[name]
-    batch = batch or usual
+    batch = batch or (usual if device.type == "cpu" else feature_batch_size(size, device.type))
     model = make_model(config).eval().to(device)
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,68 @@
+"""A function of one tensor on a GPU, replayed as CUDA graphs: one launch in place of hundreds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Outputs = Sequence[Tensor | None]
+WARM_UP = 3  # runs of a shape before it is recorded: libraries choose and allocate in them
+
+
+class Replayed:
+    """`function`, recorded for each shape of its input after WARM_UP runs.
+
+    It must read and write tensors alone, always the same ones. One that cannot be recorded (because
+    it waits for the GPU in the middle) goes on being run as it is.
+
+    Args:
+        function: of a tensor on `device`; what it returns is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Outputs], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._stream = torch.cuda.Stream(device)
+        self._calls: Counter[torch.Size] = Counter()
+        self._inputs: dict[torch.Size, Tensor] = {}
+        self._graphs: dict[torch.Size, tuple[Any, Outputs] | None] = {}
+
+    def __call__(self, value: Tensor) -> Outputs:
+        """The function's outputs for a value that may be on another device."""
+        shape = value.shape
+        own = self._inputs.setdefault(shape, torch.empty_like(value, device=self._device))
+        own.copy_(value)
+        self._calls[shape] += 1
+        if self._calls[shape] <= WARM_UP:
+            return self._run(own)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._record(own)
+        recorded = self._graphs[shape]
+        if recorded is None:
+            return self._run(own)
+        graph, outputs = recorded
+        graph.replay()
+        return outputs
+
+    def _run(self, value: Tensor) -> Outputs:
+        """On a stream of its own, as what is to be recorded has to be warmed up."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            outputs = self._function(value)
+        current.wait_stream(self._stream)
+        return outputs
+
+    def _record(self, value: Tensor) -> tuple[Any, Outputs] | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                outputs = self._function(value)
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+            return None
+        return graph, outputs
