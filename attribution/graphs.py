@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,8 +37,13 @@ class Replayed:
         own = self._inputs.setdefault(shape, torch.empty_like(value, device=self._device))
         own.copy_(value)
         self._calls[shape] += 1
-        if self._calls[shape] <= WARM_UP:
+        if self._calls[shape] < WARM_UP:
             return self._run(own)
+        if self._calls[shape] == WARM_UP:
+            outputs, waits = self._watch(own)
+            if waits:
+                self._graphs[shape] = None
+            return outputs
         if shape not in self._graphs:
             self._graphs[shape] = self._record(own)
         recorded = self._graphs[shape]
@@ -56,12 +62,24 @@ class Replayed:
         current.wait_stream(self._stream)
         return outputs
 
+    def _watch(self, value: Tensor) -> tuple[Outputs, bool]:
+        """Run it, and tell whether it waits for the GPU, which a recording cannot."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                outputs = self._run(value)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return outputs, any("synchroniz" in str(each.message) for each in said)
+
     def _record(self, value: Tensor) -> tuple[Any, Outputs] | None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
                 outputs = self._function(value)
-        except RuntimeError as error:
+        except RuntimeError as error:  # random numbers on the GPU are then spoilt: hence _watch
             if "captur" not in str(error):
                 raise
             return None

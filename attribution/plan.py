@@ -14,9 +14,11 @@ from attribution.removal import FRAC_FREE
 from attribution.tracking import UPSTREAM, find_finished
 from attribution.training import resolve_device, seconds_per_example, stacking_pays
 
-# Measured on two AVX-512 cores (docs/performance.md), relative to a training step of one model:
-FEATURE_COST = 1.6  # of an example, sketched and scored
-STACK_GAIN = 1.34  # of small models that are trained as one
+# Relative to a training step of one model, its kernels called one by one, as measured on two AVX-512
+# cores and on an H200, which is waiting for calls then (docs/performance.md):
+FEATURE_COST = {"cpu": 1.6, "cuda": 0.25}  # of an example, sketched and scored
+TRAINING_GAIN = {"cpu": 1.0, "cuda": 1.5}
+STACK_GAIN = {"cpu": 1.34, "cuda": 11.0}  # of small models that are trained as one
 START_UP = 12.0  # seconds of a stage: worker processes import torch, artifacts are written
 OVERHEAD = 1.3  # of a step: its data, the optimizer, and workers that share caches and memory
 
@@ -69,15 +71,16 @@ def make_plan(chain: Chain, config: Config, data: ImageData) -> Plan:
 def _step(stage: str, config: Config, data: ImageData, rate: float | None) -> Step:
     n, targets = len(data.rows("train")), len(data.rows("validation"))
     share = max(1, round(config.subset_fraction * n))
-    gain = STACK_GAIN if stacking_pays(config) else 1.0
+    device = resolve_device(config.device).type
+    gain = STACK_GAIN[device] if stacking_pays(config) else TRAINING_GAIN[device]
     most = "at most " * bool(config.patience)
     work: float
     if stage == "finetune":
         what = f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images"
-        work = config.num_models * config.epochs * share
+        work = config.num_models * config.epochs * share / TRAINING_GAIN[device]
     elif stage == "trak":
         images = config.num_models * (n + targets)
-        what, work = f"{images:,} gradients and their scores", images * FEATURE_COST
+        what, work = f"{images:,} gradients and their scores", images * FEATURE_COST[device]
     elif stage == "explain":
         what, work = "the examples behind each prediction", 0.0
     else:
@@ -85,7 +88,7 @@ def _step(stage: str, config: Config, data: ImageData, rate: float | None) -> St
         what = f"up to {count} models, {most}{config.epochs} epochs of {size:,} images"
         work = count * config.epochs * size / gain
         if stage == "evaluate" and FEATURISING.intersection(config.method_names):
-            work += config.num_models * (n + targets) * FEATURE_COST
+            work += config.num_models * (n + targets) * FEATURE_COST[device]
     return Step(stage, what, None if rate is None else work * rate + START_UP * (work > 0))
 
 

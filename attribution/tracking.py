@@ -235,16 +235,20 @@ def _is_active(run: Any) -> bool:
     return active is not None and active.info.run_id == run.info.run_id
 
 
-def _let_go(error: BaseException | None) -> None:
+def _let_go(error: BaseException) -> None:
     """Free what the frames that an error came through still hold.
 
     A signal may have interrupted MLflow within a transaction: while that frame lives, its connection
     keeps the database locked for this very process too.
     """
-    while error:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-    gc.collect()
+    if getattr(error, "let_go", False):  # by the run within this one
+        return
+    cause: BaseException | None = error
+    while cause:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
+    gc.collect()  # what SQLAlchemy makes is cyclic
+    error.let_go = True  # type: ignore[attr-defined]
 
 
 def find_finished(stage: str, config: Config, data: ImageData) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -241,6 +242,49 @@ def test_a_signal_that_a_library_turns_into_another_error_still_marks_the_run_ki
     with pytest.raises(RuntimeError), tracking.open_run() as run:  # which nobody stopped
         raise RuntimeError
     assert mlflow.MlflowClient().get_run(run.info.run_id).info.status == "FAILED"
+
+
+def test_a_stopped_transaction_does_not_keep_the_run_from_being_marked(
+    new_store: Path, tmp_path: Path
+) -> None:
+    """As where a signal comes between MLflow's opening of a transaction and its own clearing up."""
+    store.open_store(tmp_path)
+
+    def interrupted() -> None:
+        connection = sqlite3.connect(new_store)
+        connection.execute("BEGIN IMMEDIATE")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), tracking.open_run() as run:
+        interrupted()
+    found = mlflow.MlflowClient().get_run(run.info.run_id)
+    assert (found.info.status, found.data.tags["stopped_by"]) == ("KILLED", "signal")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"), [("start_run", "KILLED"), ("end_run", "FINISHED")]
+)
+def test_a_run_is_begun_and_ended_whole(
+    new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, expected: str
+) -> None:
+    store.open_store(tmp_path)
+    whole = getattr(mlflow, function)
+
+    def stopped(*given: Any, **named: Any) -> Any:
+        found = whole(*given, **named)
+        if function == "start_run" or not given:  # how it is marked KILLED is not what is stopped
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(mlflow, function, stopped)
+    reached = False
+    with pytest.raises(KeyboardInterrupt), ended_by_signals(), tracking.open_run():
+        reached = True
+    cancel_timers()
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert run.info.status == expected and reached == (function == "end_run")
+    assert mlflow.active_run() is None
 
 
 def test_what_a_dead_process_left_running_is_marked_by_the_next_command(
