@@ -46,11 +46,14 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @cache
-def kernels() -> Any:
-    """The module of the same name; None where Triton is missing, as on Windows."""
+def kernels(device: torch.device) -> Any:
+    """The module of the same name; None where Triton is missing, or has no C compiler to start it with."""
     try:
         from attribution import kernels
-    except ImportError:
+
+        one = torch.ones(1, 1, 1, 1, device=device)
+        kernels.position_sums(one, one)
+    except Exception:  # of many kinds: everything is computed without them then
         return None
     return kernels
 
@@ -77,7 +80,8 @@ class Call:
         if self.has_matrix and "bias" not in self.names:
             return {}
         if isinstance(self.module, nn.BatchNorm2d) and self.has_kernels():
-            return self._normalisation(*kernels().position_sums(self.input, self.delta))
+            sums = kernels(self.delta.device).position_sums(self.input, self.delta)
+            return self._normalisation(*sums)
         parts = [
             self._vectors(r) for r in steps(len(self.input), self.input[0].numel(), self.input)
         ]
@@ -139,10 +143,12 @@ class Call:
         if isinstance(module, nn.Linear):  # a convolution over a column of positions
             x, delta = (t.reshape(len(t), -1, t.shape[-1]).mT[..., None] for t in (x, delta))
             geometry: tuple = (1, 1), (1, 1), (0, 0), (1, 1)
+            tf32 = torch.backends.cuda.matmul.allow_tf32
         else:
             (top, _), (left, _) = _padding(module)
             geometry = module.kernel_size, module.stride, (top, left), module.dilation
-        kernels().outer_products(x, delta, geometry, *signs, out)
+            tf32 = torch.backends.cudnn.allow_tf32
+        kernels(delta.device).outer_products(x, delta, geometry, *signs, out, tf32)
 
     def deltas(self, rows: slice) -> Tensor:
         """Output gradients of some samples as (b, groups, positions, outputs per group)."""

@@ -26,7 +26,7 @@ class Replayed:
 
     def __init__(self, function: Callable[[Tensor], Outputs], device: torch.device) -> None:
         self._function, self._device = function, device
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self._calls: Counter[torch.Size] = Counter()
         self._inputs: dict[torch.Size, Tensor] = {}
         self._graphs: dict[torch.Size, tuple[Any, Outputs] | None] = {}
@@ -72,13 +72,16 @@ class Replayed:
                 outputs = self._run(value)
         finally:
             torch.cuda.set_sync_debug_mode(before)
-        return outputs, any("synchroniz" in str(each.message) for each in said)
+        return outputs, any("synchronizing CUDA operation" in str(each.message) for each in said)
 
     def _record(self, value: Tensor) -> tuple[Any, Outputs] | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            # One pool for all shapes: what a graph returns has been read when the next one runs.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 outputs = self._function(value)
+        except torch.OutOfMemoryError:
+            return None
         except RuntimeError as error:  # random numbers on the GPU are then spoilt: hence _watch
             if "captur" not in str(error):
                 raise

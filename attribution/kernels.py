@@ -74,10 +74,9 @@ def outer_products(
     row_signs: Tensor,
     column_signs: Tensor,
     out: Tensor,
+    tf32: bool,
 ) -> None:
     """Write per-sample gradients of a convolution's weight, signed, to `out`, and zeros between its rows.
-
-    In float32 the products are in TF32 where cuDNN's convolutions are.
 
     Args:
         x: its input (b, C, H, W), any strides.
@@ -86,13 +85,13 @@ def outer_products(
         row_signs: (O,) float32.
         column_signs: (P,) float32, P = kernel size x C, channels last.
         out: (b, O, P) float32, its last stride 1.
+        tf32: compute products of float32 in TF32, as PyTorch's convolutions do by default.
     """
     (_, kw), (sy, sx), (top, left), (ddy, ddx) = geometry
     (b, channels, height, width), outputs = x.shape, delta.shape[1]
     patch, positions = out.shape[2], delta[0, 0].numel()
     wide = 128 if outputs >= 128 else 64
     columns, depth, warps, stages = TILES[delta.dtype]
-    tf32 = torch.backends.cudnn.allow_tf32
     gap = out.stride(1) - patch
     grid = triton.cdiv(patch + gap, columns), triton.cdiv(outputs, wide), b
     _outer_products[grid](

@@ -13,13 +13,15 @@ from typing import Any, NoReturn
 
 GRACE_SECONDS = 4.0  # to end workers and to tell the tracking store
 AGAIN_SECONDS = 0.05  # until an exception that Python dropped is raised once more
+HOLD_SECONDS = 1.5  # that an exception waits for what is to be done whole
 # Ctrl-C; what `kill`, batch systems and `mlflow run` send; a terminal that is closed.
 STOPPING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 
 _asked: list[int] = []  # of the block under way
-_held = _pending = False  # whether an exception has to wait, and whether one does
+_held = False  # whether an exception has to wait
+_pending: list[Callable[[], Any]] = []  # what calls off the raising of the one that waits
 
 
 def is_stopping() -> bool:
@@ -48,10 +50,13 @@ def ended_by_signals() -> Iterator[list[int]]:
         if not asked:
             asked.append(number)
             _later(GRACE_SECONDS, os._exit, 128 + number)
-        global _pending
-        _pending = _held
-        if not _held:
-            raise KeyboardInterrupt(signal.Signals(number).name)
+        if _held and not _pending:
+            signal.signal(number, stop)  # for what comes next, from the timer or a person
+            timer = _later(HOLD_SECONDS, signal.pthread_kill, threading.get_ident(), number)
+            _pending.extend([timer.cancel, lambda: signal.signal(number, signal.SIG_IGN)])
+            return
+        _pending.clear()
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     def unraisable(what: Any) -> None:
         if not (asked and what.exc_type is KeyboardInterrupt):
@@ -77,22 +82,28 @@ def ended_by_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def stop_after() -> Iterator[None]:
-    """Raise a KeyboardInterrupt that comes in the block at its end: it is done whole or not at all."""
-    global _held, _pending
+    """Raise a KeyboardInterrupt that comes in the block at its end: it is done whole or not at all.
+
+    But within HOLD_SECONDS: what does not answer is not waited for.
+    """
+    global _held
     _held = True
     try:
         yield
     finally:
         _held = False
         if _pending:
-            _pending = False
+            for call_off in _pending:
+                call_off()
+            _pending.clear()
             raise KeyboardInterrupt
 
 
-def _later(seconds: float, function: Callable, *arguments: Any) -> None:
+def _later(seconds: float, function: Callable, *arguments: Any) -> threading.Timer:
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def end(code: int) -> NoReturn:

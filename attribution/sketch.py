@@ -77,7 +77,7 @@ class Sketch:
     The stride keeps the entries of one column apart, and rows of at most k entries never meet
     themselves, so the variance stays near that of dense random signs.
     The map depends on (seed, k, parameter names and shapes) alone; the route, on the layer's
-    shape alone.
+    shape, the precision and the kind of device.
 
     With several blocks, each block of layers has k cells of its own: the features are those of
     the blocks side by side, and added up they are what one block would have.

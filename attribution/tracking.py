@@ -210,13 +210,27 @@ def open_run(**options: Any) -> Iterator[Any]:
             _let_go(error)
         if stopped or failure(error):  # the store may be what failed: it is not asked for minutes
             os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
-        if run and _is_active(run):
-            with suppress(Exception):
-                if stopped:
-                    mlflow.set_tag("stopped_by", "signal")
-            with suppress(Exception):
-                mlflow.end_run("KILLED" if stopped else "FAILED")
+        if run:
+            _mark(run, "KILLED" if stopped else "FAILED")
         raise
+
+
+def _mark(run: Any, status: str) -> None:
+    """End a run that is not as it should be, as far as the store lets itself be told."""
+    import mlflow
+
+    client, run_id, active = mlflow.MlflowClient(), run.info.run_id, _is_active(run)
+    with suppress(Exception):
+        if not active and client.get_run(run_id).info.status != "RUNNING":
+            return  # a signal waited until it was ended
+    with suppress(Exception):
+        if status == "KILLED":
+            client.set_tag(run_id, "stopped_by", "signal")
+    with suppress(Exception):
+        if active:
+            mlflow.end_run(status)
+        else:
+            client.set_terminated(run_id, status)
 
 
 def end_run(run: Any) -> None:

@@ -7,8 +7,9 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
 from attribution.graphs import Outputs, Replayed
+from attribution.matrices import row_slices
 from attribution.memory import keep_freed_memory
 from attribution.pixels import Augmentation, augment_batch, draw_augmentation, to_batch
 
@@ -137,6 +139,7 @@ def train(
                 break
         else:
             trained.best_epoch = epoch
+    optimizer.zero_grad()  # a CUDA graph's memory
     if best_state is not None:
         model.load_state_dict(best_state)
     model.eval()
@@ -171,8 +174,6 @@ def train_stacked(
     device = _prepare(config)
     steps = _steps(config, keeps[0])
     members = [_new_model(config, data, seed, device).train() for seed in seeds]
-    if device.type == "cuda":
-        _normalise_without_cudnn(members[0])
     weights, buffers = torch.func.stack_module_state(members)
     optimizer, scheduler = make_optimizer(config, weights.values(), steps * config.epochs)
     labels = [None] * len(seeds) if labels is None else labels
@@ -196,14 +197,15 @@ def train_stacked(
         return loss * len(seeds)
 
     step = _step(loss_of, list(weights.values()), batches[0].resident)
-    for epoch in range(config.epochs):
-        total = torch.zeros((), device=device)
-        parts = (b.draws(np.flatnonzero(k), steps) for b, k in zip(batches, keeps, strict=True))
-        for draws in zip(*parts, strict=True):
-            total += step(torch.stack(draws, dim=1))
-            optimizer.step()
-            scheduler.step()
-        _check_loss(config, float(total), epoch)
+    with _without_cudnn(members[0] if device.type == "cuda" else nn.Identity()):
+        for epoch in range(config.epochs):
+            total = torch.zeros((), device=device)
+            parts = (b.draws(np.flatnonzero(k), steps) for b, k in zip(batches, keeps, strict=True))
+            for draws in zip(*parts, strict=True):
+                total += step(torch.stack(draws, dim=1))
+                optimizer.step()
+                scheduler.step()
+            _check_loss(config, float(total), epoch)
     for i, member in enumerate(members):
         member.load_state_dict({k: v[i] for k, v in (weights | buffers).items()})
         member.eval()
@@ -214,11 +216,11 @@ def stacking_pays(config: Config) -> bool:
     """Whether small models train faster as one: from scratch, with few pixels a step, one pass.
 
     One AVX-512 core, ms a step of one resnet-mini at batch 32: alone 3.9, in a stack of five 2.9
-    and of ten 2.2 at 16 x 16; at 32 x 32 6.3 either way. A GPU gains by it at any size that a small
-    model is trained at (docs/performance.md).
+    and of ten 2.2 at 16 x 16; at 32 x 32 6.3 either way. A GPU gains by it at batch 64 of 32 x 32 too
+    (docs/performance.md).
     """
-    few = config.batch_size * config.image_size**2 <= 2**14
-    few = few or resolve_device(config.device).type == "cuda"
+    most = 2**16 if resolve_device(config.device).type == "cuda" else 2**14
+    few = config.batch_size * config.image_size**2 <= most
     return few and config.model in models.MINI_CONFIGS and not config.patience
 
 
@@ -228,12 +230,14 @@ def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int
     On a CPU it is the process's own time, which other work on the machine changes little.
 
     Args:
-        flops: of its forward pass; they bound the trial's batch, so that it stays short.
+        flops: of its forward pass; they bound a processor's batch, so that the trial stays short.
     """
     device, threads = _prepare(config), torch.get_num_threads()
     model = models.build(config.model, class_names, 0).train()
     models.place(model, device)
-    n = max(2, min(config.batch_size, 10**11 // (3 * flops)))
+    n = config.batch_size
+    if device.type == "cpu":
+        n = max(2, min(n, 10**11 // (3 * flops)))
     images = torch.zeros(n, 3, config.image_size, config.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     torch.set_num_threads(1)
@@ -275,19 +279,22 @@ def _step(
     return take
 
 
-def _normalise_without_cudnn(model: nn.Module) -> None:
-    """cuDNN's batch normalisation asks for a memory layout that tensors under vmap do not tell."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.forward = _without_cudnn(module.forward)  # type: ignore[method-assign]
+@contextmanager
+def _without_cudnn(model: nn.Module) -> Iterator[None]:
+    """Keep BatchNorms from cuDNN, whose own asks for a memory layout that tensors under vmap do not tell."""
 
-
-def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
+    def plain(forward: Callable[..., Any], *arguments: Any) -> Any:
         with torch.backends.cudnn.flags(enabled=False):
-            return function(*arguments)
+            return forward(*arguments)
 
-    return call
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for module in norms:
+        vars(module)["forward"] = partial(plain, module.forward)
+    try:
+        yield
+    finally:
+        for module in norms:
+            del vars(module)["forward"]
 
 
 def _prepare(config: Config) -> torch.device:
@@ -358,14 +365,10 @@ class Batches:
         self.mean, self.std = (
             torch.tensor(v).to(device) for v in models.normalisation(config.model)
         )
-        self.pixels: np.ndarray | torch.Tensor = data.pixels()
         self.rows = data.rows("train")
-        # Whether all images lie on a GPU.
-        self.resident = device.type == "cuda" and _fits(
-            self.pixels[:1].nbytes * len(self.rows), device
-        )
-        if self.resident:
-            self.pixels = torch.from_numpy(self.pixels[self.rows]).to(device)
+        uploaded = _on_gpu(data, device) if device.type == "cuda" else None
+        self.resident = uploaded is not None  # all images lie on the GPU
+        self.pixels = data.pixels() if uploaded is None else uploaded
         labels = data.labels("train") if labels is None else labels
         self.labels = torch.from_numpy(labels).to(device)
         self.generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
@@ -380,9 +383,11 @@ class Batches:
         order = torch.randperm(n, generator=self.generator).numpy()
         drawn = draw_augmentation(n, self.augment, self.pad, self.generator)
         columns = torch.stack([torch.arange(n), drawn.flips.long(), drawn.dy, drawn.dx])
-        order = order[np.isin(order, kept, assume_unique=True)]
+        columns = columns[:, torch.from_numpy(order[np.isin(order, kept, assume_unique=True)])]
+        if self.resident:
+            columns = columns.to(self.device)  # once: a copy for every step would wait for the last
         # Batches of nearly equal size: a last batch of one would break BatchNorm.
-        return (columns[:, torch.from_numpy(part)] for part in np.array_split(order, steps))
+        return iter(columns.tensor_split(steps, dim=1))
 
     def load(self, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) and labels (B,) of a draw."""
@@ -399,9 +404,22 @@ class Batches:
         return augment_batch(images, Augmentation(flips.bool(), dy, dx, pad))
 
 
-def _fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes are a small part of what a GPU has free."""
-    return size < torch.cuda.mem_get_info(device)[0] // 4
+_uploaded: dict[tuple, torch.Tensor] = {}
+
+
+def _on_gpu(data: ImageData, device: torch.device) -> torch.Tensor | None:
+    """The training images on a GPU, uint8, one copy a process; None where they are too many for it."""
+    pixels, rows = data.pixels(), data.rows("train")
+    key = data.fingerprint, pixels.shape, device
+    if key not in _uploaded:
+        if pixels[:1].nbytes * len(rows) > torch.cuda.mem_get_info(device)[0] // 4:
+            return None
+        _uploaded.clear()
+        images = torch.empty((len(rows), *pixels.shape[1:]), dtype=torch.uint8, device=device)
+        for part in row_slices(len(rows), pixels[:1].nbytes // 4):
+            images[part] = torch.from_numpy(pixels[rows[part]]).to(device)
+        _uploaded[key] = images
+    return _uploaded[key]
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 TARGETS = "validation"
 # Of all checkpoints' factors and targets; where they are larger they are read for every block.
 SOLVED_BYTES = 5 << 29
-SHARD_ROWS = 4096  # examples of a task: what is featurised at a time, and kept when a run is killed
+# Examples of a task: what is featurised at a time, and kept when a run is killed.
+SHARD_ROWS = 4096
+GPU_SHARD_ROWS = 16 * SHARD_ROWS  # which takes no longer there
 
 
 @dataclass(frozen=True)
@@ -160,21 +162,23 @@ def score(
 def featurize(
     config: Config, data: ImageData, checkpoints: Sequence[Path], work: Path
 ) -> list[Store]:
-    """Projected gradients of both splits under each checkpoint; `work` keeps what is finished."""
-    stores = [Store(work / "features" / f"{m:03d}", m) for m in range(len(checkpoints))]
+    """Projected gradients of both splits under each checkpoint; `work` keeps what is finished.
+
+    A GPU's apart from a processor's: their shards are not of one size, nor their last bits the same.
+    """
+    device = resolve_device(config.device).type
+    here = device == "cuda" and config.backend == "local"  # a cluster sends shards about
+    size = GPU_SHARD_ROWS if here else SHARD_ROWS
+    folder = work / f"features-{device}-{size}"
+    stores = [Store(folder / f"{m:03d}", m) for m in range(len(checkpoints))]
     shards = [
-        (m, split, rows)
+        (m, split, range(start, min(start + size, len(data.rows(split)))))
         for m in range(len(stores))
         for split in ("train", TARGETS)
-        for rows in _shards(len(data.rows(split)), resolve_device(config.device).type)
+        for start in range(0, len(data.rows(split)), size)
     ]
     _featurize_all(config, data, checkpoints, stores, shards)
     return stores
-
-
-def _shards(n: int, device_type: str) -> list[range]:
-    size = SHARD_ROWS * (16 if device_type == "cuda" else 1)  # which takes no longer there
-    return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def _featurize_all(
@@ -243,17 +247,41 @@ def _featurize(
 ) -> None:
     """Featurise some rows of a split.
 
-    `size` images a batch change the last bit of the features, and nothing else.
+    `size` images a batch change the last bit of the features, and nothing else. Where they do not fit
+    into a GPU's memory, a batch has a quarter of them.
     """
     keep_freed_memory()
-    # A shard is whole or made anew: traker's store cannot go on with batches of another size.
-    shutil.rmtree(folder, ignore_errors=True)
-    batches = batches_of(config, data, split, size, resolve_device(config.device), rows)
-    run_traker(config, checkpoint, m, batches, len(rows), folder)
+    while not _fill(config, data, checkpoint, m, split, rows, size, folder):
+        size = max(1, size // 4)
     (folder / str(m) / "features.mmap").unlink(
         missing_ok=True
     )  # as large again, for what is not done here
     (folder / "done").touch()
+
+
+def _fill(
+    config: Config,
+    data: ImageData,
+    checkpoint: Path,
+    m: int,
+    split: str,
+    rows: range,
+    size: int,
+    folder: Path,
+) -> bool:
+    """Have traker fill the folder; False where a batch does not fit into a GPU's memory."""
+    import torch
+
+    # A shard is whole or made anew: traker's store cannot go on with batches of another size.
+    shutil.rmtree(folder, ignore_errors=True)
+    batches = batches_of(config, data, split, size, resolve_device(config.device), rows)
+    try:
+        run_traker(config, checkpoint, m, batches, len(rows), folder)
+    except torch.OutOfMemoryError:
+        if size == 1:
+            raise
+        return False
+    return True
 
 
 def run_traker(

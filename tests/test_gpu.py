@@ -53,13 +53,25 @@ def test_per_sample_gradients_equal_one_backward_pass_each() -> None:
 
 @pytest.mark.parametrize("k, blocks", [(64, 1), (32, 4), (2048, 1)])
 def test_features_are_those_of_the_cpu(k: int, blocks: int) -> None:
-    """In float64, where TF32 has no part; each device takes the routes that are fast on it."""
+    """In float64, which the kernels do not compute in: these are the routes of a CPU."""
     model, (images, labels) = mini(torch.float64), batch(torch.float64)
     sketch = Sketch(k, dtype=torch.float64, num_blocks=blocks)
     here, margins_here = sketch.features(model, images, labels)
     there, margins_there = sketch.features(model.cuda(), images.cuda(), labels.cuda())
     torch.testing.assert_close(there.cpu(), here, rtol=1e-9, atol=1e-9 * float(here.abs().max()))
     torch.testing.assert_close(margins_there.cpu(), margins_here)
+
+
+@pytest.mark.parametrize("k, blocks", [(64, 1), (256, 4)])
+def test_features_by_kernels_are_those_of_the_cpu(
+    k: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, (images, labels) = mini(), batch()
+    sketch = Sketch(k, num_blocks=blocks)
+    here, _ = sketch.features(model, images, labels)
+    there, _ = sketch.features(model.cuda(), images.cuda(), labels.cuda())
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4 * float(here.abs().max()))
 
 
 def test_training_repeats_itself_to_the_last_bit(data: ImageData) -> None:
@@ -105,11 +117,18 @@ def test_graphs_train_what_single_launches_train(
     data: ImageData, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = toy_config(device="cuda", augment="flip,crop", epochs=3, precision=precision)
-    found = []
+    whole, recorded, found = Replayed._record, [], []
+
+    def record(self: Replayed, value: torch.Tensor) -> object:
+        recorded.append(whole(self, value))
+        return recorded[-1]
+
+    monkeypatch.setattr(Replayed, "_record", record)
     for warm_up in (graphs.WARM_UP, 1 << 30):
         monkeypatch.setattr(graphs, "WARM_UP", warm_up)
         found.append(predict(config, train(config, data, 0, ALL).model, data, "test"))
     assert np.array_equal(*found)
+    assert len(recorded) == 1 and recorded[0] is not None  # four steps an epoch, all of one size
 
 
 def test_scores_are_those_of_the_cpu(data: ImageData, tmp_path: Path) -> None:

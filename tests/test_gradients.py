@@ -616,6 +616,7 @@ def test_the_gpu_s_normalisation_is_batch_norm_s(affine: bool) -> None:
     (expected,) = torch.autograd.grad(norm(x), x, delta)
     with _own_normalisation([norm]):
         output = norm(x)
+        assert "_Normalise" in type(output.grad_fn).__name__
         (found,) = torch.autograd.grad(output, x, delta)
     torch.testing.assert_close(output, norm(x))
     torch.testing.assert_close(found, expected)

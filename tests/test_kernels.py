@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from attribution import kernels, models
+from attribution import gradients, kernels, models
 from attribution.gradients import Call
 from attribution.sketch import Sketch
 
@@ -49,6 +49,7 @@ def test_outer_products_are_signed_weight_gradients(
         rows.to(DEVICE),
         columns.to(DEVICE),
         out[:, :, :patch],
+        tf32=False,
     )
     for i in range(2):
         (own,) = torch.autograd.grad(conv(x[i : i + 1]), conv.weight, delta[i : i + 1])
@@ -80,3 +81,28 @@ def test_a_sketch_by_kernels_is_the_sketch(
         found.append(Sketch(k, num_blocks=blocks).features(model, images, labels)[0])
     assert not torch.equal(*found)  # two ways
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * float(found[1].abs().max()))
+
+
+def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(DEVICE)
+    assert gradients.kernels(device) is kernels
+    gradients.kernels.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "position_sums", None)  # as where it cannot be compiled
+        assert gradients.kernels(device) is None
+    gradients.kernels.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no bfloat16")
+@pytest.mark.parametrize("size", [32, 64])
+def test_bfloat16_features_are_near_float64_s(size: int) -> None:
+    torch.manual_seed(0)
+    model = models.build("resnet-mini", ("dark", "bright"), 0).eval().to(DEVICE)
+    images = torch.randn(32, 3, size, size, device=DEVICE)
+    labels = torch.arange(32, device=DEVICE) % 2
+    sketch = Sketch(256, num_blocks=4, dtype=torch.float64)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = sketch.features(model, images, labels)[0]
+    expected = sketch.features(model.double(), images.double(), labels)[0]
+    grams = torch.stack([(f @ f.T).flatten() for f in (found, expected)])
+    assert torch.corrcoef(grams)[0, 1] > 0.995

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from test_bad_input import refused
 from test_pipeline import child_environment
 
-from attribution import replay, store, tracking
+from attribution import replay, signals, store, tracking
 from attribution.errors import InputError
 from attribution.signals import STOPPING, ended_by_signals
 from scripts.benchmarks import faults
@@ -271,8 +271,11 @@ def test_a_run_is_begun_and_ended_whole(
     whole = getattr(mlflow, function)
 
     def stopped(*given: Any, **named: Any) -> Any:
+        if function == "end_run":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
         found = whole(*given, **named)
-        if function == "start_run" or not given:  # how it is marked KILLED is not what is stopped
+        if function == "start_run":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
         return found
@@ -285,6 +288,35 @@ def test_a_run_is_begun_and_ended_whole(
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert run.info.status == expected and reached == (function == "end_run")
     assert mlflow.active_run() is None
+
+
+def test_what_is_to_be_done_whole_is_not_waited_for_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(signals, "HOLD_SECONDS", 0.1)
+    with pytest.raises(KeyboardInterrupt), ended_by_signals() as asked, signals.stop_after():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # as a store that does not answer
+    cancel_timers()
+    assert asked == [signal.SIGTERM]
+
+
+def test_a_run_that_the_store_could_not_end_is_marked_when_it_answers_again(
+    new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.open_store(tmp_path)
+    client, whole = mlflow.MlflowClient, mlflow.MlflowClient.set_terminated
+    failures = [MlflowException("the store does not answer")]
+
+    def once(*given: Any) -> None:
+        if failures:
+            raise failures.pop()
+        whole(*given)
+
+    monkeypatch.setattr(client, "set_terminated", once)
+    with pytest.raises(MlflowException), tracking.open_run() as run:
+        pass
+    assert client().get_run(run.info.run_id).info.status == "FAILED"
 
 
 def test_what_a_dead_process_left_running_is_marked_by_the_next_command(

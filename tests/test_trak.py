@@ -267,6 +267,31 @@ def test_a_shard_begun_with_another_batch_size_is_made_anew(tmp_path: Path) -> N
     np.testing.assert_array_equal(whole.one_minus_p("train"), begun.one_minus_p("train"))
 
 
+def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def run(config, checkpoint, m, batches, n, folder) -> None:
+        size = len(next(iter(batches))[1])
+        sizes.append(size)
+        if size > most:
+            raise torch.OutOfMemoryError
+        (folder / "0").mkdir(parents=True)
+
+    monkeypatch.setattr(trak, "run_traker", run)
+    data, config = toy_data(tmp_path / "data", n_train=40), toy_config()
+    for most, expected in ((3, [32, 8, 2]), (32, [32])):
+        sizes.clear()
+        folder = tmp_path / str(most)
+        trak._featurize(config, data, tmp_path, 0, "train", range(40), 32, folder)
+        assert sizes == expected and (folder / "done").exists()
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        trak._featurize(config, data, tmp_path, 0, "train", range(40), 32, tmp_path / "none")
+    assert not (tmp_path / "none" / "done").exists()
+
+
 @pytest.mark.parametrize("asked", [1, 3, 99])
 def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: int) -> None:
     from attribution import models
