@@ -44,9 +44,7 @@ def main(
 ) -> NoReturn:
     """run_entry_point for this process's own arguments, and its quick end."""
     run_entry_point(stage, make, show, sys.argv[1:], files)
-    from attribution.parallel import end_workers
-
-    end_workers()
+    _end_workers()
     end(0)
 
 
@@ -73,6 +71,7 @@ def run_entry_point(
             given = parse(stage, argv)  # what is wrong with a flag is said before the slow imports
             if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
                 resolve(given)
+            _start_workers(stage, given)
             _quiet()
             run_id, config = _find_or_make(stage, make, files, given)
             show(run_id, config)
@@ -81,6 +80,7 @@ def run_entry_point(
         except (KeyboardInterrupt, Exception) as error:
             if asked or isinstance(error, KeyboardInterrupt):
                 _stop(asked)
+            _end_workers()
             if isinstance(error, InputError):
                 tracking.say(f"error: {error}")
                 sys.exit(2)
@@ -97,13 +97,41 @@ def run_entry_point(
 
 
 def _stop(asked: list[int]) -> NoReturn:
-    from attribution.parallel import end_workers  # numpy takes its time
-
     tracking.say("stopped; the same command goes on from what is finished")
-    end_workers()
+    _end_workers()
     if asked:
         end(128 + asked[0])
     sys.exit(128 + signal.SIGINT)
+
+
+def _start_workers(stage: str, given: dict[str, Any]) -> None:
+    """Have workers import while this process does, where there is a core for them and probably work."""
+    known = ("backend", "jobs", "device", "num_models")
+    config = resolve({name: given[name] for name in known if name in given})
+    if config.backend != "local" or stage == "explain" or config.jobs == 1 or _may_use_gpu(config):
+        return
+    from attribution import parallel
+
+    jobs = parallel.resolve_jobs(config.jobs, "cpu", config.num_models)
+    if jobs > 1 and parallel.resolve_jobs(0, "cpu", 2) > 1:
+        parallel.start_workers(jobs, _warm_up)
+
+
+def _may_use_gpu(config: Config) -> bool:
+    """Without a look by torch, which takes seconds to import."""
+    return config.device != "cpu" and (config.device != "auto" or Path("/dev/nvidiactl").exists())
+
+
+def _warm_up() -> None:
+    from attribution import models
+
+    models.warm_up()
+
+
+def _end_workers() -> None:
+    parallel = sys.modules.get("attribution.parallel")  # numpy takes its time
+    if parallel:
+        parallel.end_workers()
 
 
 def _find_or_make(
@@ -138,17 +166,15 @@ def _find_or_make(
 
 def _make(stage: str, config: Config, data: ImageData, make: tracking.Make) -> None:
     """Say what will be done, and do it, in the active run."""
-    from attribution import models, parallel, plan
+    from attribution import plan
+    from attribution.parallel import resolve_jobs
     from attribution.training import resolve_device
 
     chain = plan.find_chain(stage, config, data)
-    # Of the first map, which others' workers do not fit; `explain` alone has none.
-    tasks = {"finetune": config.num_models, "explain": 1}.get(chain.stages[0], 1 << 30)
-    device = resolve_device(config.device).type
-    jobs = parallel.resolve_jobs(config.jobs, device, tasks)
-    with parallel.early_workers(jobs if config.backend == "local" else 1, models.warm_up):
-        _say_plan(chain, config, data, parallel.resolve_jobs(config.jobs, device, 1 << 30))
-        make(config, data)
+    _say_plan(
+        chain, config, data, resolve_jobs(config.jobs, resolve_device(config.device).type, 1 << 30)
+    )
+    make(config, data)
     tracking.log_environment()
 
 

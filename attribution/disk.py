@@ -15,6 +15,7 @@ from attribution.errors import InputError
 from attribution.features import AUTO_BYTES
 from attribution.methods import FEATURISING
 from attribution.models import parameter_count
+from attribution.parallel import ask
 
 ABOUT = 1.05  # tables, pictures, headers
 SPARE = 100 << 20  # bytes that are left to others
@@ -37,7 +38,7 @@ def stage_need(stage: str, config: Config, data: ImageData) -> Need:
     # Features of both splits, and every checkpoint's factors and whitened targets.
     features = m * length * (n + 2 * targets + config.proj_dim) * 4
     if stage == "finetune":
-        model = 4 * parameter_count(config.model, classes)
+        model = 4 * ask(parameter_count, config.model, classes)
         logits = 8 * m * (n + targets) * classes
         return Need(m * model + logits, model + logits, m * model + logits)
     if stage == "trak":

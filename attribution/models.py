@@ -256,6 +256,15 @@ def _bounded_depth() -> Iterator[None]:
         handle.remove()
 
 
+def check(name: str, class_names: tuple[str, ...], image_size: int) -> None:
+    """Refuse a model that cannot be built, or does not take images of this size.
+
+    Raises:
+        InputError: as build and check_image_size do.
+    """
+    check_image_size(build(name, class_names, seed=0), image_size)
+
+
 def check_image_size(model: nn.Module, image_size: int) -> None:
     """Refuse images that the network's strides shrink to nothing.
 

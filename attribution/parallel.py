@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,9 +58,9 @@ def threads_per_task(jobs: int) -> int:
     Workers that each take all of them slow one another down. A Ray cluster's tasks get the same
     number, whatever machine they come to, so that both backends compute the same bits.
     """
-    import torch
-
     if jobs == 1:
+        import torch
+
         return torch.get_num_threads()
     return max(1, resolve_jobs(0, "cpu", 1 << 30) // jobs)
 
@@ -241,23 +241,28 @@ class _Workers:
             end_workers()
 
 
-@contextmanager
-def early_workers(jobs: int, function: Callable[[], object]) -> Iterator[None]:
-    """Have worker processes start, and each call a function, while the block goes on to its first map.
+def start_workers(jobs: int, function: Callable[[], object]) -> None:
+    """Have workers start and call a function while this process does something else on a core of its own.
+
+    The first map adds the one that is missing then.
 
     Args:
-        jobs: as that map will have them, or it waits for other workers; one needs no worker process.
+        jobs: as that map will have them, more than one.
         function: imports what tasks will need. What becomes of it is not asked.
     """
-    if jobs > 1:
-        workers = _Workers(function, (), jobs)
-        for _ in range(jobs):
-            workers.submit(())
-    try:
-        yield
-    except BaseException:
-        end_workers()  # an error is told without waiting for them
-        raise
+    workers = _Workers(function, (), jobs)
+    workers.jobs = max(1, min(jobs, resolve_jobs(0, "cpu", 1 << 30) - 1))
+    for _ in range(workers.jobs):
+        workers.submit(())
+
+
+def ask(function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments), from a worker where there is one: it has imported what this process need not."""
+    if _Workers.executor:
+        given = function, 1, os.getpid(), *arguments
+        with suppress(RuntimeError, LostWorker):  # a pool that is broken or ended is one, too
+            return _Workers.executor.submit(_call_in_worker, *given).result()
+    return function(*arguments)
 
 
 def end_workers() -> None:

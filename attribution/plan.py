@@ -9,7 +9,7 @@ from attribution.data import ImageData
 from attribution.disk import Need, gibibytes, total_need
 from attribution.methods import FEATURISING
 from attribution.models import forward_flops
-from attribution.parallel import resolve_jobs
+from attribution.parallel import ask, resolve_jobs
 from attribution.removal import FRAC_FREE
 from attribution.tracking import UPSTREAM, find_finished
 from attribution.training import resolve_device, seconds_per_example, stacking_pays
@@ -108,11 +108,18 @@ def _retrainings(stage: str, config: Config, n: int) -> tuple[int, int]:
 
 def _rate(config: Config, data: ImageData) -> float | None:
     """Seconds of one example's training step, all workers together; None where it is not known."""
-    flops = forward_flops(config.model, config.image_size)
-    if not flops or config.backend == "ray":  # refused in a moment; other machines' business
+    if config.backend == "ray":  # other machines' business
         return None
+    seconds = ask(_seconds, config, data.class_names)
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, 1 << 30)
-    return OVERHEAD * seconds_per_example(config, data.class_names, flops) / jobs
+    return OVERHEAD * seconds / jobs if seconds else None
+
+
+def _seconds(config: Config, class_names: tuple[str, ...]) -> float | None:
+    flops = forward_flops(config.model, config.image_size)
+    if not flops:  # refused in a moment
+        return None
+    return seconds_per_example(config, class_names, flops)
 
 
 def describe(plan: Plan, jobs: int) -> list[str]:

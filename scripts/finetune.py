@@ -21,9 +21,9 @@ def make(config: Config, data: ImageData) -> None:
     import mlflow
     import numpy as np
 
-    from attribution import ensemble, models, plots
+    from attribution import ensemble, models, parallel, plots
 
-    models.check_image_size(models.build(config.model, data.class_names, seed=0), config.image_size)
+    parallel.ask(models.check, config.model, data.class_names, config.image_size)
     check_subset_fraction(config, len(data.rows("train")))
     work = tracking.stage_folder("finetune", config, data)
     masks = ensemble.subset_masks(

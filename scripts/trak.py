@@ -19,14 +19,14 @@ def make(config: Config, data: ImageData) -> None:
 
     import mlflow
 
-    from attribution import alignment, features, plots, statistics
+    from attribution import alignment, features, parallel, plots, statistics
     from attribution.ensemble import Ensemble, label_issues, label_quality
     from attribution.scores import load_scores, write_scores
     from attribution.suspects import suspects
     from attribution.trak import check_proj_dim, featurize, score
 
     check_proj_dim(config, len(data.rows("train")))
-    check_gradients(config, data)
+    parallel.ask(check_gradients, config, data.class_names)
     finetune_id = tracking.obtain("finetune", config, data, finetune.make)
     members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
     if not members.is_out_of_sample:
@@ -98,13 +98,13 @@ def make(config: Config, data: ImageData) -> None:
     )
 
 
-def check_gradients(config: Config, data: ImageData) -> None:
+def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
     """Refuse a model that has no gradient rule before its checkpoints are trained."""
     import torch
 
     from attribution import gradients, models
 
-    model = models.build(config.model, data.class_names, seed=0).eval()
+    model = models.build(config.model, class_names, seed=0).eval()
     models.check_image_size(model, config.image_size)
     if config.projector == "sketch":
         images = torch.zeros(2, 3, config.image_size, config.image_size)

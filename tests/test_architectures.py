@@ -148,7 +148,7 @@ def test_a_saved_model_goes_all_the_way_to_features(name: str, tmp_path: Path) -
     tiny(name).float().save_pretrained(tmp_path / name)
     data = toy_data(tmp_path / "data", n_train=8, n_other=4, size=side)
     config = toy_config(model=str(tmp_path / name), image_size=side, proj_dim=16, num_blocks=2)
-    check_gradients(config, data)
+    check_gradients(config, data.class_names)
     model = models.build(config.model, data.class_names, seed=0)
     models.save(model, tmp_path / "checkpoint", side, *models.normalisation(config.model))
     store = trak.featurize(config, data, [tmp_path / "checkpoint"], tmp_path / "work")[0]
@@ -162,4 +162,4 @@ def test_a_fixed_input_size_is_told_before_anything_is_trained(tmp_path: Path) -
     tiny("ViT").save_pretrained(tmp_path / "ViT")
     data = toy_data(tmp_path / "data", n_train=8, n_other=4, size=24)
     with pytest.raises(InputError, match="image_size=24.*config's is 16"):
-        check_gradients(toy_config(model=str(tmp_path / "ViT"), image_size=24), data)
+        check_gradients(toy_config(model=str(tmp_path / "ViT"), image_size=24), data.class_names)

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ from attribution.parallel import (
     MOVES,
     LostWorker,
     ResultStore,
-    early_workers,
+    ask,
     end_workers,
     parallel_map,
     read_folder,
     resolve_jobs,
+    start_workers,
     write_folder,
 )
 
@@ -82,33 +84,39 @@ def sign(folder: Path) -> None:
     (folder / str(os.getpid())).touch()
 
 
-def test_early_workers_call_a_function_and_are_those_of_the_first_map(tmp_path: Path) -> None:
+def test_workers_started_early_call_a_function_and_are_those_of_the_first_map(
+    tmp_path: Path,
+) -> None:
     end_workers()
-    with early_workers(2, functools.partial(sign, tmp_path)):
-        pids = worker_pids()
-    signed = {int(file.name) for file in tmp_path.iterdir()}
-    assert signed and len(signed | pids) <= 2
-    assert pids & worker_pids()  # they outlive the block
-
-
-def test_one_job_has_no_early_worker(tmp_path: Path) -> None:
-    with early_workers(1, functools.partial(sign, tmp_path)):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-def test_early_workers_end_with_an_error_of_the_block() -> None:
-    with pytest.raises(InputError), early_workers(2, os.getpid):
-        before = worker_pids()
-        raise InputError("frac=2: not below 1")
-    for pid in before:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    start_workers(2, functools.partial(sign, tmp_path))
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    early = {int(file.name) for file in tmp_path.iterdir()}
+    assert early and os.getpid() not in early
+    for pid in early:
+        os.kill(pid, 0)  # it outlives what it was called for
+    list(parallel_map(difference, [(i, 0) for i in range(8)], 2))
+    for pid in early:
+        os.kill(pid, 0)
 
 
 def test_a_function_that_fails_in_an_early_worker_is_nobodys_concern() -> None:
-    with early_workers(2, functools.partial(refuse, 2)):
-        assert sorted(parallel_map(refuse, [(0,), (1,)], 2)) == [(0, 0), (1, 1)]
+    start_workers(2, functools.partial(refuse, 2))
+    assert sorted(parallel_map(refuse, [(0,), (1,)], 2)) == [(0, 0), (1, 1)]
+
+
+def test_what_is_asked_is_answered_by_a_worker_or_here() -> None:
+    end_workers()
+    assert ask(os.getpid) == os.getpid()
+    start_workers(2, os.getpid)
+    assert ask(os.getpid) != os.getpid()
+    with pytest.raises(InputError, match="value=2: not wanted"):
+        ask(refuse, 2)
+    os.kill(ask(os.getpid), signal.SIGKILL)
+    assert ask(difference, 3, 1) == difference(3, 1)  # whoever answers
+    end_workers()
+    assert ask(os.getpid) == os.getpid()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
