@@ -34,8 +34,9 @@ class Replayed:
     def __call__(self, value: Tensor) -> Outputs:
         """The function's outputs for a value that may be on another device."""
         shape = value.shape
-        own = self._inputs.setdefault(shape, torch.empty_like(value, device=self._device))
-        own.copy_(value)
+        if shape not in self._inputs:
+            self._inputs[shape] = torch.empty_like(value, device=self._device)
+        own = self._inputs[shape].copy_(value)
         self._calls[shape] += 1
         if self._calls[shape] < WARM_UP:
             return self._run(own)
