@@ -43,7 +43,7 @@ def main(
     files: Callable[[Config], Iterable[Path]] = lambda config: (),
 ) -> NoReturn:
     """run_entry_point for this process's own arguments, and its quick end."""
-    run_entry_point(stage, make, show, sys.argv[1:], files)
+    run_entry_point(stage, make, show, sys.argv[1:], files, early=True)
     _end_workers()
     end(0)
 
@@ -54,6 +54,7 @@ def run_entry_point(
     show: Callable[[str, Config], None],
     argv: Any = None,
     files: Callable[[Config], Iterable[Path]] = lambda config: (),
+    early: bool = False,
 ) -> None:
     """The life of one command: parse, open the run, reuse or make, show, and exit.
 
@@ -64,6 +65,7 @@ def run_entry_point(
         make: computes the stage and logs it to the active run.
         show: prints the result of the run with this id, and saves what was asked for.
         files: what `show` will save, and is refused where it is there.
+        early: start workers before it is known what there is for them to do.
     """
     argv = sys.argv[1:] if argv is None else argv
     with ended_by_signals() as asked:
@@ -71,7 +73,8 @@ def run_entry_point(
             given = parse(stage, argv)  # what is wrong with a flag is said before the slow imports
             if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
                 resolve(given)
-            _start_workers(stage, given)
+            if early:
+                _start_workers(stage, given)
             _quiet()
             run_id, config = _find_or_make(stage, make, files, given)
             show(run_id, config)
