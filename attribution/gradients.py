@@ -126,11 +126,11 @@ class Call:
 
     def has_kernels(self) -> bool:
         """Whether a GPU's kernels apply: to types that its matrix units multiply, and without groups."""
+        own = kernels(self.delta.device) if self.delta.is_cuda else None
         return (
-            self.delta.is_cuda
+            own is not None
             and getattr(self.module, "groups", 1) == 1
-            and {self.delta.dtype, self.input.dtype} <= set(kernels().TILES)
-            and kernels() is not None
+            and {self.delta.dtype, self.input.dtype} <= own.TILES.keys()
         )
 
     def write_products(self, rows: slice, signs: tuple[Tensor, Tensor], out: Tensor) -> None:

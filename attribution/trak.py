@@ -250,38 +250,24 @@ def _featurize(
     `size` images a batch change the last bit of the features, and nothing else. Where they do not fit
     into a GPU's memory, a batch has a quarter of them.
     """
+    import torch
+
     keep_freed_memory()
-    while not _fill(config, data, checkpoint, m, split, rows, size, folder):
-        size = max(1, size // 4)
+    while True:
+        # A shard is whole or made anew: traker's store cannot go on with batches of another size.
+        shutil.rmtree(folder, ignore_errors=True)
+        batches = batches_of(config, data, split, size, resolve_device(config.device), rows)
+        try:
+            run_traker(config, checkpoint, m, batches, len(rows), folder)
+            break
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size = max(1, size // 4)  # not in the handler, whose traceback holds the memory
     (folder / str(m) / "features.mmap").unlink(
         missing_ok=True
     )  # as large again, for what is not done here
     (folder / "done").touch()
-
-
-def _fill(
-    config: Config,
-    data: ImageData,
-    checkpoint: Path,
-    m: int,
-    split: str,
-    rows: range,
-    size: int,
-    folder: Path,
-) -> bool:
-    """Have traker fill the folder; False where a batch does not fit into a GPU's memory."""
-    import torch
-
-    # A shard is whole or made anew: traker's store cannot go on with batches of another size.
-    shutil.rmtree(folder, ignore_errors=True)
-    batches = batches_of(config, data, split, size, resolve_device(config.device), rows)
-    try:
-        run_traker(config, checkpoint, m, batches, len(rows), folder)
-    except torch.OutOfMemoryError:
-        if size == 1:
-            raise
-        return False
-    return True
 
 
 def run_traker(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +83,24 @@ def test_a_sketch_by_kernels_is_the_sketch(
         found.append(Sketch(k, num_blocks=blocks).features(model, images, labels)[0])
     assert not torch.equal(*found)  # two ways
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * float(found[1].abs().max()))
+
+
+@pytest.mark.parametrize(
+    "expected, gpu, groups, dtype",
+    [
+        (True, True, 1, torch.float32),
+        (True, True, 1, torch.bfloat16),
+        (False, True, 1, torch.float64),
+        (False, True, 2, torch.float32),
+        (False, False, 1, torch.float32),
+    ],
+)
+def test_kernels_apply_on_a_gpu_to_whole_layers_of_types_it_multiplies(
+    expected: bool, gpu: bool, groups: int, dtype: torch.dtype
+) -> None:
+    conv, x = nn.Conv2d(2, 2, 1, groups=groups), torch.zeros(1, 2, 1, 1)
+    delta = SimpleNamespace(is_cuda=gpu, device=torch.device(DEVICE), dtype=dtype)
+    assert Call(conv, {}, x, 0, delta).has_kernels() == expected
 
 
 def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
