@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attribution import command, parallel
 from attribution.errors import InputError
 from attribution.parallel import (
     ATTEMPTS,
@@ -104,6 +105,41 @@ def test_workers_started_early_call_a_function_and_are_those_of_the_first_map(
 def test_a_function_that_fails_in_an_early_worker_is_nobodys_concern() -> None:
     start_workers(2, functools.partial(refuse, 2))
     assert sorted(parallel_map(refuse, [(0,), (1,)], 2)) == [(0, 0), (1, 1)]
+
+
+def test_workers_started_early_end_with_an_error_of_the_command(
+    new_place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: set[int] = set()
+
+    def start(*given) -> None:
+        start_workers(*given)
+        pids.update(parallel._Workers.executor._processes)
+
+    monkeypatch.setattr(parallel, "start_workers", start)
+    end_workers()
+    place = new_place("early")
+    argv = place.argv("finetune", dataset="/nowhere", jobs=2)
+    with place.active(), pytest.raises(SystemExit) as ended:
+        command.run_entry_point("finetune", lambda *_: None, lambda *_: None, argv, early=True)
+    assert ended.value.code == 2 and pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    "given", [{"jobs": 1}, {"backend": "ray", "jobs": 2}, {"device": "cuda", "jobs": 2}]
+)
+def test_where_tasks_run_elsewhere_no_worker_starts_early(
+    given: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list = []
+    monkeypatch.setattr(parallel, "start_workers", lambda *given: started.append(given))
+    command._start_workers("finetune", given)
+    assert not started
+    command._start_workers("finetune", {"device": "cpu", "jobs": 2})
+    assert len(started) == 1
 
 
 def test_what_is_asked_is_answered_by_a_worker_or_here() -> None:
