@@ -28,14 +28,12 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 COVERED = (nn.Conv2d, nn.Linear, *NORMS)
 
-# From so many positions on a CPU's convolution library beats patches and GEMM in any precision.
-LONG_MAP = 1000
-# Channels of one call of it, over all the samples that it takes as groups.
-GROUPED_CHANNELS = 512
-# Inputs of fewer channels fill no vectors as groups: samples of much work then go one by one.
-FEW_CHANNELS, MUCH_WORK = 16, 2**22  # multiplications
-# Floats of scratch per step: 4 MiB a core stays in its caches; a GPU wants large steps instead.
-CPU_SCRATCH, GPU_SCRATCH = 2**20, 2**26
+# From so many positions on a CPU's convolution library beats patches and GEMM.
+LONG_MAP = 512
+# Values of a sample from which PyTorch's own sums for a BatchNorm pay for a call each.
+LONG_NORM = 2**13
+# Floats of scratch per step: 8 MiB a core stays in its caches; a GPU wants large steps instead.
+CPU_SCRATCH, GPU_SCRATCH = 2**21, 2**26
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,6 +80,8 @@ class Call:
         if isinstance(self.module, nn.BatchNorm2d) and self.has_kernels():
             sums = kernels(self.delta.device).position_sums(self.input, self.delta)
             return self._normalisation(*sums)
+        if isinstance(self.module, nn.BatchNorm2d) and self._is_long():
+            return self._one_by_one()
         parts = [
             self._vectors(r) for r in steps(len(self.input), self.input[0].numel(), self.input)
         ]
@@ -116,6 +116,39 @@ class Call:
             found[self.names["weight"]] = total(delta * normal)
         return found
 
+    def _is_long(self) -> bool:
+        x, weight = self.input, self.module.weight
+        return (
+            x.device.type == "cpu"
+            and x[0].numel() >= LONG_NORM
+            and x.dtype == self.delta.dtype
+            and weight.dtype == torch.promote_types(weight.dtype, torch.float32)
+        )
+
+    def _one_by_one(self) -> dict[str, Tensor]:
+        """BatchNorm's, summed by PyTorch in one pass without copies, a sample a call."""
+        norm = self.module
+        found = [
+            torch.ops.aten.native_batch_norm_backward(
+                delta,
+                x,
+                norm.weight,
+                norm.running_mean,
+                norm.running_var,
+                None,
+                None,
+                False,
+                norm.eps,
+                (False, True, True),
+            )[1:]
+            for delta, x in zip(self.delta.split(1), self.input.split(1), strict=True)
+        ]
+        return {
+            self.names[kind]: torch.stack(each)
+            for kind, each in zip(("weight", "bias"), zip(*found))
+            if kind in self.names
+        }
+
     def _normalisation(self, sums: Tensor, weighted: Tensor) -> dict[str, Tensor]:
         """BatchNorm's, of (b, channels) sums over positions of delta and of delta x."""
         # sum delta (x - mean)/std without a normalised copy of x
@@ -133,23 +166,6 @@ class Call:
             and {self.delta.dtype, self.input.dtype} <= own.TILES.keys()
         )
 
-    def write_products(self, rows: slice, signs: tuple[Tensor, Tensor], out: Tensor) -> None:
-        """Weight gradients of some samples, signed, by a GPU's kernel; `out` is (b, O, patch) float32.
-
-        Args:
-            signs: (O,) and (patch,) float32.
-        """
-        x, delta, module = self.input[rows], self.delta[rows], self.module
-        if isinstance(module, nn.Linear):  # a convolution over a column of positions
-            x, delta = (t.reshape(len(t), -1, t.shape[-1]).mT[..., None] for t in (x, delta))
-            geometry: tuple = (1, 1), (1, 1), (0, 0), (1, 1)
-            tf32 = torch.backends.cuda.matmul.allow_tf32
-        else:
-            (top, _), (left, _) = _padding(module)
-            geometry = module.kernel_size, module.stride, (top, left), module.dilation
-            tf32 = torch.backends.cudnn.allow_tf32
-        kernels(delta.device).outer_products(x, delta, geometry, *signs, out, tf32)
-
     def deltas(self, rows: slice) -> Tensor:
         """Output gradients of some samples as (b, groups, positions, outputs per group)."""
         delta = self.delta[rows]
@@ -157,19 +173,20 @@ class Call:
             return delta.reshape(len(delta), 1, -1, delta.shape[-1])
         return delta.unflatten(1, (self.module.groups, -1)).flatten(3).transpose(2, 3)
 
-    def windows(self, rows: slice) -> Tensor:
+    def windows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """The input patch at each position, (b, groups, Y, X, kh, kw, channels per group).
 
         A strided view of the zero-padded, channels-last input, so that patches are written
-        once, where they are needed. A Linear has patches of kh = kw = 1.
+        once, where they are needed, in the gradient's own type by default. A Linear has patches
+        of kh = kw = 1.
         """
-        x, conv = self.input[rows], self.module
+        x, conv, dtype = self.input[rows], self.module, dtype or self.delta.dtype
         if isinstance(conv, nn.Linear):
-            return x.reshape(len(x), 1, -1, 1, 1, 1, x.shape[-1]).to(self.delta.dtype)
+            return x.reshape(len(x), 1, -1, 1, 1, 1, x.shape[-1]).to(dtype)
         (top, bottom), (left, right) = _padding(conv)
         b, channels, height, width = x.shape
         size = (b, height + top + bottom, width + left + right, channels)
-        padded = self.delta.new_zeros(size)
+        padded = x.new_zeros(size, dtype=dtype)
         padded[:, top : top + height, left : left + width] = x.permute(0, 2, 3, 1)
         sample, row, column, _ = padded.stride()
         (sy, sx), (dy, dx) = conv.stride, conv.dilation
@@ -188,71 +205,100 @@ class Call:
         _, inner, *kernel = self.module.weight.shape
         return (*kernel, inner) if kernel else (1, 1, inner)
 
-    def samples_per_convolution(self) -> int:
-        """Samples that one call of the convolution library takes; 0: patches and GEMM are faster.
+    def convolves(self) -> bool:
+        """Whether a CPU's convolution library forms the weight's gradient faster than a GEMM."""
+        return (
+            isinstance(self.module, nn.Conv2d)
+            and self.delta.device.type == "cpu"
+            and self.shape()[0] >= LONG_MAP
+            and all(before == after for before, after in _padding(self.module))
+        )
 
-        torch's float32 GEMM on a CPU is MKL's, which not every maker's processors run with their
-        widest registers; in bfloat16 it is oneDNN's, as convolutions are.
-        """
-        conv, delta = self.module, self.delta
-        if isinstance(conv, nn.Linear) or delta.device.type != "cpu":
-            return 0
-        positions, outputs, patch = self.shape()
-        if any(a != b for a, b in _padding(conv)):
-            return 0
-        if positions < (LONG_MAP if delta.dtype == torch.bfloat16 else 128):
-            return 0
-        if conv.in_channels < FEW_CHANNELS and positions * outputs * patch > MUCH_WORK:
-            return 1
-        return max(1, GROUPED_CHANNELS // max(32, conv.in_channels))
-
-    def products(self, rows: slice, signs: Tensor | float = 1.0) -> Tensor:
-        """Weight gradients of some samples, (b, O, kh, kw, channels per group), any strides.
+    def products(
+        self, rows: slice, signs: tuple[Tensor, Tensor] | None = None, stride: int | None = None
+    ) -> Tensor:
+        """Weight gradients of some samples, (b, O, stride): patches (kh, kw, channel) and then zeros.
 
         Args:
-            signs: (O,) that the outputs are multiplied by.
+            signs: (O,) and (patch,) that entries are multiplied by; then kernels may compute in TF32.
+            stride: at least a patch's length, which it is by default.
         """
-        size = self.samples_per_convolution()
-        if size:
-            parts = (slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size))
-            return torch.cat([self._convolution(part, signs) for part in parts])
-        deltas, windows = self.deltas(rows), self.windows(rows)
-        if isinstance(signs, Tensor):
-            deltas = deltas * signs.to(deltas.dtype).view(deltas.shape[1], 1, -1)
-        formed = deltas.transpose(2, 3) @ windows.flatten(4).flatten(2, 3)
-        return formed.flatten(1, 2).unflatten(2, windows.shape[4:])
+        stride = stride or self.shape()[2]
+        if signs and self.has_kernels():
+            return self._by_kernel(rows, signs, stride)
+        if self.convolves():
+            return self._by_convolution(rows, signs, stride)
+        return self._by_patches(rows, signs, stride)
 
-    def _convolution(self, rows: slice, signs: Tensor | float) -> Tensor:
-        """Samples as groups of one convolution, whose weight gradient is then theirs apart."""
+    def _by_kernel(self, rows: slice, signs: tuple[Tensor, Tensor], stride: int) -> Tensor:
+        x, delta, module = self.input[rows], self.delta[rows], self.module
+        if isinstance(module, nn.Linear):  # a convolution over a column of positions
+            x, delta = (t.reshape(len(t), -1, t.shape[-1]).mT[..., None] for t in (x, delta))
+            geometry: tuple = (1, 1), (1, 1), (0, 0), (1, 1)
+            tf32 = torch.backends.cuda.matmul.allow_tf32
+        else:
+            (top, _), (left, _) = _padding(module)
+            geometry = module.kernel_size, module.stride, (top, left), module.dilation
+            tf32 = torch.backends.cudnn.allow_tf32
+        _, outputs, patch = self.shape()
+        out = delta.new_empty(len(delta), outputs, stride, dtype=torch.float32)
+        kernels(delta.device).outer_products(x, delta, geometry, *signs, out[..., :patch], tf32)
+        return out
+
+    def _by_convolution(
+        self, rows: slice, signs: tuple[Tensor, Tensor] | None, stride: int
+    ) -> Tensor:
+        """One call of the convolution's own backward pass for each sample."""
         conv, delta = self.module, self.delta[rows]
-        x = self.input[rows].to(delta.dtype)
-        if isinstance(signs, Tensor):
-            delta = delta * signs.to(delta.dtype)[:, None, None]
-        outputs, *patch = conv.weight.shape
-        b = rows.stop - rows.start
-        if b > 1:
-            x, delta = (t.contiguous().flatten(0, 1)[None] for t in (x, delta))
-        if conv.in_channels < FEW_CHANNELS:  # oneDNN's own layouts are of 16
-            x, delta = (t.contiguous(memory_format=torch.channels_last) for t in (x, delta))
+        x, shape = self.input[rows].to(delta.dtype), conv.weight.shape
+        only_its_shape = delta.new_empty(shape)
         (top, _), (left, _) = _padding(conv)
-        formed = torch.ops.aten.convolution_backward(
-            delta,
-            x,
-            delta.new_empty(b * outputs, *patch),  # only its shape counts
-            None,
-            conv.stride,
-            (top, left),
-            conv.dilation,
-            False,
-            (0, 0),
-            b * conv.groups,
-            (False, True, False),
-        )[1]
-        return formed.view(b, outputs, *patch).movedim(2, 4)
+        formed = [
+            torch.ops.aten.convolution_backward(
+                one_delta,
+                one_x,
+                only_its_shape,
+                None,
+                conv.stride,
+                (top, left),
+                conv.dilation,
+                False,
+                (0, 0),
+                conv.groups,
+                (False, True, False),
+            )[1]
+            for one_delta, one_x in zip(delta.split(1), x.split(1), strict=True)
+        ]
+        out = delta.new_empty(len(delta), shape[0], stride)
+        entries = self._entries(out)
+        torch.stack([each.movedim(1, 3) for each in formed], out=entries)
+        if signs:
+            of_rows, of_columns = (s.to(out.dtype) for s in signs)
+            entries *= (of_rows[:, None] * of_columns).view(entries.shape[1:])
+        return out
+
+    def _by_patches(self, rows: slice, signs: tuple[Tensor, Tensor] | None, stride: int) -> Tensor:
+        """A GEMM, whose factors are signed, as they are smaller than its product."""
+        deltas, windows = self.deltas(rows).mT, self.windows(rows)
+        patches = windows.new_empty(*windows.shape[:4], stride)
+        entries = self._entries(patches)
+        if signs:
+            of_rows, of_columns = (s.to(windows.dtype) for s in signs)
+            torch.mul(windows, of_columns.view(self.patch_shape()), out=entries)
+            deltas = deltas * of_rows.view(deltas.shape[1], -1, 1)
+        else:
+            entries.copy_(windows)
+        return (deltas.contiguous() @ patches.flatten(2, 3)).flatten(1, 2)
+
+    def _entries(self, rows: Tensor) -> Tensor:
+        """Patches (..., kh, kw, channel) at the start of rows (..., stride), which are ended with zeros."""
+        patch = self.shape()[2]
+        rows[..., patch:] = 0
+        return rows[..., :patch].unflatten(-1, self.patch_shape())
 
     def weight_gradient(self) -> Tensor:
         """Exact per-sample gradient of the weight, (B, *weight.shape)."""
-        formed = self.products(slice(0, len(self.delta)))
+        formed = self.products(slice(0, len(self.delta))).unflatten(2, self.patch_shape())
         return formed.movedim(4, 2).reshape(-1, *self.module.weight.shape)
 
 
@@ -378,7 +424,7 @@ def capture(
             if strays:
                 logits = _run_apart(model, images.detach(), layers, record, strays, keep)
             else:
-                with _own_normalisation(layers if images.is_cuda else ()):
+                with _own_normalisation(layers):
                     logits = _run(model, images.detach(), layers, record)
             _check_labels(logits, labels, least, most)
             _check_calls(layers, paths, calls)
@@ -421,22 +467,28 @@ def _own_normalisation(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class _Normalise(torch.autograd.Function):
-    """BatchNorm in eval mode, whose backward pass keeps the layout that a GPU's convolutions want.
+    """BatchNorm in eval mode, with a backward pass of less work than PyTorch's.
 
-    PyTorch's own does not, and then copies.
+    That adds up the weight's gradient in any case, and on a GPU leaves a layout that convolutions copy.
     """
 
     @staticmethod
     def forward(ctx: Any, module: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        scale = (module.running_var + module.eps).rsqrt()
-        ctx.scale = (scale * module.weight if module.weight is not None else scale)[:, None, None]
+        ctx.module = module
         return F.batch_norm(
             x, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps
         )
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[None, Tensor]:
-        return None, torch.mul(delta, ctx.scale, out=torch.empty_like(delta))
+        norm = ctx.module
+        if delta.is_cuda:
+            scale = (norm.running_var + norm.eps).rsqrt()
+            scale = (scale * norm.weight if norm.weight is not None else scale)[:, None, None]
+            return None, torch.mul(delta, scale, out=torch.empty_like(delta))
+        # The derivative of an affine map is that map without its shift.
+        none = torch.zeros_like(norm.running_mean)
+        return None, F.batch_norm(delta, none, norm.running_var, norm.weight, eps=norm.eps)
 
 
 def _run_apart(

@@ -28,7 +28,7 @@ def _outer_products(
 ):  # fmt: skip
     """A tile of sum_t delta_t x a_t of one sample, with t over the output's positions.
 
-    After all rows but the last come `gap` zeros.
+    After every row come `gap` zeros.
     """
     b = tl.program_id(2).to(tl.int64)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
@@ -63,8 +63,7 @@ def _outer_products(
     signs = tl.load(row_signs + o, mask=o < N)[:, None]
     signs = signs * tl.load(column_signs + p, mask=p < P, other=0.0)[None, :]
     place = out + b * ob + o[:, None].to(tl.int64) * oo + p[None, :]
-    own = (p < P)[None, :] | (p < P + gap)[None, :] & (o < N - 1)[:, None]
-    tl.store(place, total * signs, mask=own & (o < N)[:, None])
+    tl.store(place, total * signs, mask=(p < P + gap)[None, :] & (o < N)[:, None])
 
 
 def outer_products(
@@ -76,7 +75,7 @@ def outer_products(
     out: Tensor,
     tf32: bool,
 ) -> None:
-    """Write per-sample gradients of a convolution's weight, signed, to `out`, and zeros between its rows.
+    """Write per-sample gradients of a convolution's weight, signed, to `out`, and zeros after each row.
 
     Args:
         x: its input (b, C, H, W), any strides.

@@ -16,7 +16,7 @@ from attribution.errors import InputError
 from attribution.gradients import Call, Captured, capture, steps
 
 # Floats of a CPU core's buffers for transforms, which should stay in its own cache.
-WAVE_SCRATCH = 2**18
+WAVE_SCRATCH = 2**19
 
 
 @dataclass
@@ -178,53 +178,37 @@ class Sketch:
             first = np.frombuffer(self._bytes(f"{label} cells", 8), dtype="<u8").tolist()[0]
             self._tables[key] = first % k, self._signs(label, n).to(cells)
         offset, signs = self._tables[key]
-        cells += _fold(F.pad(values * signs, (offset, -(offset + n) % k)), k)
+        self._add_runs(values * signs, offset, cells)
 
     def _add_waves(self, call: Call, table: _Hash, waves: Tensor) -> None:
-        k = self.proj_dim
+        k, dtype = self.proj_dim, waves.real.dtype
         positions, _, patch = call.shape()
-        width = -(-patch // k) * k
-        slices = list(steps(len(waves), positions * (width + k), waves, WAVE_SCRATCH))
+        slices = list(steps(len(waves), positions * (patch + k), waves, WAVE_SCRATCH))
         # The same cells are written at every step; those between them stay zero.
-        most = slices[0].stop * positions
-        all_patches, all_outputs = waves.real.new_zeros(most, width), waves.real.new_zeros(most, k)
+        all_outputs = waves.real.new_zeros(slices[0].stop * positions, k)
         signs = table.columns.view(call.patch_shape())
         for rows in slices:
-            windows = call.windows(rows)
-            count = len(windows) * positions
-            patches, outputs = all_patches[:count], all_outputs[:count]
-            torch.mul(windows, signs, out=_rows(patches, windows.shape, patch))
-            patches = patches.view(count, -1, k).sum(1) if width > k else patches
-            deltas = _fold((call.deltas(rows) * table.rows).reshape(count, -1), k)
-            outputs.scatter_(1, table.shifts.expand_as(deltas), deltas)
-            product = torch.fft.rfft(outputs).mul_(torch.fft.rfft(patches))
+            windows = call.windows(rows, dtype)
+            patches = torch.mul(windows, signs, out=windows.new_empty(windows.shape))
+            patches = patches.view(-1, patch)
+            deltas = _fold((call.deltas(rows) * table.rows).reshape(len(patches), -1), k)
+            outputs = all_outputs[: len(patches)].index_copy_(1, table.shifts, deltas)
+            product = torch.fft.rfft(outputs).mul_(torch.fft.rfft(_fold(patches, k), n=k))
             waves[rows] += product.unflatten(0, (-1, positions)).sum(1)
 
     def _add_folds(self, call: Call, table: _Hash, cells: Tensor) -> None:
-        k = self.proj_dim
-        positions, outputs, patch = call.shape()
-        lines = -(-(table.offset + (outputs - 1) * table.stride + patch) // k)
-        fused = call.has_kernels()
-        unfolded = 0 if fused else positions * patch
-        slices = list(steps(len(cells), lines * k + unfolded, cells))
-        # Before, between and after the rows are zeros, which stay so from step to step.
-        scratch = torch.empty(slices[0].stop, lines * k, dtype=cells.dtype, device=cells.device)
-        if fused:  # the kernel writes those between
-            end = table.offset + (outputs - 1) * table.stride + patch
-            scratch[:, : table.offset] = scratch[:, end:] = 0
-        else:
-            scratch.zero_()
-        size, step = (outputs, patch), (lines * k, table.stride, 1)
-        for rows in slices:
-            b = rows.stop - rows.start
-            formed = scratch.as_strided((b, *size), step, table.offset)
-            if fused:
-                call.write_products(rows, (table.rows, table.columns), formed)
-            else:
-                products = call.products(rows, table.rows)
-                formed = formed.unflatten(2, products.shape[2:])
-                torch.mul(products, table.columns.view(products.shape[2:]), out=formed)
-            cells[rows] += scratch[:b].view(b, lines, k).sum(1)
+        positions, outputs, _ = call.shape()
+        patches = 0 if call.has_kernels() or call.convolves() else positions
+        for rows in steps(len(cells), (outputs + patches) * table.stride, cells):
+            formed = call.products(rows, (table.rows, table.columns), table.stride)
+            self._add_runs(formed.flatten(1), table.offset, cells[rows])
+
+    def _add_runs(self, values: Tensor, first: int, cells: Tensor) -> None:
+        """Values (b, n) added to cells (b, k) in turn, from the first one's cell on."""
+        runs = _fold(values, self.proj_dim)
+        here = self.proj_dim - first
+        cells[:, first : first + runs.shape[1]] += runs[:, :here]
+        cells[:, : max(0, runs.shape[1] - here)] += runs[:, here:]
 
     def _hash(self, name: str, shape: torch.Size, like: Tensor) -> _Hash:
         key = (name, shape, like.device, like.dtype)
@@ -254,13 +238,9 @@ class Sketch:
 
 def _fold(rows: Tensor, k: int) -> Tensor:
     """Rows (b, n) added up in runs of k, (b, min(n, k))."""
-    if rows.shape[1] <= k:
+    runs, rest = divmod(rows.shape[1], k)
+    if not runs:
         return rows
-    return F.pad(rows, (0, -rows.shape[1] % k)).unflatten(1, (-1, k)).sum(1)
-
-
-def _rows(buffer: Tensor, shape: torch.Size, length: int) -> Tensor:
-    """The first `length` entries of a buffer's rows, as windows of this shape lay one in a row."""
-    width = buffer.shape[1]
-    grid = [width * math.prod(shape[i + 1 : 4]) for i in range(4)]
-    return buffer.as_strided(shape, (*grid, length // shape[4], shape[6], 1))
+    total = rows[:, : runs * k].unflatten(1, (runs, k)).sum(1) if runs > 1 else rows[:, :k].clone()
+    total[:, :rest] += rows[:, runs * k :]
+    return total

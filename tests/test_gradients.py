@@ -274,13 +274,8 @@ def test_any_convolution(groups, inputs, outputs, kernel, stride, padding, dilat
         assert_sketch_is(captured, 37, route)
 
 
-@pytest.mark.parametrize("channels", [2, 64, 512])  # of one call: 1, some or all of the samples
-def test_convolution_library_route_is_exact(monkeypatch, channels):
-    monkeypatch.setattr(
-        Call,
-        "samples_per_convolution",
-        lambda call: isinstance(call.module, nn.Conv2d) * max(1, channels // 32),
-    )
+def test_convolution_library_route_is_exact(monkeypatch):
+    monkeypatch.setattr("attribution.gradients.LONG_MAP", 1)
     for body in ("padded", "dilated", "grouped", "valid"):
         model = Image(BODIES[body]())
         assert_exact(model, *batch())
@@ -289,25 +284,14 @@ def test_convolution_library_route_is_exact(monkeypatch, channels):
     assert_exact(wide, *batch(5, (32, 6, 5)))
 
 
-def test_every_way_to_form_a_gradient_occurs_in_a_resnet():
-    sizes = {}
-    model = small_resnet(embedding_size=16, hidden_sizes=[16, 32]).float()
-    images, labels = batch(2, (3, 64, 64))
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            calls = capture(model, images.float(), labels).matrices()
-        sizes[dtype] = {call.samples_per_convolution() for _, call in calls}
-    assert 0 in sizes[torch.float32] and len(sizes[torch.float32]) > 1
-    assert 0 in sizes[torch.bfloat16]
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_large_first_layer_takes_its_samples_one_by_one(layout):
-    model = Image(nn.Conv2d(3, 32, 7, 2, 3, bias=False), shape=(3, 64, 64))
-    model, images = model.to(memory_format=layout), batch(3, (3, 64, 64))
-    (_, call), *_ = capture(model, images[0].to(memory_format=layout), images[1]).matrices()
-    assert call.samples_per_convolution() == 1
-    assert_exact(model, images[0].to(memory_format=layout), images[1])
+def test_long_maps_go_to_the_convolution_library_and_short_ones_to_a_gemm(layout):
+    model = small_resnet(embedding_size=16, hidden_sizes=[16, 32]).to(memory_format=layout)
+    images, labels = batch(2, (3, 64, 64))
+    images = images.to(memory_format=layout)
+    calls = capture(model, images, labels).matrices()
+    assert {call.convolves() for _, call in calls} == {False, True}
+    assert_exact(model, images, labels)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])

@@ -57,7 +57,7 @@ def test_outer_products_are_signed_weight_gradients(
         (own,) = torch.autograd.grad(conv(x[i : i + 1]), conv.weight, delta[i : i + 1])
         expected = own.permute(0, 2, 3, 1).flatten(1) * rows[:, None] * columns
         torch.testing.assert_close(out[i, :, :patch].cpu().double(), expected, rtol=1e-4, atol=1e-4)
-    assert (out[:, :-1, patch:] == 0).all() and (out[:, -1, patch:] == 7).all()
+    assert (out[..., patch:] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 70, 3, 5), (1, 8, 40, 33)])

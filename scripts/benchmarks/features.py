@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both memory layouts of the step are measured, and the faster one is the denominator."""
+    """The denominator is the fastest of both memory layouts of the step and what training uses."""
     from attribution.memory import keep_freed_memory
     from attribution.training import resolve_device
 
@@ -59,16 +59,21 @@ def _compare(
 ) -> list[dict[str, Any]]:
     import torch
 
+    from attribution import models
     from attribution.sketch import Sketch
     from attribution.trak import feature_batch_size
 
     config, size, usual, k, blocks = SETTINGS[name]
     batch = batch or (usual if device.type == "cpu" else feature_batch_size(size, device.type))
-    model = make_model(config).eval().to(device)
+    model = make_model(config).eval()
+    models.place(model, device)
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,), device=device)
-    other = make_model(config).eval().to(device, memory_format=torch.contiguous_format)
+    last, other = (
+        make_model(config).eval().to(device, memory_format=layout)
+        for layout in (torch.channels_last, torch.contiguous_format)
+    )
     other_images, sketch = images.contiguous(), Sketch(k, num_blocks=blocks)
 
     def autocast():
@@ -91,12 +96,13 @@ def _compare(
         wait()
 
     sides = {
-        "step, channels_last": lambda: step(model, images),
+        "step, as trained here": lambda: step(model, images),
+        "step, channels_last": lambda: step(last, images),
         "step, contiguous": lambda: step(other, other_images),
         "features": features,
     }
     seconds = measure(sides, repeats, warm_up=2)
-    base = min(statistics.median(seconds[s]) for s in list(sides)[:2])
+    base = min(statistics.median(seconds[side]) for side in sides if side != "features")
     return [
         {
             "setting": f"{name}, batch {batch}, {blocks} x {k}, {precision}",
