@@ -251,7 +251,7 @@ class Call:
         """One call of the convolution's own backward pass for each sample."""
         conv, delta = self.module, self.delta[rows]
         x, shape = self.input[rows].to(delta.dtype), conv.weight.shape
-        only_its_shape = delta.new_empty(shape)
+        only_its_shape = torch.empty_like(conv.weight, dtype=delta.dtype)
         (top, _), (left, _) = _padding(conv)
         formed = [
             torch.ops.aten.convolution_backward(
