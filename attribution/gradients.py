@@ -28,7 +28,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 COVERED = (nn.Conv2d, nn.Linear, *NORMS)
 
-# From so many positions on a CPU's convolution library beats patches and GEMM.
+# From so many positions on, and for groups always, a CPU's convolution library beats patches and GEMM.
 LONG_MAP = 512
 # Values of a sample from which PyTorch's own sums for a BatchNorm pay for a call each.
 LONG_NORM = 2**13
@@ -121,7 +121,7 @@ class Call:
         return (
             x.device.type == "cpu"
             and x[0].numel() >= LONG_NORM
-            and x.dtype == self.delta.dtype
+            and (x.dtype, x.stride()) == (self.delta.dtype, self.delta.stride())
             and weight.dtype == torch.promote_types(weight.dtype, torch.float32)
         )
 
@@ -132,7 +132,7 @@ class Call:
             torch.ops.aten.native_batch_norm_backward(
                 delta,
                 x,
-                norm.weight,
+                norm.weight.detach(),
                 norm.running_mean,
                 norm.running_var,
                 None,
@@ -210,7 +210,7 @@ class Call:
         return (
             isinstance(self.module, nn.Conv2d)
             and self.delta.device.type == "cpu"
-            and self.shape()[0] >= LONG_MAP
+            and (self.shape()[0] >= LONG_MAP or self.module.groups > 1)
             and all(before == after for before, after in _padding(self.module))
         )
 
@@ -250,11 +250,13 @@ class Call:
     ) -> Tensor:
         """One call of the convolution's own backward pass for each sample."""
         conv, delta = self.module, self.delta[rows]
-        x, shape = self.input[rows].to(delta.dtype), conv.weight.shape
+        x = self.input[rows].to(delta.dtype)
         only_its_shape = torch.empty_like(conv.weight, dtype=delta.dtype)
         (top, _), (left, _) = _padding(conv)
-        formed = [
-            torch.ops.aten.convolution_backward(
+        out = delta.new_empty(len(delta), self.shape()[1], stride)
+        entries = self._entries(out)
+        for one_delta, one_x, place in zip(delta.split(1), x.split(1), entries, strict=True):
+            formed = torch.ops.aten.convolution_backward(
                 one_delta,
                 one_x,
                 only_its_shape,
@@ -267,11 +269,7 @@ class Call:
                 conv.groups,
                 (False, True, False),
             )[1]
-            for one_delta, one_x in zip(delta.split(1), x.split(1), strict=True)
-        ]
-        out = delta.new_empty(len(delta), shape[0], stride)
-        entries = self._entries(out)
-        torch.stack([each.movedim(1, 3) for each in formed], out=entries)
+            place.copy_(formed.movedim(1, 3))
         if signs:
             of_rows, of_columns = (s.to(out.dtype) for s in signs)
             entries *= (of_rows[:, None] * of_columns).view(entries.shape[1:])
@@ -483,12 +481,17 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[None, Tensor]:
         norm = ctx.module
         if delta.is_cuda:
-            scale = (norm.running_var + norm.eps).rsqrt()
-            scale = (scale * norm.weight if norm.weight is not None else scale)[:, None, None]
-            return None, torch.mul(delta, scale, out=torch.empty_like(delta))
+            return None, _scaled(delta, norm)
         # The derivative of an affine map is that map without its shift.
         none = torch.zeros_like(norm.running_mean)
         return None, F.batch_norm(delta, none, norm.running_var, norm.weight, eps=norm.eps)
+
+
+def _scaled(delta: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """The same as one product, in delta's layout whatever PyTorch's own kernels prefer."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.detach()
+    return torch.mul(delta, scale[:, None, None], out=torch.empty_like(delta))
 
 
 def _run_apart(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ MINI_CONFIGS: dict[str, dict[str, Any]] = {
         "layer_type": "basic",
     },
 }
-# Channels and positions of maps that oneDNN's float32 convolutions are slow on when channels come last.
+# From so many channels, and up to so many positions, a convolution is slow when channels come last.
 WIDE, TINY = 128, 16
 MOST_MODULES = 10_000  # of a model, parts of parts included; EfficientNet-B7 has 1,099
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -284,11 +284,8 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
             )
 
     strided = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
-    hooks = [m.register_forward_pre_hook(check) for m in strided]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
+        _see_inputs(model, strided, check, image_size)
     except (ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
@@ -296,6 +293,17 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
         raise InputError(
             f"image_size={image_size}: the model refuses it ({reason(error)}); its config's is {own}"
         ) from error
+
+
+def _see_inputs(
+    model: nn.Module, modules: Iterable[nn.Module], see: Callable[..., None], image_size: int
+) -> None:
+    """Run the model on one black image, with see(module, inputs) before each of these modules."""
+    hooks = [module.register_forward_pre_hook(see) for module in modules]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
     finally:
         model.train(training)
         for hook in hooks:
@@ -323,28 +331,37 @@ def save(
     processor.save_pretrained(folder)
 
 
-def place(model: nn.Module, device: torch.device | str) -> None:
+def place(model: nn.Module, device: torch.device | str, image_size: int) -> None:
     """Move a model to a device, channels last, as convolutions are fastest on a CPU.
 
-    But for wide ones of tiny maps in float32, which oneDNN runs in a third of the time as they
-    come; whether they are tiny, only an image tells.
+    But for wide convolutions of tiny maps: channels first, oneDNN takes a third of the time for them
+    in float32, and no more in bfloat16.
     """
     # torch takes both at once and says so in its documentation, not in its overloads.
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels >= WIDE and module.groups == 1:
-            if max(module.kernel_size) > 1:
-                module.register_forward_pre_hook(_contiguous_if_tiny)
+    if torch.device(device).type != "cpu":
+        return
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    wide = [
+        conv
+        for conv in convolutions
+        if conv.in_channels >= WIDE and conv.groups == 1 and max(conv.kernel_size) > 1
+    ]
+    tiny = set()
+
+    def see(conv: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].shape[-2:].numel() <= TINY:
+            tiny.add(conv)
+
+    if wide:
+        _see_inputs(model, wide, see, image_size)
+    for conv in tiny:
+        conv.weight.data = conv.weight.data.contiguous()
+        conv.register_forward_pre_hook(_channels_first)
 
 
-def _contiguous_if_tiny(conv: nn.Conv2d, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
-    x = inputs[0]
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return None
-    if x.shape[-2:].numel() > TINY:
-        return None
-    conv.weight.data = conv.weight.data.contiguous()
-    return x.contiguous()
+def _channels_first(conv: nn.Conv2d, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    return inputs[0].contiguous()
 
 
 def load(folder: Path) -> nn.Module:

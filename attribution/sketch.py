@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attribution.errors import InputError
@@ -154,7 +153,8 @@ class Sketch:
         """Whether the tensorsketch route is cheaper, by costs in ns measured on one AVX-512 core.
 
         Per position: two transforms of length k and their product, and the hashing of delta
-        and patch. Folding: a GEMM at 200 GFLOP/s (bfloat16: 400) and two passes over the gradient.
+        and patch. Folding: a GEMM at 200 GFLOP/s (bfloat16: 400) and passes over the gradient. On
+        another kind of processor, whose every cost is two to four times that, it chooses as well.
         """
         k = self.proj_dim
         hashing = positions * (0.15 * k * math.log2(k + 1) + 0.6 * outputs + 0.2 * patch)
@@ -183,7 +183,7 @@ class Sketch:
     def _add_waves(self, call: Call, table: _Hash, waves: Tensor) -> None:
         k, dtype = self.proj_dim, waves.real.dtype
         positions, _, patch = call.shape()
-        slices = list(steps(len(waves), positions * (patch + k), waves, WAVE_SCRATCH))
+        slices = list(steps(len(waves), positions * (max(patch, k) + k), waves, WAVE_SCRATCH))
         # The same cells are written at every step; those between them stay zero.
         all_outputs = waves.real.new_zeros(slices[0].stop * positions, k)
         signs = table.columns.view(call.patch_shape())
@@ -198,7 +198,8 @@ class Sketch:
 
     def _add_folds(self, call: Call, table: _Hash, cells: Tensor) -> None:
         positions, outputs, _ = call.shape()
-        patches = 0 if call.has_kernels() or call.convolves() else positions
+        groups = getattr(call.module, "groups", 1)
+        patches = 0 if call.has_kernels() or call.convolves() else groups * positions
         for rows in steps(len(cells), (outputs + patches) * table.stride, cells):
             formed = call.products(rows, (table.rows, table.columns), table.stride)
             self._add_runs(formed.flatten(1), table.offset, cells[rows])
@@ -239,8 +240,8 @@ class Sketch:
 def _fold(rows: Tensor, k: int) -> Tensor:
     """Rows (b, n) added up in runs of k, (b, min(n, k))."""
     runs, rest = divmod(rows.shape[1], k)
-    if not runs:
+    if rows.shape[1] <= k:
         return rows
-    total = rows[:, : runs * k].unflatten(1, (runs, k)).sum(1) if runs > 1 else rows[:, :k].clone()
+    total = rows[:, : runs * k].unflatten(1, (runs, k)).sum(1)
     total[:, :rest] += rows[:, runs * k :]
     return total

@@ -234,7 +234,7 @@ def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int
     """
     device, threads = _prepare(config), torch.get_num_threads()
     model = models.build(config.model, class_names, 0).train()
-    models.place(model, device)
+    models.place(model, device, config.image_size)
     n = config.batch_size
     if device.type == "cpu":
         n = max(2, min(n, 10**11 // (3 * flops)))
@@ -313,7 +313,7 @@ def _steps(config: Config, keep: np.ndarray) -> int:
 
 def _new_model(config: Config, data: ImageData, seed: int, device: torch.device) -> PreTrainedModel:
     model = models.build(config.model, data.class_names, derive_seed(seed, "weights"))
-    models.place(model, device)
+    models.place(model, device, config.image_size)
     return model
 
 

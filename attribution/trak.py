@@ -310,7 +310,7 @@ def make_traker(
 
     logging.getLogger("TRAK").setLevel(logging.ERROR)
     model = models.load(checkpoint)
-    models.place(model, device)
+    models.place(model, device, config.image_size)
     seed = derive_seed(config.seed, "projection")
     num_blocks = 1
     if config.projector == "sketch":

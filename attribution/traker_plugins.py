@@ -94,7 +94,7 @@ class HookGradientComputer(AbstractGradientComputer):
 
 
 class BFloat16GradientComputer(HookGradientComputer):
-    """The same with the model under bfloat16 autocast; sums and sketches stay float32."""
+    """The same with the model under bfloat16 autocast; what its layers add up to stays float32."""
 
     bfloat16 = True
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from attribution.errors import InputError
-from attribution.gradients import Call, _own_normalisation, capture, margins
+from attribution.gradients import Call, _own_normalisation, _scaled, capture, margins
 from attribution.sketch import Sketch, dealt
 
 torch.set_num_threads(1)  # the tensors are tiny; threads would only wait for each other
@@ -289,9 +289,40 @@ def test_long_maps_go_to_the_convolution_library_and_short_ones_to_a_gemm(layout
     model = small_resnet(embedding_size=16, hidden_sizes=[16, 32]).to(memory_format=layout)
     images, labels = batch(2, (3, 64, 64))
     images = images.to(memory_format=layout)
-    calls = capture(model, images, labels).matrices()
-    assert {call.convolves() for _, call in calls} == {False, True}
+    captured = capture(model, images, labels)
+    assert {call.convolves() for _, call in captured.matrices()} == {False, True}
     assert_exact(model, images, labels)
+    assert not any(each.requires_grad for each in captured.per_sample().values())
+
+
+def test_groups_go_to_the_convolution_library_whatever_their_maps():
+    model = Image(nn.Conv2d(6, 6, 3, groups=3), shape=(6, 5, 5))
+    captured = capture(model, *batch(2, (6, 5, 5)))
+    assert [call.convolves() for _, call in captured.matrices()] == [True, False]
+
+
+@pytest.mark.parametrize("values", [1, 10**9])  # of a sample, from which PyTorch's sums are taken
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layouts", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_both_ways_to_sum_a_batch_norm_s_gradients(monkeypatch, values, bias, layouts, dtype):
+    monkeypatch.setattr("attribution.gradients.LONG_NORM", values)
+    norm = nn.BatchNorm2d(4, dtype=torch.float64)
+    norm(torch.randn(8, 4, 7, 6, dtype=torch.float64) * 3 + 1)
+    formats = torch.contiguous_format, torch.channels_last
+    x, delta = (
+        torch.randn(5, 4, 7, 6).to(dtype).contiguous(memory_format=formats[i]) for i in layouts
+    )
+    normal = nn.functional.batch_norm(x.double(), norm.running_mean, norm.running_var)
+    expected = {"w": (delta.double() * normal).sum((2, 3)), "b": delta.double().sum((2, 3))}
+    module = norm.to(torch.float64 if dtype == torch.float64 else torch.float32).eval()
+    names = {"weight": "w", "bias": "b"} if bias else {"weight": "w"}
+    found = Call(module, names, x, 0, delta).vectors()
+    assert list(found) == list(names.values())
+    for name, each in found.items():
+        assert not each.requires_grad
+        close = 1e-9 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(each.double(), expected[name], rtol=close, atol=10 * close)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -545,6 +576,20 @@ def test_autocast_is_accumulated_in_float32():
     assert half.dtype == torch.float32 and cosine.min() > 0.9
 
 
+@pytest.mark.parametrize("k", [1, 50, 600])
+def test_a_layer_s_sums_of_bfloat16_are_rounded_no_more_than_its_gradient(k):
+    conv, x = nn.Conv2d(16, 32, 3, padding=1), torch.randn(6, 16, 8, 8)
+    delta, table = torch.randn(6, 32, 8, 8), Sketch(k)._hash("w", conv.weight.shape, x)
+    found = []
+    for dtype in torch.bfloat16, torch.float64:
+        parts = (t.bfloat16().to(dtype) for t in (x, delta))
+        call, cells = Call(conv, {"weight": "w"}, next(parts), 0, next(parts)), torch.zeros(6, k)
+        Sketch(k)._add_folds(call, table, cells)
+        found.append(cells)
+    error = (found[0] - found[1]).norm() / found[1].norm()
+    assert 0 < error < 2**-8
+
+
 @given(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=30), st.integers(1, 12))
 def test_matrices_are_dealt_evenly_in_order_and_vectors_follow_them(dimensions, num_blocks):
     shapes = {f"p{i}": (3,) * d for i, d in enumerate(dimensions)}
@@ -591,7 +636,7 @@ def test_refuses_an_empty_projection():
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_the_gpu_s_normalisation_is_batch_norm_s(affine: bool) -> None:
+def test_our_own_normalisation_is_batch_norm_s(affine: bool) -> None:
     norm = nn.BatchNorm2d(5, affine=affine, dtype=torch.float64)
     norm(torch.randn(8, 5, 4, 3, dtype=torch.float64) * 3 + 1)
     norm.eval()
@@ -604,3 +649,7 @@ def test_the_gpu_s_normalisation_is_batch_norm_s(affine: bool) -> None:
         (found,) = torch.autograd.grad(output, x, delta)
     torch.testing.assert_close(output, norm(x))
     torch.testing.assert_close(found, expected)
+    last = delta.contiguous(memory_format=torch.channels_last)
+    for each in delta, last:  # a GPU's backward pass
+        torch.testing.assert_close(_scaled(each, norm), expected)
+        assert _scaled(each, norm).stride() == each.stride()

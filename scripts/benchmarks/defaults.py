@@ -150,7 +150,7 @@ class _Grid:
                 self._features.clear()  # one length and draw at a time: they are large
             device = resolve_device(self.config.device)
             model = models.load(self.members[m].folder)
-            models.place(model, device)
+            models.place(model, device, self.config.image_size)
             seed = derive_seed(self.config.seed, "projection")
             own = f"{seed}/{m}" + (f"/{draw}" if draw else "")
             sketch, parts = Sketch(k, own, num_blocks=1 << 20), []

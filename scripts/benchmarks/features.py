@@ -66,7 +66,7 @@ def _compare(
     config, size, usual, k, blocks = SETTINGS[name]
     batch = batch or (usual if device.type == "cpu" else feature_batch_size(size, device.type))
     model = make_model(config).eval()
-    models.place(model, device)
+    models.place(model, device, size)
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,), device=device)

@@ -83,7 +83,7 @@ def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[
     steps = -(-int(keep.sum()) // config.batch_size)
     batches = list(training.Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
     model = models.build(config.model, data.class_names, 0)
-    models.place(model.train(), device)
+    models.place(model.train(), device, config.image_size)
 
     def bare() -> None:  # without the building of a model, which training includes
         total = steps * config.epochs
