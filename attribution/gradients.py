@@ -28,8 +28,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 COVERED = (nn.Conv2d, nn.Linear, *NORMS)
 
-# From so many positions on, and for groups always, a CPU's convolution library beats patches and GEMM.
-LONG_MAP = 512
+# From so many positions on a CPU's convolution library beats patches and GEMM, and with groups also
+# where a patch of one group has no more than so many entries.
+LONG_MAP, SMALL_PATCH = 512, 9
 # Values of a sample from which PyTorch's own sums for a BatchNorm pay for a call each.
 LONG_NORM = 2**13
 # Floats of scratch per step: 8 MiB a core stays in its caches; a GPU wants large steps instead.
@@ -207,10 +208,11 @@ class Call:
 
     def convolves(self) -> bool:
         """Whether a CPU's convolution library forms the weight's gradient faster than a GEMM."""
+        positions, _, patch = self.shape()
         return (
             isinstance(self.module, nn.Conv2d)
             and self.delta.device.type == "cpu"
-            and (self.shape()[0] >= LONG_MAP or self.module.groups > 1)
+            and (positions >= LONG_MAP or (self.module.groups > 1 and patch <= SMALL_PATCH))
             and all(before == after for before, after in _padding(self.module))
         )
 
@@ -253,10 +255,8 @@ class Call:
         x = self.input[rows].to(delta.dtype)
         only_its_shape = torch.empty_like(conv.weight, dtype=delta.dtype)
         (top, _), (left, _) = _padding(conv)
-        out = delta.new_empty(len(delta), self.shape()[1], stride)
-        entries = self._entries(out)
-        for one_delta, one_x, place in zip(delta.split(1), x.split(1), entries, strict=True):
-            formed = torch.ops.aten.convolution_backward(
+        formed = [
+            torch.ops.aten.convolution_backward(
                 one_delta,
                 one_x,
                 only_its_shape,
@@ -269,24 +269,37 @@ class Call:
                 conv.groups,
                 (False, True, False),
             )[1]
-            place.copy_(formed.movedim(1, 3))
-        if signs:
-            of_rows, of_columns = (s.to(out.dtype) for s in signs)
-            entries *= (of_rows[:, None] * of_columns).view(entries.shape[1:])
-        return out
+            for one_delta, one_x in zip(delta.split(1), x.split(1), strict=True)
+        ]
+        return self._signed(torch.stack(formed).movedim(2, 4), signs, stride)
 
     def _by_patches(self, rows: slice, signs: tuple[Tensor, Tensor] | None, stride: int) -> Tensor:
-        """A GEMM, whose factors are signed, as they are smaller than its product."""
+        """A GEMM, which is signed before or after, where there is less to be signed."""
         deltas, windows = self.deltas(rows).mT, self.windows(rows)
+        positions, outputs, patch = self.shape()
+        groups = deltas.shape[1]
+        if not signs or positions * (outputs + groups * patch) > outputs * patch:
+            formed = (deltas @ windows.flatten(4).flatten(2, 3)).flatten(1, 2)
+            return self._signed(formed.unflatten(2, self.patch_shape()), signs, stride)
+        of_rows, of_columns = (s.to(windows.dtype) for s in signs)
         patches = windows.new_empty(*windows.shape[:4], stride)
         entries = self._entries(patches)
+        torch.mul(windows, of_columns.view(entries.shape[4:]), out=entries)
+        deltas = deltas * of_rows.view(groups, -1, 1)
+        if deltas.dtype == torch.bfloat16:
+            deltas = deltas.contiguous()  # as oneDNN is fastest; MKL does not mind
+        return (deltas @ patches.flatten(2, 3)).flatten(1, 2)
+
+    def _signed(self, formed: Tensor, signs: tuple[Tensor, Tensor] | None, stride: int) -> Tensor:
+        """Gradients (b, O, kh, kw, channel), any strides, as `products` returns them."""
+        out = formed.new_empty(*formed.shape[:2], stride)
+        entries = self._entries(out)
         if signs:
-            of_rows, of_columns = (s.to(windows.dtype) for s in signs)
-            torch.mul(windows, of_columns.view(self.patch_shape()), out=entries)
-            deltas = deltas * of_rows.view(deltas.shape[1], -1, 1)
+            of_rows, of_columns = (s.to(out.dtype) for s in signs)
+            torch.mul(formed, (of_rows[:, None] * of_columns).view(formed.shape[1:]), out=entries)
         else:
-            entries.copy_(windows)
-        return (deltas.contiguous() @ patches.flatten(2, 3)).flatten(1, 2)
+            entries.copy_(formed)
+        return out
 
     def _entries(self, rows: Tensor) -> Tensor:
         """Patches (..., kh, kw, channel) at the start of rows (..., stride), which are ended with zeros."""

@@ -295,10 +295,28 @@ def test_long_maps_go_to_the_convolution_library_and_short_ones_to_a_gemm(layout
     assert not any(each.requires_grad for each in captured.per_sample().values())
 
 
-def test_groups_go_to_the_convolution_library_whatever_their_maps():
-    model = Image(nn.Conv2d(6, 6, 3, groups=3), shape=(6, 5, 5))
-    captured = capture(model, *batch(2, (6, 5, 5)))
-    assert [call.convolves() for _, call in captured.matrices()] == [True, False]
+@pytest.mark.parametrize("kernel, groups", [(3, 6), (5, 6), (3, 2), (3, 1)])
+def test_small_depthwise_kernels_go_to_the_convolution_library_whatever_their_maps(kernel, groups):
+    model = Image(nn.Conv2d(6, 6, kernel, groups=groups), shape=(6, 6, 6))
+    captured = capture(model, *batch(2, (6, 6, 6)))
+    found = [call.convolves() for _, call in captured.matrices()]
+    assert found == [(kernel, groups) == (3, 6), False]
+    assert_exact(model, *batch(2, (6, 6, 6)))
+    assert_sketch_is(captured, 37, ROUTES["fold"])
+
+
+@pytest.mark.parametrize("size", [4, 16])  # few positions, and many
+def test_factors_or_products_are_signed_and_come_to_the_same(size):
+    images, labels = batch(3, (2, size, size))
+    captured = capture(Image(nn.Conv2d(2, 8, 3), shape=(2, size, size)), images, labels)
+    (_, call), *_ = captured.matrices()
+    positions, outputs, patch = call.shape()
+    assert (positions * (outputs + patch) > outputs * patch) == (size == 16)
+    signs = torch.randn(outputs, dtype=torch.float64), torch.randn(patch, dtype=torch.float64)
+    plain = call.products(slice(0, 3))
+    found = call.products(slice(0, 3), signs, patch + 2)
+    torch.testing.assert_close(found[..., :patch], plain * signs[0][:, None] * signs[1])
+    assert (found[..., patch:] == 0).all() and found.shape == (3, outputs, patch + 2)
 
 
 @pytest.mark.parametrize("values", [1, 10**9])  # of a sample, from which PyTorch's sums are taken
