@@ -232,6 +232,14 @@ class Call:
             return self._by_convolution(rows, signs, stride)
         return self._by_patches(rows, signs, stride)
 
+    def rows_of_products(self) -> int:
+        """Rows of `stride` values that `products` with signs takes room for, a sample."""
+        positions, outputs, _ = self.shape()
+        if self.has_kernels():
+            return outputs
+        groups = getattr(self.module, "groups", 1)
+        return 2 * outputs + (0 if self.convolves() else groups * positions)
+
     def _by_kernel(self, rows: slice, signs: tuple[Tensor, Tensor], stride: int) -> Tensor:
         x, delta, module = self.input[rows], self.delta[rows], self.module
         if isinstance(module, nn.Linear):  # a convolution over a column of positions

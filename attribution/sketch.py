@@ -197,10 +197,7 @@ class Sketch:
             waves[rows] += product.unflatten(0, (-1, positions)).sum(1)
 
     def _add_folds(self, call: Call, table: _Hash, cells: Tensor) -> None:
-        positions, outputs, _ = call.shape()
-        groups = getattr(call.module, "groups", 1)
-        patches = 0 if call.has_kernels() or call.convolves() else groups * positions
-        for rows in steps(len(cells), (2 * outputs + patches) * table.stride, cells):
+        for rows in steps(len(cells), call.rows_of_products() * table.stride, cells):
             formed = call.products(rows, (table.rows, table.columns), table.stride)
             self._add_runs(formed.flatten(1), table.offset, cells[rows])
 
