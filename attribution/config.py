@@ -159,7 +159,7 @@ class Config:
     proj_dim: int = option("trak", "length k of a block's projected gradient", at_least=1)
     num_blocks: int = option("trak", "layers are dealt, in order, into so many blocks, each with a projection and a Gram matrix of its own; 1 is TRAK as published, and all that projector=normal has", at_least=1)
     projector: str = option("trak", "ours, or traker's vmap gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
-    feature_precision: str = option("trak", "of the gradients' forward and backward pass (sums and sketches are float32); auto as above", choices=("auto", "float32", "bfloat16"))
+    feature_precision: str = option("trak", "of the gradients' forward and backward pass (what layers add up to is float32); auto as above", choices=("auto", "float32", "bfloat16"))
     lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the features' Gram matrix", at_least=0)
     loss_gradient_weight: str = option("trak", "multiply row i of the scores by the mean of 1 - p over checkpoints (mean) or not (none)", "mean", choices=("mean", "none"))
     keep_features: str = option("trak", "keep what `explain` needs for pictures that are not targets (num_models x n_train x num_blocks x proj_dim x 2 bytes); auto does up to 2 GiB", "auto", choices=("auto", "yes", "no"))
