@@ -118,6 +118,7 @@ class Call:
         return found
 
     def _is_long(self) -> bool:
+        """Whether PyTorch's own sums are faster, and as exact: in bfloat16 not where layouts differ."""
         x, weight = self.input, self.module.weight
         return (
             x.device.type == "cpu"

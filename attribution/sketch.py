@@ -153,8 +153,8 @@ class Sketch:
         """Whether the tensorsketch route is cheaper, by costs in ns measured on one AVX-512 core.
 
         Per position: two transforms of length k and their product, and the hashing of delta
-        and patch. Folding: a GEMM at 200 GFLOP/s (bfloat16: 400) and passes over the gradient. On
-        another kind of processor, whose every cost is two to four times that, it chooses as well.
+        and patch. Folding: a GEMM at 200 GFLOP/s (bfloat16: 400) and passes over the gradient. An
+        Intel Xeon's costs are two to four times these, and their order nearly always the same.
         """
         k = self.proj_dim
         hashing = positions * (0.15 * k * math.log2(k + 1) + 0.6 * outputs + 0.2 * patch)
@@ -236,9 +236,9 @@ class Sketch:
 
 def _fold(rows: Tensor, k: int) -> Tensor:
     """Rows (b, n) added up in runs of k, (b, min(n, k))."""
-    runs, rest = divmod(rows.shape[1], k)
     if rows.shape[1] <= k:
         return rows
+    runs, rest = divmod(rows.shape[1], k)
     total = rows[:, : runs * k].unflatten(1, (runs, k)).sum(1)
     total[:, :rest] += rows[:, runs * k :]
     return total

@@ -41,6 +41,10 @@ class Problem:
     work: Path
     batch: int = 0
 
+    def having(self, **settings: Any) -> Problem:
+        """The same under other settings of the project's own."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **settings))
+
     def tensors(self, split: str) -> tuple[Tensor, Tensor]:
         """Images (n, 3, H, W) and labels (n,) of a split, on the CPU."""
         batches = batches_of(self.config, self.data, split, 4096, torch.device("cpu"))
@@ -101,9 +105,7 @@ def ours(problem: Problem) -> Scores:
 
 def dense(problem: Problem) -> Scores:
     """traker's exact gradients and dense Gaussian projection under our ridge: the sketch's loss."""
-    return ours(
-        dataclasses.replace(problem, config=dataclasses.replace(problem.config, projector="normal"))
-    )
+    return ours(problem.having(projector="normal"))
 
 
 def ours_features(problem: Problem) -> Callable[[], None]:
@@ -115,20 +117,14 @@ def ours_features(problem: Problem) -> Callable[[], None]:
     return _featurizing(problem, engine, state)
 
 
-def _auto(problem: Problem) -> Problem:
-    """With gradients as presets images and food101 take them: bfloat16 where the processor has it."""
-    config = dataclasses.replace(problem.config, feature_precision="auto")
-    return dataclasses.replace(problem, config=config)
-
-
 def ours_auto(problem: Problem) -> Scores:
-    """ours, with the gradients' precision as for photographs."""
-    return ours(_auto(problem))
+    """ours, with gradients as presets images and food101 take them: bfloat16 where there is any."""
+    return ours(problem.having(feature_precision="auto"))
 
 
 def ours_auto_features(problem: Problem) -> Callable[[], None]:
-    """ours_features, with the gradients' precision as for photographs."""
-    return ours_features(_auto(problem))
+    """ours_features, with the same gradients."""
+    return ours_features(problem.having(feature_precision="auto"))
 
 
 def _featurizing(problem: Problem, engine: Any, state: dict[str, Tensor]) -> Callable[[], None]:
