@@ -6,13 +6,16 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attribution.calls import Call, steps
 from attribution.errors import InputError
-from attribution.gradients import Call, Captured, capture, steps
+from attribution.gradients import Captured, capture, pairs
+from attribution.normalisation import Fused, Pair
 
 # Floats of a CPU core's buffers for transforms, which should stay in its own cache.
 WAVE_SCRATCH = 2**19
@@ -26,10 +29,13 @@ class _Sums:
     waves: Tensor
     blocks: dict[str, int]  # of a parameter
 
-    def of(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Cells (B, k) and waves (B, k // 2 + 1) of a layer's block."""
-        block = self.blocks[next(iter(call.names.values()))]
-        return self.cells[:, block], self.waves[:, block]
+    def cells_of(self, name: str) -> Tensor:
+        """Cells (B, k) of a parameter's block."""
+        return self.cells[:, self.blocks[name]]
+
+    def waves_of(self, name: str) -> Tensor:
+        """Waves (B, k // 2 + 1) of a parameter's block."""
+        return self.waves[:, self.blocks[name]]
 
 
 def dealt(shapes: Mapping[str, Sequence[int]], num_blocks: int) -> dict[str, int]:
@@ -94,6 +100,7 @@ class Sketch:
         self.proj_dim, self.seed, self.dtype = proj_dim, seed, dtype
         self.num_blocks = num_blocks
         self._tables: dict[tuple, object] = {}
+        self._pairs: WeakKeyDictionary[nn.Module, dict[tuple, list[Pair]]] = WeakKeyDictionary()
 
     def features(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sketch of each sample's gradient, (B, blocks x proj_dim) in `dtype`, and margin, (B,).
@@ -103,7 +110,8 @@ class Sketch:
         """
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sums = self._start(len(images), next(model.parameters()), shapes)
-        captured = capture(model, images, labels, lambda call: self._add(call, sums))
+        fused = self._fused(model, images)
+        captured = capture(model, images, labels, lambda call: self._add(call, sums), fused)
         return self._finish(sums), captured.margins
 
     def project(self, captured: Captured) -> Tensor:
@@ -112,6 +120,20 @@ class Sketch:
         for call in captured.calls:
             self._add(call, sums)
         return self._finish(sums)
+
+    def _fused(self, model: nn.Module, images: Tensor) -> dict[nn.Conv2d, nn.BatchNorm2d]:
+        """Convolutions to be run as one with their BatchNorm: where their gradient is formed in any case."""
+        if images.device.type != "cpu":
+            return {}  # where it has not been measured
+        known = self._pairs.setdefault(model, {})
+        key = images.shape[1:], torch.is_autocast_enabled("cpu")
+        if key not in known:
+            known[key] = pairs(model, images[:2])
+        return {
+            pair.conv: pair.norm
+            for pair in known[key]
+            if pair.pays() and not self._hashes(pair.conv, pair.shape, pair.dtype)
+        }
 
     def _start(self, batch: int, like: Tensor, shapes: Mapping[str, Sequence[int]]) -> _Sums:
         blocks = dealt(shapes, self.num_blocks)
@@ -124,24 +146,24 @@ class Sketch:
         return _Sums(cells, waves, blocks)
 
     def _add(self, call: Call, sums: _Sums) -> None:
-        cells, waves = sums.of(call)
         for name, values in call.vectors().items():
-            self._add_vector(name, values.to(cells.dtype), cells)
+            self._add_vector(name, values, sums.cells_of(name))
         if not call.has_matrix:
             return
-        name, weight = call.names["weight"], call.module.weight
-        table = self._hash(name, weight.shape, cells)
-        grouped = getattr(call.module, "groups", 1) > 1
-        if grouped:
-            hashes = False
-        elif call.has_kernels():
+        name = call.names["weight"]
+        table = self._hash(name, call.module.weight.shape, sums.cells)
+        if call.has_kernels():
             hashes = self.tensorsketches_on_gpu(*call.shape(), call.delta.dtype)
         else:
-            hashes = self.tensorsketches(*call.shape(), call.delta.dtype)
+            hashes = self._hashes(call.module, call.shape(), call.delta.dtype)
         if hashes:
-            self._add_waves(call, table, waves)
+            self._add_waves(call, table, sums.waves_of(name))
         else:
-            self._add_folds(call, table, cells)
+            self._add_folds(call, table, sums)
+
+    def _hashes(self, module: nn.Module, shape: tuple[int, int, int], dtype: torch.dtype) -> bool:
+        """Whether a layer takes the tensorsketch route, without a GPU's kernels."""
+        return getattr(module, "groups", 1) == 1 and self.tensorsketches(*shape, dtype)
 
     def _finish(self, sums: _Sums) -> Tensor:
         cells = sums.cells + torch.fft.irfft(sums.waves, n=self.proj_dim)
@@ -171,7 +193,7 @@ class Sketch:
 
     def _add_vector(self, name: str, values: Tensor, cells: Tensor) -> None:
         """A bias or a normalisation's weight (B, n): signed, added up in runs of k."""
-        n, k = values.shape[1], self.proj_dim
+        n, k, values = values.shape[1], self.proj_dim, values.to(cells.dtype)
         key = (name, n, cells.device, cells.dtype)
         if key not in self._tables:
             label = f"{name} {n}"
@@ -196,10 +218,14 @@ class Sketch:
             product = torch.fft.rfft(outputs).mul_(torch.fft.rfft(_fold(patches, k), n=k))
             waves[rows] += product.unflatten(0, (-1, positions)).sum(1)
 
-    def _add_folds(self, call: Call, table: _Hash, cells: Tensor) -> None:
+    def _add_folds(self, call: Call, table: _Hash, sums: _Sums) -> None:
+        cells, signs = sums.cells_of(call.names["weight"]), (table.rows, table.columns)
         for rows in steps(len(cells), call.rows_of_products() * table.stride, cells):
-            formed = call.products(rows, (table.rows, table.columns), table.stride)
+            formed = call.products(rows, signs, table.stride)
             self._add_runs(formed.flatten(1), table.offset, cells[rows])
+            if isinstance(call, Fused):
+                for name, values in call.norm_weight(rows, formed, signs).items():
+                    self._add_vector(name, values, sums.cells_of(name)[rows])
 
     def _add_runs(self, values: Tensor, first: int, cells: Tensor) -> None:
         """Values (b, n) added to cells (b, k) in turn, from the first one's cell on."""

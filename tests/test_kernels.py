@@ -10,8 +10,8 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from attribution import gradients, kernels, models
-from attribution.gradients import Call
+from attribution import calls, kernels, models
+from attribution.calls import Call
 from attribution.sketch import Sketch
 
 # conftest.py has Triton interpret kernels where there is no GPU.
@@ -105,12 +105,12 @@ def test_kernels_apply_on_a_gpu_to_whole_layers_of_types_it_multiplies(
 
 def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device(DEVICE)
-    assert gradients.kernels(device) is kernels
-    gradients.kernels.cache_clear()
+    assert calls.kernels(device) is kernels
+    calls.kernels.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "position_sums", None)  # as where it cannot be compiled
-        assert gradients.kernels(device) is None
-    gradients.kernels.cache_clear()
+        assert calls.kernels(device) is None
+    calls.kernels.cache_clear()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no bfloat16")
