@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attribution.calls import Call, steps
+from attribution.calls import LONG_MAP, Call, steps
 from attribution.errors import InputError
 from attribution.gradients import Captured, capture, pairs
 from attribution.normalisation import Fused, Pair
@@ -175,12 +175,15 @@ class Sketch:
         """Whether the tensorsketch route is cheaper, by costs in ns measured on one AVX-512 core.
 
         Per position: two transforms of length k and their product, and the hashing of delta
-        and patch. Folding: a GEMM at 200 GFLOP/s (bfloat16: 400) and passes over the gradient. An
-        Intel Xeon's costs are two to four times these, and their order nearly always the same.
+        and patch. Folding: a GEMM at 200 GFLOP/s (bfloat16: 400; of a long map, without patches, 800
+        on the Xeon) and passes over the gradient. An Intel Xeon's costs are otherwise two to
+        four times these, and their order nearly always the same.
         """
         k = self.proj_dim
         hashing = positions * (0.15 * k * math.log2(k + 1) + 0.6 * outputs + 0.2 * patch)
-        gemm = 0.005 if dtype == torch.bfloat16 else 0.01
+        gemm = 0.01
+        if dtype == torch.bfloat16:
+            gemm = 0.0025 if positions >= LONG_MAP else 0.005
         return hashing < outputs * patch * (gemm * positions + 0.15)
 
     def tensorsketches_on_gpu(
