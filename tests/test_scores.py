@@ -298,7 +298,8 @@ def test_a_folder_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "column"), [(name, column) for name in NAMES for column in REQUIRED_COLUMNS[name]]
+    ("name", "column"),
+    [(name, column) for name in NAMES for column in sorted(REQUIRED_COLUMNS[name])],
 )
 def test_a_table_without_a_required_column_is_refused_by_name(
     artifact: Path, name: str, column: str
