@@ -33,6 +33,18 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, label)[:, 0] - others.logsumexp(1)
 
 
+@dataclass(frozen=True)
+class Shortcuts:
+    """What a pass may do faster, once `survey` has found that it gives the same gradients.
+
+    fused: convolutions to be run as one with the BatchNorm after them, and handed over as one call.
+    copies: the shape in which each parameter without a rule is a sample's own; none: run under vmap.
+    """
+
+    fused: Mapping[nn.Module, nn.BatchNorm2d] = field(default_factory=dict)
+    copies: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
 @dataclass
 class Captured:
     """What one pass over a batch of B samples leaves behind; everything is detached.
@@ -78,13 +90,12 @@ def capture(
     images: Tensor,
     labels: Tensor,
     receive: Callable[[Call | Stray], None] | None = None,
-    fused: Mapping[nn.Module, nn.BatchNorm2d] | None = None,
+    shortcuts: Shortcuts | None = None,
 ) -> Captured:
     """Record one forward and one backward pass of the summed margins; images (B, ...), labels (B,).
 
     With `receive`, each call is handed over as soon as the backward pass has reached it, last
-    layer first, and then let go of: memory stays that of a training step. `fused`, of what
-    `pairs` has found, are run as one, and handed over as one call.
+    layer first, and then let go of: memory stays that of a training step.
 
     The model is called as model(images) and may return logits (B, C) or an object with
     `.logits`. All parameters count, whatever their requires_grad; one that no rule covers has
@@ -95,7 +106,8 @@ def capture(
     """
     layers, paths, strays = _layers(model)
     calls: list[Call] = []
-    fused, outputs = fused or {}, {}
+    shortcuts = shortcuts or Shortcuts()
+    fused, outputs, apart = shortcuts.fused, {}, strays and not shortcuts.copies
     alone = {module: names for module, names in layers.items() if module not in fused.values()}
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -112,7 +124,7 @@ def capture(
         source = output if output.requires_grad else output.detach().requires_grad_()
         source.register_hook(partial(keep, call))
         # A copy where the graph starts or vmap holds a view: the model may write into outputs.
-        returned = source if source is output and not strays else source.clone()
+        returned = source if source is output and not apart else source.clone()
         if norm:
             outputs[module] = returned
         return returned
@@ -137,12 +149,15 @@ def capture(
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            if strays:
-                logits = _run_apart(model, images.detach(), layers, record, strays, keep)
+            if apart:
+                copies = _copies(strays, {}, len(images), keep)
+                logits = _run_apart(model, images.detach(), layers, record, copies)
             else:
+                copies = _copies(strays, shortcuts.copies, len(images), keep)
+                run = partial(functional_call, model, copies) if copies else model
                 norms = [module for module in alone if isinstance(module, nn.BatchNorm2d)]
                 with normalisation.running(norms, fused, outputs):
-                    logits = _run(model, images.detach(), alone, record)
+                    logits = _run(run, images.detach(), alone, record)
             _check_labels(logits, labels, least, most)
             _check_calls(alone, paths, calls)
             f = margins(
@@ -159,10 +174,82 @@ def capture(
     return Captured(logits.detach(), f, f.sigmoid(), used[::-1], shapes)
 
 
-def pairs(model: nn.Module, images: Tensor) -> list[Pair]:
-    """Convolutions that can run as one with the BatchNorm after them, by a pass over images (B, ...)."""
+@dataclass(frozen=True)
+class Survey:
+    """What there is in a model for Shortcuts."""
+
+    pairs: list[Pair]
+    copies: Mapping[str, tuple[int, ...]]
+
+
+def survey(model: nn.Module, images: Tensor) -> Survey:
+    """Looks at passes over two random images of the shape of these (B, ...)."""
     layers, _, strays = _layers(model)
-    return [] if strays else normalisation.pairs(model, images, layers)
+    generator = torch.Generator().manual_seed(0)
+    two = torch.randn(2, *images.shape[1:], generator=generator, dtype=images.dtype)
+    copies = _broadcast(model, two, strays)
+    if strays and not copies:
+        return Survey([], {})
+    return Survey(normalisation.pairs(model, two, layers), copies)
+
+
+def _broadcast(
+    model: nn.Module, images: Tensor, strays: dict[str, Tensor]
+) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of copies that the model adds or multiplies sample by sample, as it does the parameter.
+
+    Most have a first dimension of one for the batch, or are vectors of an activation's channels.
+    Found by trial: gradients are those under vmap. None: there are no such shapes.
+    """
+    if not strays:
+        return {}
+    labels = torch.arange(len(images))
+
+    def run(copies: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        found = capture(model, images, labels, shortcuts=Shortcuts(copies=copies))
+        own = {call.names["weight"]: call.delta for call in found.calls if isinstance(call, Stray)}
+        shaped = {name: own[name].flatten(1) for name in own if own[name].any()}
+        return {"logits": found.logits} | shaped
+
+    with torch.autocast(images.device.type, enabled=False):
+        expected = run({})
+        for before, after in ((1, 0), (2, 0), (0, 2)):  # tokens, channels last, channels first
+            shapes = {
+                name: tuple(p.shape[1:])
+                if p.dim() > 1 and len(p) == 1
+                else (1,) * before + tuple(p.shape) + (1,) * after
+                for name, p in strays.items()
+            }
+            try:
+                if _alike(run(shapes), expected):
+                    return shapes
+            except Exception:  # of many kinds, where a model cannot take them
+                continue
+    return {}
+
+
+def _alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether they differ by rounding alone: others differ in some sample by their own size."""
+    return found.keys() == expected.keys() and all(
+        found[name].shape == value.shape
+        and (found[name] - value).abs().max() <= 1e-3 * value.abs().max()
+        for name, value in expected.items()
+    )
+
+
+def _copies(
+    strays: dict[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    batch: int,
+    keep: Callable[[Stray, Tensor], None],
+) -> dict[str, Tensor]:
+    """Of each stray parameter one for every sample, in its own shape or the given one."""
+    copies = {}
+    for name, p in strays.items():
+        shape = shapes.get(name, p.shape)
+        copies[name] = p.detach().reshape(shape).expand(batch, *shape).requires_grad_()
+        copies[name].register_hook(partial(keep, Stray({"weight": name})))
+    return copies
 
 
 def _run(model: Callable, images: Tensor, layers: Iterable[nn.Module], hook: Callable) -> Tensor:
@@ -181,16 +268,9 @@ def _run_apart(
     images: Tensor,
     layers: Iterable[nn.Module],
     record: Callable,
-    strays: dict[str, Tensor],
-    keep: Callable[[Stray, Tensor], None],
+    copies: dict[str, Tensor],
 ) -> Tensor:
     """Logits from vmap over the samples, each with its own copy of the stray parameters."""
-    copies = {
-        name: p.detach().expand(len(images), *p.shape).requires_grad_()
-        for name, p in strays.items()
-    }
-    for name, copy in copies.items():
-        copy.register_hook(partial(keep, Stray({"weight": name})))
 
     def one(image: Tensor, own: dict[str, Tensor]) -> Tensor:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -208,7 +288,7 @@ def _run_apart(
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"no rule gives the per-sample gradient of {', '.join(strays)} (covered are Conv2d "
+            f"no rule gives the per-sample gradient of {', '.join(copies)} (covered are Conv2d "
             "with zero padding, Linear, BatchNorm, LayerNorm and GroupNorm), and vmap cannot run "
             f"the model with a copy of them for every sample ({reason})"
         ) from error

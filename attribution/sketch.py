@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from attribution.calls import LONG_MAP, Call, steps
 from attribution.errors import InputError
-from attribution.gradients import Captured, capture, pairs
-from attribution.normalisation import Fused, Pair
+from attribution.gradients import Captured, Shortcuts, Survey, capture, survey
+from attribution.normalisation import Fused
 
 # Floats of a CPU core's buffers for transforms, which should stay in its own cache.
 WAVE_SCRATCH = 2**19
+# Of fewer images a look for shortcuts costs more than they spare.
+FEW = 8
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Sketch:
         self.proj_dim, self.seed, self.dtype = proj_dim, seed, dtype
         self.num_blocks = num_blocks
         self._tables: dict[tuple, object] = {}
-        self._pairs: WeakKeyDictionary[nn.Module, dict[tuple, list[Pair]]] = WeakKeyDictionary()
+        self._surveys: WeakKeyDictionary[nn.Module, dict[tuple, Survey]] = WeakKeyDictionary()
 
     def features(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sketch of each sample's gradient, (B, blocks x proj_dim) in `dtype`, and margin, (B,).
@@ -110,8 +112,8 @@ class Sketch:
         """
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sums = self._start(len(images), next(model.parameters()), shapes)
-        fused = self._fused(model, images)
-        captured = capture(model, images, labels, lambda call: self._add(call, sums), fused)
+        shortcuts = self._shortcuts(model, images)
+        captured = capture(model, images, labels, lambda call: self._add(call, sums), shortcuts)
         return self._finish(sums), captured.margins
 
     def project(self, captured: Captured) -> Tensor:
@@ -121,19 +123,24 @@ class Sketch:
             self._add(call, sums)
         return self._finish(sums)
 
-    def _fused(self, model: nn.Module, images: Tensor) -> dict[nn.Conv2d, nn.BatchNorm2d]:
-        """Convolutions to be run as one with their BatchNorm: where their gradient is formed in any case."""
-        if images.device.type != "cpu":
-            return {}  # where it has not been measured
-        known = self._pairs.setdefault(model, {})
-        key = images.shape[1:], torch.is_autocast_enabled("cpu")
+    def _shortcuts(self, model: nn.Module, images: Tensor) -> Shortcuts:
+        """Those by which a layer whose weight's gradient is formed in any case gains, and all others.
+
+        What is chosen depends on the model and the number of images alone, so that results do
+        not depend on what else has been computed here. On a GPU they have not been measured.
+        """
+        if images.device.type != "cpu" or len(images) < FEW:
+            return Shortcuts()
+        known = self._surveys.setdefault(model, {})
+        key = images.shape[1:], images.dtype, torch.is_autocast_enabled("cpu")
         if key not in known:
-            known[key] = pairs(model, images[:2])
-        return {
+            known[key] = survey(model, images)
+        fused = {
             pair.conv: pair.norm
-            for pair in known[key]
+            for pair in known[key].pairs
             if pair.pays() and not self._hashes(pair.conv, pair.shape, pair.dtype)
         }
+        return Shortcuts(fused, known[key].copies)
 
     def _start(self, batch: int, like: Tensor, shapes: Mapping[str, Sequence[int]]) -> _Sums:
         blocks = dealt(shapes, self.num_blocks)

@@ -13,8 +13,8 @@ from toy import toy_config, toy_data
 
 from attribution import models, trak
 from attribution.errors import InputError
-from attribution.gradients import capture
-from attribution.sketch import Sketch, dealt
+from attribution.gradients import capture, survey
+from attribution.sketch import FEW, Sketch, dealt
 from scripts.trak import check_gradients
 
 pytestmark = [
@@ -102,6 +102,71 @@ def test_streamed_features_are_the_projected_gradients_and_unbiased() -> None:
     norms = inner.diagonal()
     dense = (torch.outer(norms, norms) + inner**2) / k
     assert ((torch.stack(products).mean(0) - inner).abs() < 4 * (dense / n).sqrt()).all()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shortcuts_give_the_same_features_and_logits(name: str) -> None:
+    model, (images, labels) = tiny(name), images_of(name, FEW)
+    found = survey(model, images)
+    assert bool(found.copies) == (name in ("ViT", "DeiT", "Beit"))
+    assert len(found.pairs) == {"RegNet": 12, "MobileNetV1": 27, "MobileNetV2": 52}.get(
+        name, len(found.pairs)
+    )
+    sketch = Sketch(61, 1, torch.float64, num_blocks=3)
+    sketch.tensorsketches = ROUTES["fold"]
+    features, margins = sketch.features(model, images, labels)
+    captured = capture(model, images, labels)
+    torch.testing.assert_close(features, sketch.project(captured), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(margins, captured.margins, rtol=1e-9, atol=1e-9)
+
+
+def test_of_few_images_there_is_no_look_for_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (images, _) = tiny("ViT"), images_of("ViT", FEW)
+    looks = []
+    monkeypatch.setattr("attribution.sketch.survey", lambda *a: looks.append(1) or survey(*a))
+    sketch = Sketch(61)
+    for count in (FEW - 1, FEW, FEW, FEW - 1):
+        assert bool(sketch._shortcuts(model, images[:count]).copies) == (count == FEW)
+    assert looks == [1]
+    assert not sketch._shortcuts(model, images[:1]).copies
+
+
+class Added(torch.nn.Module):
+    """Adds a parameter to an activation (B, 2, 4), in a way of its own."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.row, self.head = how, torch.nn.Linear(4, 4), torch.nn.Linear(8, 3)
+        shape = {"to tokens": (1, 4), "indexed": (3, 4), "unused": (1, 2, 4)}.get(how, (1, 2, 4))
+        self.p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+        self.double().eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.row(x.flatten(2)).tanh()
+        if self.how == "mixed":
+            x = x + self.p.mean(0)
+        elif self.how == "turned":
+            x = x + self.p.flip(0)
+        elif self.how == "indexed":
+            x = x + self.p[torch.tensor([0, 2])]
+        elif self.how == "twice":
+            x = x * self.p + self.p[:1]
+        elif self.how != "unused":
+            x = x + self.p
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "how", ["plain", "unused", "to tokens", "mixed", "turned", "indexed", "twice"]
+)
+def test_copies_are_taken_only_where_every_sample_reads_its_own(how: str) -> None:
+    torch.manual_seed(0)
+    model, (images, labels) = Added(how), batch(FEW, (2, 2, 2), 3)
+    # Two tokens and two images of the look: what is added to one could be taken for the other.
+    assert bool(survey(model, images).copies) == (how in ("plain", "unused"))
+    sketch = Sketch(61, 1, torch.float64)
+    truth = sketch.project(capture(model, images, labels))
+    torch.testing.assert_close(sketch.features(model, images, labels)[0], truth)
 
 
 def test_what_vmap_runs_leaves_the_logits_and_the_model_alone() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from attribution import normalisation
 from attribution.errors import InputError
-from attribution.gradients import capture, pairs
+from attribution.gradients import Shortcuts, capture, survey
 from attribution.normalisation import Fused, _scaled, running
 from attribution.sketch import Sketch
 
@@ -86,6 +86,19 @@ def model_of(body):
     return Image(body)
 
 
+def pairs(model, images):
+    return survey(model, images).pairs
+
+
+def fused(sketch, model, images):
+    return sketch._shortcuts(model, images).fused
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr("attribution.sketch.FEW", 1)
+
+
 @pytest.fixture
 def all_pay(monkeypatch):
     monkeypatch.setattr(normalisation, "POSITIONS_OF_ENTRY", 0)
@@ -101,7 +114,7 @@ def test_features_are_the_sketch_of_the_gradients_of_the_parameters_as_they_are(
     images, labels = batch()
     sketch = Sketch(k, 3, torch.float64, blocks)
     sketch.tensorsketches = ROUTES["fold"]
-    assert len(sketch._fused(model, images)) == (2 if name == "two" else 1)
+    assert len(fused(sketch, model, images)) == (2 if name == "two" else 1)
     features, margins = sketch.features(model, images, labels)
     captured = capture(model, images, labels)
     assert not any(isinstance(call, Fused) for call in captured.calls)
@@ -119,7 +132,7 @@ def test_every_route_of_a_product_gives_the_same(all_pay, monkeypatch, long_map,
     sketch = Sketch(50, 1, torch.float64)
     sketch.tensorsketches = ROUTES["fold"]
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert set(sketch._fused(model, images).values()) == set(norms)
+    assert set(fused(sketch, model, images).values()) == set(norms)
     features, _ = sketch.features(model, images, labels)
     expected = sketch.project(capture(model, images, labels))
     torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
@@ -134,8 +147,8 @@ def test_a_fused_call_forms_the_weight_s_gradient_without_signs_too(all_pay):
             found["w"] = call.weight_gradient()
             found.update(call.vectors())
 
-    fused = {pair.conv: pair.norm for pair in pairs(model, images)}
-    capture(model, images, labels, receive, fused)
+    shortcuts = Shortcuts({pair.conv: pair.norm for pair in pairs(model, images)})
+    capture(model, images, labels, receive, shortcuts)
     expected = capture(model, images, labels).per_sample()
     torch.testing.assert_close(found["w"], expected["body.m0.weight"])
     torch.testing.assert_close(found["body.m0.bias"], expected["body.m0.bias"])
@@ -151,7 +164,7 @@ def test_a_pair_is_what_nothing_else_reads_and_runs_once(all_pay, what, count):
     model, (images, labels) = model_of(Reads(what)), batch()
     sketch = Sketch(37, dtype=torch.float64)
     sketch.tensorsketches = ROUTES["fold"]
-    assert len(pairs(model, images)) == len(sketch._fused(model, images)) == count
+    assert len(pairs(model, images)) == len(fused(sketch, model, images)) == count
     expected = sketch.project(capture(model, images, labels))
     torch.testing.assert_close(sketch.features(model, images, labels)[0], expected)
 
@@ -176,12 +189,12 @@ def test_neither_what_is_short_nor_what_is_hashed_nor_a_channel_without_weight_i
     (pair,) = pairs(model, images)
     assert pair.shape == (6, 4, 75) and pair.dtype == torch.float64 and not pair.pays()
     large = torch.cat([images] * 4, 3)[:, :, :, :24]
-    assert pairs(model.body, large)[0].pays() and len(sketch._fused(model.body, large)) == 1
+    assert pairs(model.body, large)[0].pays() and len(fused(sketch, model.body, large)) == 1
     sketch.tensorsketches = ROUTES["tensorsketch"]
-    assert not sketch._fused(model.body, large)
+    assert not fused(sketch, model.body, large)
     sketch.tensorsketches = ROUTES["fold"]
     model.body.m1.weight.data[1] = 0
-    assert not sketch._fused(model.body, large)
+    assert not fused(sketch, model.body, large)
     expected = sketch.project(capture(model, images, labels))
     torch.testing.assert_close(sketch.features(model, images, labels)[0], expected)
 
@@ -190,7 +203,7 @@ def test_a_channel_of_little_weight_loses_no_digits(all_pay):
     model, (images, labels) = model_of(ALIKE["biased"]()), batch()
     model.body.m1.weight.data[1] = 1e-12
     sketch = Sketch(500, dtype=torch.float64)
-    assert sketch._fused(model, images)
+    assert fused(sketch, model, images)
     expected = sketch.project(capture(model, images, labels))
     features, _ = sketch.features(model, images, labels)
     torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
@@ -231,10 +244,10 @@ def test_bfloat16_is_no_further_from_float64_than_the_layers_one_by_one(all_pay,
             found, _ = sketch.features(model, images, labels)
         return ((found - truth).norm() / truth.norm()).item()
 
-    fused = error()
+    as_one = error()
     monkeypatch.setattr(normalisation, "POSITIONS_OF_ENTRY", float("inf"))
-    apart = error()
-    assert 0 < fused < 1.2 * apart < 0.1
+    one_by_one = error()
+    assert 0 < as_one < 1.2 * one_by_one < 0.1
 
 
 @pytest.mark.parametrize("affine", [True, False])
