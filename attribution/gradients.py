@@ -20,10 +20,10 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from attribution import normalisation
+from attribution import batchnorm
+from attribution.batchnorm import Fused, Pair
 from attribution.calls import COVERED, Call, Stray
 from attribution.errors import InputError
-from attribution.normalisation import Fused, Pair
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -37,8 +37,9 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 class Shortcuts:
     """What a pass may do faster, once `survey` has found that it gives the same gradients.
 
-    fused: convolutions to be run as one with the BatchNorm after them, and handed over as one call.
-    copies: the shape in which each parameter without a rule is a sample's own; none: run under vmap.
+    fused: convolutions to be run as one with the BatchNorm after them, and handed over as one call;
+        only where calls are handed over.
+    copies: the shape in which each parameter without a rule is a sample's own; of others: run under vmap.
     """
 
     fused: Mapping[nn.Module, nn.BatchNorm2d] = field(default_factory=dict)
@@ -107,7 +108,10 @@ def capture(
     layers, paths, strays = _layers(model)
     calls: list[Call] = []
     shortcuts = shortcuts or Shortcuts()
-    fused, outputs, apart = shortcuts.fused, {}, strays and not shortcuts.copies
+    apart = strays.keys() != shortcuts.copies.keys()
+    fused = {} if apart or receive is None else shortcuts.fused
+    fused = {conv: norm for conv, norm in fused.items() if {conv, norm} <= layers.keys()}
+    outputs: dict[nn.Module, Tensor | None] = {}
     alone = {module: names for module, names in layers.items() if module not in fused.values()}
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -119,6 +123,8 @@ def capture(
             )
         call = Call(module, layers[module], x, x._version)
         if norm := fused.get(module):
+            if module in outputs:
+                raise batchnorm.diverged()
             call = Fused(module, layers[module], x, x._version, norm=norm, norm_names=layers[norm])
         calls.append(call)
         source = output if output.requires_grad else output.detach().requires_grad_()
@@ -156,7 +162,7 @@ def capture(
                 copies = _copies(strays, shortcuts.copies, len(images), keep)
                 run = partial(functional_call, model, copies) if copies else model
                 norms = [module for module in alone if isinstance(module, nn.BatchNorm2d)]
-                with normalisation.running(norms, fused, outputs):
+                with batchnorm.running(norms, fused, outputs):
                     logits = _run(run, images.detach(), alone, record)
             _check_labels(logits, labels, least, most)
             _check_calls(alone, paths, calls)
@@ -182,15 +188,15 @@ class Survey:
     copies: Mapping[str, tuple[int, ...]]
 
 
-def survey(model: nn.Module, images: Tensor) -> Survey:
-    """Looks at passes over two random images of the shape of these (B, ...)."""
+def survey(model: nn.Module, images: Tensor, tries: bool = True) -> Survey:
+    """Looks at passes over two random images of the shape of these (B, ...); `tries`: also for copies."""
     layers, _, strays = _layers(model)
     generator = torch.Generator().manual_seed(0)
     two = torch.randn(2, *images.shape[1:], generator=generator, dtype=images.dtype)
-    copies = _broadcast(model, two, strays)
+    copies = _broadcast(model, two, strays) if tries else {}
     if strays and not copies:
         return Survey([], {})
-    return Survey(normalisation.pairs(model, two, layers), copies)
+    return Survey(batchnorm.pairs(model, two, layers), copies)
 
 
 def _broadcast(

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attribution.batchnorm import Fused
 from attribution.calls import LONG_MAP, Call, steps
 from attribution.errors import InputError
 from attribution.gradients import Captured, Shortcuts, Survey, capture, survey
-from attribution.normalisation import Fused
 
 # Floats of a CPU core's buffers for transforms, which should stay in its own cache.
 WAVE_SCRATCH = 2**19
-# Of fewer images a look for shortcuts costs more than they spare.
+# Of fewer images a trial without vmap costs more than it spares.
 FEW = 8
 
 
@@ -126,15 +126,16 @@ class Sketch:
     def _shortcuts(self, model: nn.Module, images: Tensor) -> Shortcuts:
         """Those by which a layer whose weight's gradient is formed in any case gains, and all others.
 
-        What is chosen depends on the model and the number of images alone, so that results do
+        What is chosen depends on the model and on whether images are few alone, so that results do
         not depend on what else has been computed here. On a GPU they have not been measured.
         """
-        if images.device.type != "cpu" or len(images) < FEW:
+        if images.device.type != "cpu" or not images.is_floating_point():
             return Shortcuts()
-        known = self._surveys.setdefault(model, {})
-        key = images.shape[1:], images.dtype, torch.is_autocast_enabled("cpu")
+        known, many = self._surveys.setdefault(model, {}), len(images) >= FEW
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        key = images.shape[1:], images.dtype, autocast, many
         if key not in known:
-            known[key] = survey(model, images)
+            known[key] = survey(model, images, many)
         fused = {
             pair.conv: pair.norm
             for pair in known[key].pairs
@@ -159,7 +160,9 @@ class Sketch:
             return
         name = call.names["weight"]
         table = self._hash(name, call.module.weight.shape, sums.cells)
-        if call.has_kernels():
+        if isinstance(call, Fused):
+            hashes = False  # its BatchNorm's gradient comes of the product
+        elif call.has_kernels():
             hashes = self.tensorsketches_on_gpu(*call.shape(), call.delta.dtype)
         else:
             hashes = self._hashes(call.module, call.shape(), call.delta.dtype)

@@ -346,7 +346,7 @@ def test_both_ways_to_sum_a_batch_norm_s_gradients(monkeypatch, values, bias, la
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_layers_sketched_during_the_backward_pass_give_the_same(monkeypatch, bfloat16):
-    monkeypatch.setattr("attribution.normalisation.POSITIONS_OF_ENTRY", math.inf)
+    monkeypatch.setattr("attribution.batchnorm.POSITIONS_OF_ENTRY", math.inf)
     model, (images, labels) = small_resnet().float(), batch(5, (3, 20, 20))
     sketch = Sketch(64)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):

@@ -36,67 +36,92 @@ class Pair:
     dtype: torch.dtype  # of the convolution's output
 
     def pays(self) -> bool:
-        """Whether it is faster as one; a channel that is switched off would leave nothing of <W, G>."""
+        """Whether it is faster as one, and can still be: nobody looks at what comes out in between.
+
+        A channel that is switched off would leave nothing of <W, s G>, nor would float16's range.
+        """
         positions, _, patch = self.shape
         return (
             positions >= POSITIONS_OF_ENTRY * patch
+            and self.dtype != torch.float16
+            and self.conv.weight.dtype == self.norm.weight.dtype
+            and self.norm.weight.dtype in (torch.float32, torch.float64)
             and self.norm.weight.abs().min().item() >= LEAST_WEIGHT
+            and _is_unwatched(self.conv)
+            and _is_unwatched(self.norm)
         )
 
 
-def pairs(model: nn.Module, images: Tensor, layers: Collection[nn.Module]) -> list[Pair]:
-    """Pairs among `layers` that run once each, found by a look at a pass over some images."""
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # kept, so that no other tensor has its id
-    runs: Counter[nn.Module] = Counter()
-    uses: Counter[int] = Counter()
-    found: dict[nn.Conv2d, Pair] = {}
+def _is_unwatched(module: nn.Module) -> bool:
+    """Whether it runs its own forward, and no hook sees what it gives; nor takes, if it is a BatchNorm."""
+    return not (
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or (module._forward_pre_hooks and isinstance(module, nn.BatchNorm2d))
+    )
 
-    class Uses(TorchDispatchMode):
+
+def pairs(
+    model: nn.Module, images: Tensor, layers: Mapping[nn.Module, Mapping[str, str]]
+) -> list[Pair]:
+    """Pairs among `layers` that run once each, by a pass that records who reads a convolution's output.
+
+    Args:
+        layers: the names in the model of the parameters of each.
+    """
+    unwatched = [module for module in layers if _is_unwatched(module)]
+    convs = [module for module in unwatched if isinstance(module, nn.Conv2d)]
+    norms = {m for m in unwatched if isinstance(m, nn.BatchNorm2d) and m.bias is not None}
+    if not norms or not convs:
+        return []
+    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # kept, so that no other tensor has its id
+    readers: dict[int, set[nn.Module | None]] = {}
+    runs: Counter[nn.Module] = Counter()
+    inside: list[nn.BatchNorm2d] = []
+
+    class Readers(TorchDispatchMode):
+        supports_higher_order_operators = True
+
         def __torch_dispatch__(
             self, operation: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
         ) -> Any:
-            uses.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in made)
+            for leaf in tree_leaves((args, kwargs)):
+                if id(leaf) in made:
+                    readers[id(leaf)].add(inside[-1] if inside else None)
             return operation(*args, **(kwargs or {}))
 
     def after_conv(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         runs[conv] += 1
-        made[id(output)] = conv, output
+        made[id(output)], readers[id(output)] = (conv, output), set()
 
     def before_norm(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
         runs[norm] += 1
-        conv, x = made.get(id(inputs[0]), (None, None))
-        if conv is not None and not uses[id(x)]:
-            shape = x[0, 0].numel(), len(conv.weight), conv.weight[0].numel()
-            found[conv] = Pair(conv, norm, shape, x.dtype)
+        inside.append(norm)
 
     def after_norm(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        uses[id(inputs[0])] = 0  # its own
+        inside.pop()
 
-    handles = []
-    for module in layers:
-        if "forward" in vars(module) or module._forward_hooks:
-            continue  # someone else looks at what comes out
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(after_conv))
-        elif (
-            isinstance(module, nn.BatchNorm2d)
-            and module.bias is not None
-            and not module._forward_pre_hooks
-        ):
-            handles.append(module.register_forward_pre_hook(before_norm))
-            handles.append(module.register_forward_hook(after_norm))
+    handles = [conv.register_forward_hook(after_conv) for conv in convs]
+    for norm in norms:
+        handles.append(norm.register_forward_pre_hook(before_norm))
+        handles.append(norm.register_forward_hook(after_norm))
     try:
-        with torch.no_grad(), Uses():
+        with torch.no_grad(), Readers():
             model(images)
     finally:
         for handle in handles:
             handle.remove()
-    used = {conv for key, (conv, _) in made.items() if uses[key]}
-    return [
-        pair
-        for conv, pair in found.items()
-        if conv not in used and runs[conv] == runs[pair.norm] == 1
-    ]
+    found = []
+    for key, (conv, output) in made.items():
+        reader, *others = readers[key] or {None}
+        if others or reader not in norms or not runs[conv] == runs[reader] == 1:
+            continue
+        if not set(layers[conv].values()) & set(layers[reader].values()):
+            shape = output[0, 0].numel(), len(conv.weight), conv.weight[0].numel()
+            found.append(Pair(conv, reader, shape, output.dtype))
+    return found
 
 
 @dataclass(kw_only=True)
@@ -166,10 +191,11 @@ def running(
     """In the block, `fused` convolutions do their BatchNorm's work too, and other norms that of _Normalise.
 
     Args:
-        outputs: what each fused convolution has returned, hooks included, until its BatchNorm takes it.
+        outputs: what each fused convolution has returned, hooks included; None once its BatchNorm took it.
 
     Raises:
-        InputError: a BatchNorm was given something else.
+        InputError: a fused convolution's output was not what its BatchNorm was given next, or was
+            given to none.
     """
     forwards: dict[nn.Module, Callable] = {
         norm: partial(_Normalise.apply, norm) for norm in norms if "forward" not in vars(norm)
@@ -180,8 +206,8 @@ def running(
         vars(module)["forward"] = forward
     try:
         yield
-        if outputs:
-            raise _diverged()
+        if any(output is not None for output in outputs.values()):
+            raise diverged()
     finally:
         for module in forwards:
             del vars(module)["forward"]
@@ -194,13 +220,15 @@ def _both(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return conv._conv_forward(x, conv.weight * scale[:, None, None, None], bias)
 
 
-def _take(outputs: dict[nn.Conv2d, Tensor], conv: nn.Conv2d, x: Tensor) -> Tensor:
-    if outputs.pop(conv, None) is not x:
-        raise _diverged()
+def _take(outputs: dict[nn.Conv2d, Tensor | None], conv: nn.Conv2d, x: Tensor) -> Tensor:
+    if outputs.get(conv) is not x:
+        raise diverged()
+    outputs[conv] = None
     return x
 
 
-def _diverged() -> InputError:
+def diverged() -> InputError:
+    """For a model whose layers do not run as they did for the images that it was looked at with."""
     return InputError("the model's layers run in another order for some images than for others")
 
 

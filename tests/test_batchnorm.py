@@ -7,10 +7,10 @@ import torch
 from test_gradients import ROUTES, Image, batch, randomise, small_resnet
 from torch import nn
 
-from attribution import normalisation
+from attribution import batchnorm
+from attribution.batchnorm import Fused, _scaled, running
 from attribution.errors import InputError
 from attribution.gradients import Shortcuts, capture, survey
-from attribution.normalisation import Fused, _scaled, running
 from attribution.sketch import Sketch
 
 
@@ -52,6 +52,10 @@ class Reads(nn.Module):
     def __init__(self, what):
         super().__init__()
         self.what, self.conv, self.norm = what, conv(4, padding=1), nn.BatchNorm2d(4)
+        if what.endswith("norms"):
+            self.other = nn.BatchNorm2d(4)
+        if what == "tied":
+            self.norm.bias = self.conv.bias
 
     def forward(self, x):
         x = self.conv(x)
@@ -68,6 +72,10 @@ class Reads(nn.Module):
             return self.norm(y)
         if self.what == "again":
             return y + self.conv(y[:, :3])
+        if self.what == "two norms":
+            return y * self.other(x).sigmoid()
+        if self.what == "own norms":
+            return y + self.other(self.conv(y[:, :3]))
         return y
 
 
@@ -83,7 +91,17 @@ class Sometimes(Reads):
 
 def model_of(body):
     torch.manual_seed(0)
-    return Image(body)
+    model = Image(body)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data[::2] *= -1
+    return model
+
+
+def assert_features_are_those_of_plain_gradients(sketch, model, images, labels):
+    expected = sketch.project(capture(model, images, labels))
+    features, _ = sketch.features(model, images, labels)
+    torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
 def pairs(model, images):
@@ -101,7 +119,7 @@ def few(monkeypatch):
 
 @pytest.fixture
 def all_pay(monkeypatch):
-    monkeypatch.setattr(normalisation, "POSITIONS_OF_ENTRY", 0)
+    monkeypatch.setattr(batchnorm, "POSITIONS_OF_ENTRY", 0)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -158,7 +176,8 @@ def test_a_fused_call_forms_the_weight_s_gradient_without_signs_too(all_pay):
 @pytest.mark.parametrize(
     "what, count",
     [("nothing", 1), ("shape", 1)]
-    + [(each, 0) for each in ("residual", "detached", "before", "twice", "again")],
+    + [(each, 0) for each in ("residual", "detached", "before", "twice", "again", "tied")]
+    + [("two norms", 0), ("own norms", 0)],
 )
 def test_a_pair_is_what_nothing_else_reads_and_runs_once(all_pay, what, count):
     model, (images, labels) = model_of(Reads(what)), batch()
@@ -170,33 +189,103 @@ def test_a_pair_is_what_nothing_else_reads_and_runs_once(all_pay, what, count):
 
 
 @pytest.mark.parametrize("where", ["conv", "norm"])
-@pytest.mark.parametrize("hook", ["forward", "forward_pre", "patched"])
-def test_what_someone_else_looks_at_is_left_alone(where, hook):
-    model, (images, _) = model_of(Reads("nothing")), batch()
+@pytest.mark.parametrize(
+    "hook", ["forward", "forward_pre", "full_backward", "full_backward_pre", "patched"]
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_what_someone_else_looks_at_is_left_alone(all_pay, where, hook, late):
+    model, (images, labels) = model_of(Reads("nothing")), batch()
+    sketch = Sketch(37, dtype=torch.float64)
+    if late:
+        sketch.features(model, images, labels)
     module = getattr(model.body, where)
     if hook == "patched":
         module.forward = module.forward
     else:
         getattr(module, f"register_{hook}_hook")(lambda *_: None)
     # What is done to a convolution's input happens before either way.
-    assert len(pairs(model, images)) == (hook == "forward_pre" and where == "conv")
+    left = hook == "forward_pre" and where == "conv"
+    assert len([pair for pair in pairs(model, images) if pair.pays()]) == left
+    sketch.tensorsketches = ROUTES["fold"]
+    assert len(fused(sketch, model, images)) == left
 
 
 def test_neither_what_is_short_nor_what_is_hashed_nor_a_channel_without_weight_is_fused():
-    body = chain(conv(bias=False, kernel=5), nn.BatchNorm2d(4), nn.ReLU())
-    model, (images, labels) = model_of(body), batch(5, (3, 7, 6))
+    def body():
+        return chain(conv(bias=False, kernel=5), nn.BatchNorm2d(4), nn.ReLU())
+
+    model, (images, labels) = model_of(body()), batch(5, (3, 7, 6))
     sketch = Sketch(37, dtype=torch.float64)
     (pair,) = pairs(model, images)
     assert pair.shape == (6, 4, 75) and pair.dtype == torch.float64 and not pair.pays()
-    large = torch.cat([images] * 4, 3)[:, :, :, :24]
-    assert pairs(model.body, large)[0].pays() and len(fused(sketch, model.body, large)) == 1
+    torch.manual_seed(0)
+    model, (images, labels) = Image(body(), shape=(3, 7, 24)), batch(5, (3, 7, 24))
+    assert pairs(model, images)[0].pays() and len(fused(sketch, model, images)) == 1
     sketch.tensorsketches = ROUTES["tensorsketch"]
-    assert not fused(sketch, model.body, large)
+    assert not fused(sketch, model, images)
     sketch.tensorsketches = ROUTES["fold"]
     model.body.m1.weight.data[1] = 0
-    assert not fused(sketch, model.body, large)
+    assert not fused(sketch, model, images)
+    assert_features_are_those_of_plain_gradients(sketch, model, images, labels)
+    model.body.m1.weight.data[1] = 1
+    (pair,) = pairs(model.float(), images.float())
+    assert pair.pays()
+    model.body.m0.half()
+    assert not pair.pays()
+
+
+def later(model, what):
+    if what == "weight norm":
+        nn.utils.parametrizations.weight_norm(model.head)
+    elif what == "norm":
+        model.body.norm = nn.BatchNorm2d(4)
+    elif what == "conv":
+        model.body.conv = conv(4, padding=1)
+    elif what == "stray":
+        model.body.register_parameter("p", nn.Parameter(torch.ones(1)))
+        model.body.register_forward_hook(lambda module, _, output: output * module.p)
+    model.double().eval()
+
+
+@pytest.mark.parametrize("what", ["nothing", "weight norm", "norm", "conv", "stray"])
+def test_a_model_may_change_after_it_was_looked_at(all_pay, what):
+    model, (images, labels) = model_of(Reads("nothing")), batch()
+    sketch = Sketch(37, dtype=torch.float64)
+    sketch.tensorsketches = ROUTES["fold"]
+    sketch.features(model, images, labels)
+    assert fused(sketch, model, images)
+    later(model, what)
+    assert_features_are_those_of_plain_gradients(sketch, model, images, labels)
+
+
+def test_what_ran_as_one_is_not_hashed_whatever_the_route_says_then(all_pay):
+    model, (images, labels) = model_of(ALIKE["plain"]()), batch()
+    answers = iter([False])
+    sketch = Sketch(37, dtype=torch.float64)
     expected = sketch.project(capture(model, images, labels))
+    sketch.tensorsketches = lambda *_: next(answers, True)
     torch.testing.assert_close(sketch.features(model, images, labels)[0], expected)
+
+
+def test_without_a_receiver_layers_run_one_by_one(all_pay):
+    model, (images, labels) = model_of(ALIKE["plain"]()), batch()
+    shortcuts = Shortcuts({pair.conv: pair.norm for pair in pairs(model, images)})
+    found = capture(model, images, labels, shortcuts=shortcuts).per_sample()
+    for name, value in capture(model, images, labels).per_sample().items():
+        assert torch.equal(found[name], value) and value.any()
+
+
+def test_images_of_integers_are_taken_as_before():
+    model, (images, labels) = model_of(chain(Doubled(), *ALIKE["plain"]())), batch()
+    images = (images * 50).to(torch.uint8)
+    sketch = Sketch(37, dtype=torch.float64)
+    assert not fused(sketch, model, images)
+    assert_features_are_those_of_plain_gradients(sketch, model, images, labels)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x.double() if not x.is_floating_point() else x
 
 
 def test_a_channel_of_little_weight_loses_no_digits(all_pay):
@@ -245,7 +334,7 @@ def test_bfloat16_is_no_further_from_float64_than_the_layers_one_by_one(all_pay,
         return ((found - truth).norm() / truth.norm()).item()
 
     as_one = error()
-    monkeypatch.setattr(normalisation, "POSITIONS_OF_ENTRY", float("inf"))
+    monkeypatch.setattr(batchnorm, "POSITIONS_OF_ENTRY", float("inf"))
     one_by_one = error()
     assert 0 < as_one < 1.2 * one_by_one < 0.1
 
