@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from attribution import batchnorm
-from attribution.batchnorm import Fused, Pair
+from attribution.batchnorm import Fused
 from attribution.calls import COVERED, Call, Stray
 from attribution.errors import InputError
 
@@ -35,7 +35,7 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What a pass may do faster, once `survey` has found that it gives the same gradients.
+    """What a pass may do faster, once survey.py has found that it gives the same gradients.
 
     fused: convolutions to be run as one with the BatchNorm after them, and handed over as one call;
         only where calls are handed over.
@@ -99,13 +99,13 @@ def capture(
     layer first, and then let go of: memory stays that of a training step.
 
     The model is called as model(images) and may return logits (B, C) or an object with
-    `.logits`. All parameters count, whatever their requires_grad; one that no rule covers has
-    the model run under vmap, and takes B times its own memory. Raises InputError for anything
+    `.logits`. All parameters count, whatever their requires_grad; one that no rule covers takes B
+    times its own memory, and the model runs under vmap unless there are shortcuts. Raises InputError for anything
     that would make a gradient wrong or incomplete: train mode, a parameter that no rule covers
     in a model that vmap cannot run, a covered module that did not run, an activation that was
     overwritten.
     """
-    layers, paths, strays = _layers(model)
+    layers, paths, strays = layers_of(model)
     calls: list[Call] = []
     shortcuts = shortcuts or Shortcuts()
     apart = strays.keys() != shortcuts.copies.keys()
@@ -178,69 +178,6 @@ def capture(
         raise InputError(f"the margin of sample {int((~f.isfinite()).nonzero()[0])} is not finite")
     shapes = {name: p.shape for name, p in model.named_parameters()}
     return Captured(logits.detach(), f, f.sigmoid(), used[::-1], shapes)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What there is in a model for Shortcuts."""
-
-    pairs: list[Pair]
-    copies: Mapping[str, tuple[int, ...]]
-
-
-def survey(model: nn.Module, images: Tensor, tries: bool = True) -> Survey:
-    """Looks at passes over two random images of the shape of these (B, ...); `tries`: also for copies."""
-    layers, _, strays = _layers(model)
-    generator = torch.Generator().manual_seed(0)
-    two = torch.randn(2, *images.shape[1:], generator=generator, dtype=images.dtype)
-    copies = _broadcast(model, two, strays) if tries else {}
-    if strays and not copies:
-        return Survey([], {})
-    return Survey(batchnorm.pairs(model, two, layers), copies)
-
-
-def _broadcast(
-    model: nn.Module, images: Tensor, strays: dict[str, Tensor]
-) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of copies that the model adds or multiplies sample by sample, as it does the parameter.
-
-    Most have a first dimension of one for the batch, or are vectors of an activation's channels.
-    Found by trial: gradients are those under vmap. None: there are no such shapes.
-    """
-    if not strays:
-        return {}
-    labels = torch.arange(len(images))
-
-    def run(copies: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        found = capture(model, images, labels, shortcuts=Shortcuts(copies=copies))
-        own = {call.names["weight"]: call.delta for call in found.calls if isinstance(call, Stray)}
-        shaped = {name: own[name].flatten(1) for name in own if own[name].any()}
-        return {"logits": found.logits} | shaped
-
-    with torch.autocast(images.device.type, enabled=False):
-        expected = run({})
-        for before, after in ((1, 0), (2, 0), (0, 2)):  # tokens, channels last, channels first
-            shapes = {
-                name: tuple(p.shape[1:])
-                if p.dim() > 1 and len(p) == 1
-                else (1,) * before + tuple(p.shape) + (1,) * after
-                for name, p in strays.items()
-            }
-            try:
-                if _alike(run(shapes), expected):
-                    return shapes
-            except Exception:  # of many kinds, where a model cannot take them
-                continue
-    return {}
-
-
-def _alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Whether they differ by rounding alone: others differ in some sample by their own size."""
-    return found.keys() == expected.keys() and all(
-        found[name].shape == value.shape
-        and (found[name] - value).abs().max() <= 1e-3 * value.abs().max()
-        for name, value in expected.items()
-    )
 
 
 def _copies(
@@ -327,7 +264,7 @@ class _OutOfVmap(torch.autograd.Function):
         return record((x.flatten(0, 1),), output.flatten(0, 1)).unsqueeze(1), 0
 
 
-def _layers(
+def layers_of(
     model: nn.Module,
 ) -> tuple[dict[nn.Module, dict[str, str]], dict[nn.Module, str], dict[str, Tensor]]:
     """Modules to hook, each with its parameters' names in the model, and what they are called.

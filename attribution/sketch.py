@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from attribution.batchnorm import Fused
 from attribution.calls import LONG_MAP, Call, steps
 from attribution.errors import InputError
-from attribution.gradients import Captured, Shortcuts, Survey, capture, survey
+from attribution.gradients import Captured, Shortcuts, capture
+from attribution.survey import Survey, survey
 
 # Floats of a CPU core's buffers for transforms, which should stay in its own cache.
 WAVE_SCRATCH = 2**19

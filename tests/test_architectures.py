@@ -13,8 +13,9 @@ from toy import toy_config, toy_data
 
 from attribution import models, trak
 from attribution.errors import InputError
-from attribution.gradients import capture, survey
+from attribution.gradients import capture
 from attribution.sketch import FEW, Sketch, dealt
+from attribution.survey import survey
 from scripts.trak import check_gradients
 
 pytestmark = [

@@ -10,8 +10,9 @@ from torch import nn
 from attribution import batchnorm
 from attribution.batchnorm import Fused, _scaled, running
 from attribution.errors import InputError
-from attribution.gradients import Shortcuts, capture, survey
+from attribution.gradients import Shortcuts, capture
 from attribution.sketch import Sketch
+from attribution.survey import survey
 
 
 def chain(*modules):
