@@ -3,7 +3,8 @@
 In eval mode the samples of a batch do not mix, so the backward pass of the summed margins
 gives, at every layer, each sample's own output gradient. A weight's per-sample gradient is
 then a sum over positions t of outer products, G = sum_t delta_t x a_t. Of parameters without
-such a rule (a class token, a layer scale) every sample is given a copy of its own by vmap.
+such a rule (a class token, a layer scale) every sample is given a copy of its own, by vmap or in
+a shape that the model takes.
 """
 
 import math
