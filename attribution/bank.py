@@ -12,13 +12,14 @@ import numpy as np
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError, reason
+from attribution.featurization import TARGETS
 from attribution.files import is_bool, read_json
+from attribution.fingerprint import training_key
+from attribution.hashing import derive_seed
 from attribution.matrices import open_matrix
+from attribution.prediction import margins
 from attribution.retraining import Series, retrained_logits
 from attribution.scores import local_folder
-from attribution.tracking import training_key
-from attribution.training import derive_seed, margins
-from attribution.trak import TARGETS
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ from attribution.config import (
     resolve,
 )
 from attribution.errors import InputError
+from attribution.fingerprint import fingerprint, stage_folder, work_folder
 from attribution.outputs import refuse_existing
+from attribution.progress import say
+from attribution.runs import current_run, end_dead_runs, end_run, open_run, signature
 from attribution.signals import end, ended_by_signals
 from attribution.store import failure, open_store
 from attribution.workspace import discard
@@ -85,22 +88,20 @@ def run_entry_point(
                 _stop(asked)
             _end_workers()
             if isinstance(error, InputError):
-                tracking.say(f"error: {error}")
+                say(f"error: {error}")
                 sys.exit(2)
             reason = failure(error)
             if not reason:
                 raise
-            tracking.say(f"error: {reason}")
+            say(f"error: {reason}")
             command = shlex.join(["python", "-m", f"scripts.{stage}", *argv])
             kept = _cache(given) / ("replays" if given.get("replay") else "work")
-            tracking.say(
-                f"what is finished is kept in {kept}; this goes on and sends it: {command}"
-            )
+            say(f"what is finished is kept in {kept}; this goes on and sends it: {command}")
             sys.exit(1)
 
 
 def _stop(asked: list[int]) -> NoReturn:
-    tracking.say("stopped; the same command goes on from what is finished")
+    say("stopped; the same command goes on from what is finished")
     _end_workers()
     if asked:
         end(128 + asked[0])
@@ -155,13 +156,9 @@ def _find_or_make(
                 tracking.describe(stage, config, data)
                 _make(stage, config, data, make)
                 # FINISHED while this process alone may make it: a waiting one then finds it.
-                tracking.end_run(run)
+                end_run(run)
             # Not before the run is FINISHED: a kill in between would lose both.
-            discard(
-                tracking.work_folder(config)
-                if config.replay
-                else tracking.stage_folder(stage, config, data)
-            )
+            discard(work_folder(config) if config.replay else stage_folder(stage, config, data))
     if config.keep_checkpoints != "all":
         _drop_checkpoints(config, data, tracking.finetune_run(run_id))
     return run_id, config
@@ -170,8 +167,8 @@ def _find_or_make(
 def _make(stage: str, config: Config, data: ImageData, make: tracking.Make) -> None:
     """Say what will be done, and do it, in the active run."""
     from attribution import plan
+    from attribution.device import resolve_device
     from attribution.parallel import resolve_jobs
-    from attribution.training import resolve_device
 
     chain = plan.find_chain(stage, config, data)
     _say_plan(
@@ -192,7 +189,7 @@ def _drop_checkpoints(config: Config, data: ImageData, run_id: str) -> None:
     ]
     gone = tracking.delete_artifacts(run_id, [f"checkpoints/{m:03d}" for m in dropped])
     if gone:
-        tracking.say(f"finetune: {gone} checkpoints of run {run_id} deleted (keep_checkpoints)")
+        say(f"finetune: {gone} checkpoints of run {run_id} deleted (keep_checkpoints)")
 
 
 def _cache(given: dict[str, Any]) -> Path:
@@ -209,9 +206,9 @@ def _say_plan(chain: Chain, config: Config, data: ImageData, jobs: int) -> None:
     from attribution import disk, plan
 
     found = plan.make_plan(chain, config, data)
-    disk.check_disk(found.need, config, tracking.current_run().artifact_uri)
+    disk.check_disk(found.need, config, current_run().artifact_uri)
     for line in plan.describe(found, jobs):
-        tracking.say(line)
+        say(line)
 
 
 def _quiet() -> None:
@@ -236,9 +233,9 @@ def _entry_run(stage: str, given: dict[str, Any]) -> Iterator[Any]:
 
     cache = _cache(given)
     open_store(cache)
-    with tracking.open_run(tags={"stage": stage, **tracking.signature(cache)}) as run:
+    with open_run(tags={"stage": stage, **signature(cache)}) as run:
         tracking.name_run(stage)
-        tracking.end_dead_runs(cache)
+        end_dead_runs(cache)
         try:
             yield run
         except InputError as error:
@@ -270,7 +267,7 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
     if config.replay and tracking.run_tags(config.replay)["data_fingerprint"] != data.fingerprint:
         raise InputError(f"replay={config.replay}: dataset={config.dataset} has changed since")
     for upstream, run_id in run_ids.items():
-        if run_id and tracking.run_tags(run_id).get("fingerprint") != tracking.fingerprint(
+        if run_id and tracking.run_tags(run_id).get("fingerprint") != fingerprint(
             upstream, config, data
         ):
             raise InputError(
@@ -279,14 +276,14 @@ def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
             )
     counts = ", ".join(f"{len(data.rows(s))} {s}" for s in ("train", "validation", "test"))
     flips = int(data.table("train")["is_flipped"].sum())
-    tracking.say(
+    say(
         f"data: {config.dataset}, {len(data.class_names)} classes, {counts}, {flips} labels flipped"
     )
     for note, count in (("undecodable files skipped", len(data.skipped)),
                         ("copies of test or validation images dropped", data.dropped_duplicates),
                         ("training examples left out by keep", len(data.rows(LEFT_OUT)))):  # fmt: skip
         if count:
-            tracking.say(f"data: {count} {note}")
+            say(f"data: {count} {note}")
     return config, data
 
 
@@ -309,12 +306,12 @@ def _settle(stage: str, config: Config, listing: Listing, known: Set[str]) -> Co
     remarks = {"image_size": f" ({source})", "epochs": f" ({steps:,} steps)"}
     said = "" if "model" in known else f"model {config.model}, "
     said += ", ".join(f"{name} {value}{remarks.get(name, '')}" for name, value in chosen.items())
-    tracking.say(f"auto: {said}")
+    say(f"auto: {said}")
     return config
 
 
 def _resolve_hardware(stage: str, config: Config) -> Config:
-    from attribution.training import resolve_device, resolve_precision
+    from attribution.device import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
     resolved: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.prediction import classification_metrics
 from attribution.removal import Trial
 from attribution.retraining import Series, retrained_logits
 from attribution.statistics import (
@@ -21,7 +22,6 @@ from attribution.statistics import (
     mean_estimate,
     paired_difference,
 )
-from attribution.training import classification_metrics
 
 CONTROLS = ("random", "none")
 # Those with p-values; worst_group_accuracy is there where `groups` is a column.

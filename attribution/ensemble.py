@@ -14,18 +14,14 @@ import numpy as np
 from attribution import models
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.device import resolve_device
 from attribution.errors import InputError, reason
 from attribution.files import is_bool, read_arrays, read_json
+from attribution.hashing import derive_seed
 from attribution.parallel import Files, parallel_map, read_folder, resolve_jobs, write_folder
+from attribution.prediction import classification_metrics, losses, predict
 from attribution.progress import progress
-from attribution.training import (
-    classification_metrics,
-    derive_seed,
-    losses,
-    predict,
-    resolve_device,
-    train,
-)
+from attribution.training import train
 
 
 def subset_masks(n: int, num_models: int, fraction: float, seed: int) -> np.ndarray:

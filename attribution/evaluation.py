@@ -13,7 +13,10 @@ from attribution.bank import Bank
 from attribution.config import Config
 from attribution.data import ImageData
 from attribution.errors import InputError
+from attribution.featurization import TARGETS
+from attribution.hashing import derive_seed
 from attribution.methods import Attribution
+from attribution.prediction import margins
 from attribution.retraining import Series, retrained_logits
 from attribution.statistics import (
     detection,
@@ -25,8 +28,6 @@ from attribution.statistics import (
     slope,
     spearman,
 )
-from attribution.training import derive_seed, margins
-from attribution.trak import TARGETS
 
 DRAWS = 500
 

@@ -13,10 +13,10 @@ from attribution import features
 from attribution.config import Config, nearest
 from attribution.data import ImageData
 from attribution.errors import InputError
+from attribution.featurization import TARGETS
 from attribution.files import regular
 from attribution.pixels import read_image
 from attribution.scores import Scores
-from attribution.trak import TARGETS
 
 
 @dataclass(frozen=True, eq=False)

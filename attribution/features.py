@@ -13,12 +13,13 @@ import torch
 
 from attribution import models
 from attribution.config import Config
+from attribution.device import resolve_device
 from attribution.errors import InputError, reason
+from attribution.featurization import Store, run_traker
 from attribution.files import read_json, sha256
 from attribution.matrices import ahead, open_matrix, row_blocks, write_matrix
 from attribution.pixels import to_batch
-from attribution.training import resolve_device
-from attribution.trak import Store, row_scale, run_traker
+from attribution.trak import row_scale
 from attribution.traker_plugins import RidgeScoreComputer
 
 SCHEMA_VERSION = 1

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 
 from attribution import models
+from attribution.batches import batches_of
 from attribution.config import Config, nearest
 from attribution.data import ImageData
+from attribution.device import resolve_device
 from attribution.errors import InputError
+from attribution.featurization import TARGETS, Store, featurize
 from attribution.matrices import open_matrix, row_blocks, row_slices, write_matrix
+from attribution.prediction import prediction_batch_size
 from attribution.scores import Scores
-from attribution.training import batches_of, prediction_batch_size, resolve_device
-from attribution.trak import TARGETS, Store, featurize, score
+from attribution.trak import score
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.device import resolve_device
 from attribution.disk import Need, gibibytes, total_need
+from attribution.fingerprint import UPSTREAM
 from attribution.methods import FEATURISING
 from attribution.models import forward_flops
 from attribution.parallel import ask, resolve_jobs
 from attribution.removal import FRAC_FREE
-from attribution.tracking import UPSTREAM, find_finished
-from attribution.training import resolve_device, seconds_per_example, stacking_pays
+from attribution.tracking import find_finished
+from attribution.training import seconds_per_example, stacking_pays
 
 # Relative to a training step of one model, its kernels called one by one, as measured on two AVX-512
 # cores and on an H200, which is waiting for calls then (docs/performance.md):

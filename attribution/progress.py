@@ -1,4 +1,4 @@
-"""A progress line on a terminal; silence elsewhere."""
+"""What a person at the terminal is told: lines, and the progress of what takes long."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
         total=total, initial=done, desc=name, file=sys.stderr, disable=None, leave=False
     ) as bar:
         yield bar.update
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal; results go to stdout, everything else here."""
+    print(message, file=sys.stderr, flush=True)

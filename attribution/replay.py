@@ -10,6 +10,7 @@ import numpy as np
 from attribution import tracking
 from attribution.errors import InputError
 from attribution.files import read_json, sha256
+from attribution.progress import say
 
 # What is compared, stage by stage; of a folder every file of weights.
 RESULTS = {
@@ -41,7 +42,7 @@ def show(original: str, run_id: str) -> bool:
     print(f"replay of run {original}: {verdict}")
     if differing:
         for line in _changes(original, run_id):
-            tracking.say(line)
+            say(line)
     mlflow.MlflowClient().set_tag(run_id, "replay_result", verdict)
     return not differing
 

@@ -12,11 +12,14 @@ import torch
 
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.device import resolve_device
 from attribution.errors import InputError
+from attribution.fingerprint import training_key
+from attribution.hashing import digest
 from attribution.parallel import ResultStore, parallel_map, resolve_jobs
-from attribution.progress import progress
-from attribution.tracking import digest, say, training_key
-from attribution.training import predict, resolve_device, stacking_pays, train, train_stacked
+from attribution.prediction import predict
+from attribution.progress import progress, say
+from attribution.training import stacking_pays, train, train_stacked
 
 STACK = 10  # models trained as one, at most
 

@@ -1,22 +1,15 @@
-"""MLflow: one run a stage, its lineage and fingerprint, and the reuse of finished runs."""
+"""MLflow: a stage's run described, found again or made; its lineage, artifacts and metrics."""
 
 from __future__ import annotations
 
 import atexit
-import gc
-import hashlib
-import json
-import os
 import posixpath
 import re
 import shutil
-import socket
-import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from functools import cache, lru_cache
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
@@ -24,21 +17,17 @@ from urllib.parse import unquote, urlparse
 from attribution import notes
 from attribution.config import STAGE_GROUPS, Config, convert
 from attribution.errors import InputError
-from attribution.files import sha256
-from attribution.signals import is_stopping, stop_after
-from attribution.store import failure
-from attribution.workspace import alone, cache_folder, discard
+from attribution.fingerprint import UPSTREAM, fingerprint, stage_folder
+from attribution.hashing import digest
+from attribution.progress import say
+from attribution.runs import current_run, open_run, signature
+from attribution.workspace import alone, discard
 
 if TYPE_CHECKING:
     import pandas as pd
-    from mlflow.entities import RunInfo
 
     from attribution.data import ImageData
 
-# Raised whenever training, or scoring, would compute something else from the same parameters and data.
-TRAINING_VERSION = 2
-ESTIMATOR_VERSION = 5
-UPSTREAM = {"trak": "finetune", "ablation": "trak", "evaluate": "trak", "explain": "trak"}
 # A finished run without one of these has lost what it was kept for.
 NEEDED_ARTIFACTS = {
     "finetune": ("training/logits.npz",),
@@ -57,74 +46,6 @@ ENVIRONMENT = "environment.json"  # what a run was made with, beside its paramet
 Make = Callable[[Config, "ImageData"], None]
 
 
-def say(message: str) -> None:
-    """A line for the person at the terminal; results go to stdout, everything else here."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def digest(*parts: Any) -> str:
-    """A short hash of JSON-like values."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-@lru_cache(maxsize=8)  # it reads the whole of a model folder, and a command asks for it often
-def training_key(config: Config, data: ImageData) -> str:
-    """What decides a trained model beside its seed and the examples that it sees."""
-    from attribution import models
-
-    settings = config.group("training") | {"model": models.fingerprint(config.model)}
-    return digest(TRAINING_VERSION, settings, data.fingerprint)
-
-
-def fingerprint(stage: str, config: Config, data: ImageData) -> str:
-    """Hash of all that a stage's result depends on, its upstream stages included.
-
-    A replay's results have fingerprints of their own: it goes on from itself, and from nothing else.
-    """
-    if stage == "finetune":
-        replay = [config.replay] if config.replay else []
-        return digest(stage, training_key(config, data), config.group("finetune"), *replay)
-    upstream = fingerprint(UPSTREAM[stage], config, data)
-    settings = config.group(stage)
-    if stage == "ablation" and config.groups in data.examples:
-        settings["groups"] = [config.groups, digest(*data.examples[config.groups])]
-    if stage == "explain" and config.image:
-        settings["image"] = [Path(config.image).name, _content("image", config.image)]  # both shown
-    if stage == "evaluate" and config.bank and not config.bank.startswith("runs:"):
-        with suppress(InputError):  # load_bank says what is wrong with it
-            settings["bank"] = [
-                _content("bank", config.bank, file) for file in ("masks.npy", "margins.npy")
-            ]
-    return digest(stage, ESTIMATOR_VERSION, upstream, settings)
-
-
-def _content(parameter: str, value: str, *parts: str) -> str:
-    try:
-        return sha256(Path(value, *parts).expanduser())
-    except OSError as error:
-        raise InputError(f"{parameter}={value}: cannot be read ({error.strerror})") from None
-
-
-def work_folder(config: Config, *parts: str) -> Path:
-    """A folder for unfinished work under cache_dir, a replay's its own.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    top = ("replays", config.replay) if config.replay else ("work",)
-    return cache_folder(config, *top, *parts)
-
-
-def stage_folder(stage: str, config: Config, data: ImageData, *parts: str) -> Path:
-    """The work folder of one stage of a command, which goes when the stage's run is FINISHED.
-
-    Args:
-        parts: of a folder in it.
-    """
-    return work_folder(config, fingerprint(stage, config, data)[:16], *parts)
-
-
 @contextmanager
 def making(stage: str, config: Config, data: ImageData) -> Iterator[str | None]:
     """Let one process at a time make a result: the next one then finds it finished.
@@ -135,134 +56,6 @@ def making(stage: str, config: Config, data: ImageData) -> Iterator[str | None]:
     waiting = f"{stage}: another process is making it; waiting"
     with alone(Path(config.cache_dir), key, waiting):
         yield find_finished(stage, config, data)
-
-
-def current_run() -> RunInfo:
-    """The run that is under way in this process; a command has one from its first line on."""
-    import mlflow
-
-    run = mlflow.active_run()
-    if run is None:
-        raise RuntimeError("no MLflow run is active")
-    return run.info
-
-
-def end_dead_runs(cache: Path) -> None:
-    """Mark KILLED what processes of this machine and cache folder left RUNNING when they were killed.
-
-    And what a signal ended: `mlflow run` writes FAILED over that when its command has ended.
-    """
-    import mlflow
-
-    client, active = mlflow.MlflowClient(), current_run()
-    where, own = [active.experiment_id], f"tags.made_in = '{_made_in(cache)}' and attributes.status"
-    for run in client.search_runs(where, f"{own} = 'FAILED' and tags.stopped_by = 'signal'"):
-        client.set_terminated(run.info.run_id, "KILLED", run.info.end_time)
-    for run in client.search_runs(where, f"{own} = 'RUNNING'"):
-        if run.info.run_id == active.run_id or _lives(int(run.data.tags.get("process", 0))):
-            continue
-        parts = [part for part in nested_runs(run.info.run_id) if part.info.status == "RUNNING"]
-        for each in (run, *parts):
-            if each.info.run_id != active.run_id:
-                client.set_terminated(each.info.run_id, "KILLED")
-
-
-def _lives(process: int) -> bool:
-    """Whether another process than this one has the number."""
-    if process in (0, os.getpid()):  # what had our number before us has ended
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def signature(cache: Path) -> dict[str, str]:
-    """Tags that tell which process makes a run."""
-    return {"made_in": _made_in(cache), "process": str(os.getpid())}
-
-
-def _made_in(cache: Path) -> str:
-    """Host and cache folder."""
-    return f"{socket.gethostname()}:{cache.expanduser().absolute()}".replace("'", "_")
-
-
-@contextmanager
-def open_run(**options: Any) -> Iterator[Any]:
-    """A run that ends as the block does: FINISHED, KILLED by a signal, FAILED by an error.
-
-    The error is raised even where the store cannot be told of it.
-    """
-    import mlflow
-
-    run = None
-    try:
-        with stop_after():
-            run = mlflow.start_run(**options)
-        yield run
-        end_run(run)
-    except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt) or is_stopping()
-        if stopped:
-            _let_go(error)
-        if stopped or failure(error):  # the store may be what failed: it is not asked for minutes
-            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
-        if run:
-            _mark(run, "KILLED" if stopped else "FAILED")
-        raise
-
-
-def _mark(run: Any, status: str) -> None:
-    """End a run that is not as it should be, as far as the store lets itself be told."""
-    import mlflow
-
-    client, run_id, active = mlflow.MlflowClient(), run.info.run_id, _is_active(run)
-    with suppress(Exception):
-        if not active and client.get_run(run_id).info.status != "RUNNING":
-            return  # a signal waited until it was ended
-    with suppress(Exception):
-        if status == "KILLED":
-            client.set_tag(run_id, "stopped_by", "signal")
-    with suppress(Exception):
-        if active:
-            mlflow.end_run(status)
-        else:
-            client.set_terminated(run_id, status)
-
-
-def end_run(run: Any) -> None:
-    """Mark it FINISHED, unless it is already; a signal waits for that."""
-    import mlflow
-
-    with stop_after():
-        if _is_active(run):
-            mlflow.end_run()
-
-
-def _is_active(run: Any) -> bool:
-    import mlflow
-
-    active = mlflow.active_run()
-    return active is not None and active.info.run_id == run.info.run_id
-
-
-def _let_go(error: BaseException) -> None:
-    """Free what the frames that an error came through still hold.
-
-    A signal may have interrupted MLflow within a transaction: while that frame lives, its connection
-    keeps the database locked for this very process too.
-    """
-    if getattr(error, "let_go", False):  # by the run within this one
-        return
-    cause: BaseException | None = error
-    while cause:
-        traceback.clear_frames(cause.__traceback__)
-        cause = cause.__context__
-    gc.collect()  # what SQLAlchemy makes is cyclic
-    error.let_go = True  # type: ignore[attr-defined]
 
 
 def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
@@ -490,19 +283,6 @@ def lineage(run_id: str | None) -> dict[str, str]:
 def finetune_run(run_id: str) -> str:
     """The run whose checkpoints this run used itself, or else those that it was built on."""
     return run_tags(run_id).get("finetune_run_id") or lineage(run_id)["finetune run"]
-
-
-def nested_runs(run_id: str, wanted: dict[str, str] | None = None) -> list[Any]:
-    """The runs nested in this one that have these values ('params.arm' and the like), oldest first."""
-    import mlflow
-
-    client = mlflow.MlflowClient()
-    terms = {"tags.`mlflow.parentRunId`": run_id, **(wanted or {})}
-    return client.search_runs(
-        [client.get_run(run_id).info.experiment_id],
-        " and ".join(f"{name} = '{value}'" for name, value in terms.items()),
-        order_by=["attributes.start_time ASC"],
-    )
 
 
 def file_name(text: str) -> str:

@@ -1,13 +1,11 @@
-"""One seeded training loop for everything that is trained here, and prediction."""
+"""One seeded training loop for everything that is trained here: a model alone, or small ones as one."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,13 +15,15 @@ import torch
 from torch import nn
 
 from attribution import models
+from attribution.batches import Batches
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.device import autocast, resolve_device
 from attribution.errors import InputError
 from attribution.graphs import Outputs, Replayed
-from attribution.matrices import row_slices
+from attribution.hashing import derive_seed
 from attribution.memory import keep_freed_memory
-from attribution.pixels import Augmentation, augment_batch, draw_augmentation, to_batch
+from attribution.prediction import classification_metrics, predict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,45 +36,6 @@ class Trained:
     model: PreTrainedModel
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
-
-
-def derive_seed(root: int, *path: str | int) -> int:
-    """An independent seed for each path, such as ('retrain', 3)."""
-    text = "/".join(map(str, (root, *path)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a name stands for; auto is the GPU where there is one.
-
-    Raises:
-        InputError: an unknown name, or a CUDA device where there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"device={name}: must be auto, cpu, or cuda")
-    device = torch.device(name)
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise InputError(f"device={name}: this machine has no such CUDA device; use device=cpu")
-    return device
-
-
-def resolve_precision(name: str, device: torch.device, parameter: str = "precision") -> torch.dtype:
-    """What a precision stands for on a device; auto is bfloat16 where the hardware computes in it.
-
-    Raises:
-        InputError: bfloat16 by name where it would be emulated, slower than float32 and no better.
-    """
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported()
-    if name == "bfloat16" and not fast:
-        raise InputError(
-            f"{parameter}=bfloat16: this {device.type} has no bfloat16 arithmetic; use auto or float32"
-        )
-    return torch.bfloat16 if fast and name != "float32" else torch.float32
 
 
 def train(
@@ -342,179 +303,3 @@ def make_optimizer(
             optimizer, config.learning_rate, total_steps=total_steps, pct_start=0.2
         )
     return optimizer, schedule
-
-
-class Batches:
-    """Batches of the kept training examples; one call is one epoch.
-
-    Order and augmentation are drawn for the whole training set and then restricted, so that
-    leaving an example out changes nothing for the others.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        data: ImageData,
-        seed: int,
-        device: torch.device,
-        labels: np.ndarray | None = None,
-    ) -> None:
-        self.augment, self.device = config.augment, device
-        self.pad = max(1, config.image_size // 8)
-        # On the device, where a CUDA graph may use them.
-        self.mean, self.std = (
-            torch.tensor(v).to(device) for v in models.normalisation(config.model)
-        )
-        self.rows = data.rows("train")
-        uploaded = _on_gpu(data, device) if device.type == "cuda" else None
-        self.resident = uploaded is not None  # all images lie on the GPU
-        self.pixels = data.pixels() if uploaded is None else uploaded
-        labels = data.labels("train") if labels is None else labels
-        self.labels = torch.from_numpy(labels).to(device)
-        self.generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
-
-    def __call__(self, kept: np.ndarray, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images (B, 3, H, W) and labels (B,) of each batch."""
-        return map(self.load, self.draws(kept, steps))
-
-    def draws(self, kept: np.ndarray, steps: int) -> Iterator[torch.Tensor]:
-        """What makes each batch, (4, B) int64: examples, whether each is mirrored, its crop's y and x."""
-        n = len(self.rows)
-        order = torch.randperm(n, generator=self.generator).numpy()
-        drawn = draw_augmentation(n, self.augment, self.pad, self.generator)
-        columns = torch.stack([torch.arange(n), drawn.flips.long(), drawn.dy, drawn.dx])
-        columns = columns[:, torch.from_numpy(order[np.isin(order, kept, assume_unique=True)])]
-        if self.resident:
-            columns = columns.to(self.device)  # once: a copy for every step would wait for the last
-        # Batches of nearly equal size: a last batch of one would break BatchNorm.
-        return iter(columns.tensor_split(steps, dim=1))
-
-    def load(self, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) and labels (B,) of a draw."""
-        return self.images(draw), self.labels[draw[0].to(self.device)]
-
-    def images(self, draw: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W), augmented, of a draw."""
-        index, flips, dy, dx = draw
-        chosen = self.pixels[index] if self.resident else self.pixels[self.rows[index.numpy()]]
-        images = to_batch(chosen, self.mean, self.std, self.device)
-        if self.augment == "none":
-            return images
-        pad = self.pad if "crop" in self.augment else 0
-        return augment_batch(images, Augmentation(flips.bool(), dy, dx, pad))
-
-
-_uploaded: dict[tuple, torch.Tensor] = {}
-
-
-def _on_gpu(data: ImageData, device: torch.device) -> torch.Tensor | None:
-    """The training images on a GPU, uint8, one copy a process; None where they are too many for it."""
-    pixels, rows = data.pixels(), data.rows("train")
-    key = data.fingerprint, pixels.shape, device
-    if key not in _uploaded:
-        if pixels[:1].nbytes * len(rows) > torch.cuda.mem_get_info(device)[0] // 4:
-            return None
-        _uploaded.clear()
-        images = torch.empty((len(rows), *pixels.shape[1:]), dtype=torch.uint8, device=device)
-        for part in row_slices(len(rows), pixels[:1].nbytes // 4):
-            images[part] = torch.from_numpy(pixels[rows[part]]).to(device)
-        _uploaded[key] = images
-    return _uploaded[key]
-
-
-def autocast(config: Config, device: torch.device) -> AbstractContextManager:
-    """bfloat16 where `precision` says so; a context that changes nothing otherwise."""
-    dtype = resolve_precision(config.precision, device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def batches_of(
-    config: Config,
-    data: ImageData,
-    split: str,
-    batch_size: int,
-    device: torch.device,
-    rows: range | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A split (or some rows of it) in order, never augmented: images (B, 3, H, W), labels (B,)."""
-    mean, std = models.normalisation(config.model)
-    pixels, positions = data.pixels(), data.rows(split)
-    labels = torch.from_numpy(data.labels(split)).to(device)
-    rows = range(len(positions)) if rows is None else rows
-    for start in rows[::batch_size]:
-        part = slice(start, min(start + batch_size, rows.stop))
-        yield to_batch(pixels[positions[part]], mean, std, device), labels[part]
-
-
-def prediction_batch_size(config: Config) -> int:
-    """Images a batch where only logits are wanted: the first layers of large ones fill the memory."""
-    return 256 if config.image_size <= 96 else 32
-
-
-@torch.inference_mode()
-def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np.ndarray:
-    """Logits (n, C), float32, of a split; the model is left in eval mode.
-
-    Raises:
-        InputError: a logit is not finite.
-    """
-    device = next(model.parameters()).device
-    model.eval()
-    parts = []
-    for images, _ in batches_of(config, data, split, prediction_batch_size(config), device):
-        with autocast(config, device):
-            parts.append(model(images).logits.float().cpu())
-    logits = torch.cat(parts).numpy()
-    if not np.isfinite(logits).all():
-        raise InputError(
-            f"learning_rate={config.learning_rate}: the model's outputs are not finite; "
-            "use a smaller one, or precision=float32"
-        )
-    return logits
-
-
-def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Log-softmax in float64, (n, C)."""
-    from scipy.special import log_softmax
-
-    return log_softmax(logits.astype(np.float64), axis=1)
-
-
-def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Cross-entropy in nats of each example, (n,)."""
-    return -log_probabilities(logits)[np.arange(len(labels)), labels]
-
-
-def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """log p/(1-p) of each example's label, (n,): its logit minus logsumexp of the others."""
-    from scipy.special import logsumexp
-
-    logits = logits.astype(np.float64)
-    rows = np.arange(len(labels))
-    others = logits.copy()
-    others[rows, labels] = -np.inf
-    return logits[rows, labels] - logsumexp(others, axis=1)
-
-
-def classification_metrics(
-    logits: np.ndarray, labels: np.ndarray, prefix: str = "", groups: np.ndarray | None = None
-) -> dict[str, float]:
-    """Accuracy, log-loss, mean margin and the worst class's accuracy, as plain floats.
-
-    Args:
-        groups: (n,) whole numbers; where given, worst_group_accuracy is told too.
-    """
-    correct = logits.argmax(axis=1) == labels
-
-    def worst(ids: np.ndarray) -> float:
-        return float(min(correct[ids == i].mean() for i in np.unique(ids)))
-
-    found = {
-        "accuracy": float(correct.mean()),
-        "log_loss": float(losses(logits, labels).mean()),
-        "mean_margin": float(margins(logits, labels).mean()),
-        "worst_class_accuracy": worst(labels),
-    }
-    if groups is not None:
-        found["worst_group_accuracy"] = worst(groups)
-    return {f"{prefix}{name}": value for name, value in found.items()}

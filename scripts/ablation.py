@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 from attribution import notes, outputs, tracking
 from attribution.command import main
 from attribution.errors import InputError
+from attribution.fingerprint import work_folder
+from attribution.hashing import derive_seed
+from attribution.progress import say
+from attribution.runs import current_run, nested_runs, open_run
 from scripts import trak
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ def make(config: Config, data: ImageData) -> None:
     """Find or compute scores, retrain every arm over paired seeds, and log the comparison."""
     import mlflow
 
-    from attribution import ablation_page, alignment, comparison, machine, plots, removal, training
+    from attribution import ablation_page, alignment, comparison, machine, plots, removal
     from attribution.scores import load_scores
 
     lacking = ["groups"] * (config.groups == alignment.AUTO)
@@ -39,12 +43,12 @@ def make(config: Config, data: ImageData) -> None:
     trak_id = tracking.obtain("trak", config, data, trak.make)
     scores = load_scores(tracking.artifact_path(trak_id, "scores"))
     evidence = gather_evidence(config, data, scores)
-    seeds = [training.derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
+    seeds = [derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
     actions = ("remove", "relabel") if config.action == "both" else (config.action,)
     trials = removal.plan_trials(
         config.arm_names, config.fracs, evidence, seeds, actions, data.class_names
     )
-    work = tracking.work_folder(config, "retrainings")
+    work = work_folder(config, "retrainings")
     logits = comparison.retrain(config, data, trials, seeds, work)
     outcomes = comparison.compare(trials, logits, data.labels("test"), test_groups(config, data))
     table = comparison.comparison_table(outcomes)
@@ -69,7 +73,7 @@ def make(config: Config, data: ImageData) -> None:
             [each for each in removed if each.arm != "none"],
             figures,
             known_quality(trak_id),
-            tracking.lineage(tracking.current_run().run_id),
+            tracking.lineage(current_run().run_id),
             machine.hardware(),
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
@@ -85,7 +89,7 @@ def known_quality(trak_id: str) -> pd.DataFrame | None:
     try:
         return pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")) if run_id else None
     except InputError as error:  # nothing was built on it
-        tracking.say(f"ablation: {error}")
+        say(f"ablation: {error}")
         return None
 
 
@@ -145,7 +149,7 @@ def log_trial(
     from attribution.ablation_page import Removed
 
     trial = outcome.trial
-    with tracking.open_run(run_name=trial.name, nested=True):
+    with open_run(run_name=trial.name, nested=True):
         note = f"{notes.first_line(removal.ARMS[trial.arm])}\n\n{verdict}; {notes.ARM}"
         tags = {"stage": "ablation_arm", "arm": trial.arm, "verdict": verdict, notes.NOTE: note}
         mlflow.set_tags(tags)
@@ -183,9 +187,9 @@ def describe(table: pd.DataFrame, trak_id: str) -> str:
     from attribution.comparison import verdict
     from attribution.removal import trial_name
 
-    run = tracking.current_run()
+    run = current_run()
     here, run_id = run.experiment_id, run.run_id
-    runs = tracking.nested_runs(run_id)
+    runs = nested_runs(run_id)
     runs.sort(key=lambda each: -each.data.metrics["accuracy_mean"])
     links = {
         "Report": notes.run_link(here, run_id, "report.html"),
@@ -219,7 +223,7 @@ def show(run_id: str, config: Config) -> None:
     start = "" if is_server else f"mlflow ui --backend-store-uri {uri}   # and then "
     address = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
     experiment = mlflow.get_run(run_id).info.experiment_id
-    tracking.say(f"next: {start}open {address}/{notes.arms_link(experiment, run_id)}")
+    say(f"next: {start}open {address}/{notes.arms_link(experiment, run_id)}")
 
 
 def exports(config: Config) -> dict[Path, float | None]:
@@ -236,7 +240,7 @@ def export(run_id: str, config: Config) -> None:
     wanted = exports(config)
     for file, kept in [(file, kept_by(run_id, config, frac)) for file, frac in wanted.items()]:
         outputs.save(kept, file)
-        tracking.say(f"kept by {config.export_arm}: --keep {file}")
+        say(f"kept by {config.export_arm}: --keep {file}")
 
 
 def kept_by(run_id: str, config: Config, frac: float | None) -> Path:
@@ -244,7 +248,7 @@ def kept_by(run_id: str, config: Config, frac: float | None) -> Path:
     import pandas as pd
 
     terms = {"params.arm": config.export_arm, "params.action": "remove"}
-    for run in tracking.nested_runs(run_id, terms):
+    for run in nested_runs(run_id, terms):
         file = tracking.artifact_path(run.info.run_id, "kept.csv")
         removed = int(run.data.params["n_removed"])
         if frac is None or removed == round(frac * (removed + len(pd.read_csv(file)))):

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from attribution import notes, tracking
 from attribution.command import main
+from attribution.fingerprint import stage_folder, work_folder
+from attribution.progress import say
+from attribution.runs import open_run
 from scripts import finetune, trak
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ def make(config: Config, data: ImageData) -> None:
     trak_id = tracking.obtain("trak", config, data, trak.make)
     finetune_id = finetune.obtain_of(trak_id, config, data)
     bank = given or new_bank(config, data)
-    work = tracking.stage_folder("evaluate", config, data, finetune_id)
+    work = stage_folder("evaluate", config, data, finetune_id)
     subject = methods.Subject(
         config,
         data,
@@ -45,7 +48,7 @@ def make(config: Config, data: ImageData) -> None:
     if config.brittleness_targets:
         nearest = np.concatenate(list(methods.penultimate_similarity(subject, signed=False)))
         supports = {"trak": subject.scores.values, "nearest of the same label": nearest}
-        retrainings = tracking.work_folder(config, "retrainings")
+        retrainings = work_folder(config, "retrainings")
         brittle = evaluation.brittleness(config, data, supports, retrainings)
         tracking.log_table(brittle, "brittleness")
     for _, row in table.iterrows():
@@ -68,7 +71,7 @@ def new_bank(config: Config, data: ImageData) -> Bank:
     """A bank of this size; of what an earlier command trained for it nothing is trained again."""
     from attribution.bank import build_bank
 
-    work = tracking.work_folder(config, "retrainings")
+    work = work_folder(config, "retrainings")
     return build_bank(config, data, config.num_subsets, config.num_repeats, config.alpha, work)
 
 
@@ -80,7 +83,7 @@ def log_method(row: pd.Series) -> None:
     from attribution import methods
 
     name = row["method"]
-    with tracking.open_run(run_name=name, nested=True):
+    with open_run(run_name=name, nested=True):
         note = notes.first_line(methods.METHODS[name])
         mlflow.set_tags({"stage": "evaluate_method", "method": name, notes.NOTE: note})
         mlflow.log_param("method", name)
@@ -100,7 +103,7 @@ def show(run_id: str, config: Config) -> None:
     with suppress(InputError):  # none was asked for
         report.print_brittleness(pd.read_csv(tracking.artifact_path(run_id, "brittleness.csv")))
     print(f"evaluate run: {run_id}")
-    tracking.say(f"bank: runs:/{run_id}/bank   # --bank takes it for other scores of the same data")
+    say(f"bank: runs:/{run_id}/bank   # --bank takes it for other scores of the same data")
 
 
 if __name__ == "__main__":

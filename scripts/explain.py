@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from attribution import outputs, tracking
 from attribution.command import main
 from attribution.errors import InputError
+from attribution.progress import say
 from scripts import finetune, trak
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def show(run_id: str, config: Config) -> None:
         saved = outputs.save_artifacts(run_id, config, (".html", ".png", ".csv"))
         page = saved / page.name
     print(f"explain run: {run_id}")
-    tracking.say(f"next: open {page}")
+    say(f"next: open {page}")
 
 
 def files(config: Config) -> list[Path]:

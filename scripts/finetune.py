@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from attribution import tracking
 from attribution.command import main
 from attribution.errors import InputError
+from attribution.fingerprint import stage_folder
+from attribution.progress import say
 
 if TYPE_CHECKING:
     from attribution.config import Config
@@ -25,7 +27,7 @@ def make(config: Config, data: ImageData) -> None:
 
     parallel.ask(models.check, config.model, data.class_names, config.image_size)
     check_subset_fraction(config, len(data.rows("train")))
-    work = tracking.stage_folder("finetune", config, data)
+    work = stage_folder("finetune", config, data)
     masks = ensemble.subset_masks(
         len(data.rows("train")), config.num_models, config.subset_fraction, config.seed
     )
@@ -70,7 +72,7 @@ def show(run_id: str, config: Config) -> None:
     for name in ("validation_accuracy_mean", "ensemble_validation_accuracy"):
         print(f"{name}: {metrics[name]:.4f}")
     print(f"finetune run: {run_id}")
-    tracking.say(f"next: python -m scripts.trak --finetune_run_id {run_id}")
+    say(f"next: python -m scripts.trak --finetune_run_id {run_id}")
 
 
 def obtain_of(trak_id: str, config: Config, data: ImageData) -> str:
@@ -84,7 +86,7 @@ def obtain_of(trak_id: str, config: Config, data: ImageData) -> str:
         config = dataclasses.replace(config, finetune_run_id=own)
     found = tracking.obtain("finetune", config, data, make)
     if found != own and not _are_alike(own, found):
-        tracking.say(
+        say(
             f"finetune: the checkpoints of run {found} are others than those that trak run {trak_id} "
             "scored (another jobs or device?): what follows is of both"
         )

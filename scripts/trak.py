@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from attribution import tracking
 from attribution.command import main
+from attribution.fingerprint import ESTIMATOR_VERSION, fingerprint, stage_folder
+from attribution.progress import say
 from scripts import finetune
 
 if TYPE_CHECKING:
@@ -21,16 +23,17 @@ def make(config: Config, data: ImageData) -> None:
 
     from attribution import alignment, features, parallel, plots, statistics
     from attribution.ensemble import Ensemble, label_issues, label_quality
+    from attribution.featurization import featurize
     from attribution.scores import load_scores, write_scores
     from attribution.suspects import suspects
-    from attribution.trak import check_proj_dim, featurize, score
+    from attribution.trak import check_proj_dim, score
 
     check_proj_dim(config, len(data.rows("train")))
     parallel.ask(check_gradients, config, data.class_names)
     finetune_id = tracking.obtain("finetune", config, data, finetune.make)
     members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
     if not members.is_out_of_sample:
-        tracking.say("trak: some examples were seen by every checkpoint: losses are in-sample")
+        say("trak: some examples were seen by every checkpoint: losses are in-sample")
     targets = data.table("validation").assign(
         loss=members.validation_loss(data.labels("validation"))
     )
@@ -40,7 +43,7 @@ def make(config: Config, data: ImageData) -> None:
     if members.is_out_of_sample:
         held_out = alignment.held_out_weights(members.masks, data.labels("train"))
     # What others' checkpoints left is not gone on with.
-    work = tracking.stage_folder("trak", config, data, finetune_id)
+    work = stage_folder("trak", config, data, finetune_id)
     start = time.monotonic()
     folders = finetune.checkpoint_folders(finetune_id, config.num_models)
     stores = featurize(config, data, folders, work)
@@ -63,10 +66,10 @@ def make(config: Config, data: ImageData) -> None:
     )
     metadata = {
         "estimator": config.group("trak") | {"num_models": config.num_models},
-        "estimator_version": tracking.ESTIMATOR_VERSION,
+        "estimator_version": ESTIMATOR_VERSION,
         "alignment": {"groups": "label", "group_weights": "exp_loss"},
         "loss_is_out_of_sample": members.is_out_of_sample,
-        "fingerprint": tracking.fingerprint("trak", config, data),
+        "fingerprint": fingerprint("trak", config, data),
         "data_fingerprint": data.fingerprint,
         "finetune_run_id": finetune_id,
     }
@@ -124,7 +127,7 @@ def show(run_id: str, config: Config) -> None:
     print(f"suspects.csv: {len(table)} training examples to look at, the most doubtful first")
     print(f"trak run: {run_id}")
     print(f'scores: attribution.load_scores("runs:/{run_id}/scores")')
-    tracking.say(f"next: python -m scripts.ablation --trak_run_id {run_id} --frac 0.05")
+    say(f"next: python -m scripts.ablation --trak_run_id {run_id} --frac 0.05")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import transformers
 from test_gradients import ROUTES, assert_exact, assert_sketch_is, batch, flat, randomise
 from toy import toy_config, toy_data
 
-from attribution import models, trak
+from attribution import models
 from attribution.errors import InputError
+from attribution.featurization import TARGETS, featurize
 from attribution.gradients import capture
 from attribution.sketch import FEW, Sketch, dealt
 from attribution.survey import survey
@@ -219,8 +220,8 @@ def test_a_saved_model_goes_all_the_way_to_features(name: str, tmp_path: Path) -
     check_gradients(config, data.class_names)
     model = models.build(config.model, data.class_names, seed=0)
     models.save(model, tmp_path / "checkpoint", side, *models.normalisation(config.model))
-    store = trak.featurize(config, data, [tmp_path / "checkpoint"], tmp_path / "work")[0]
-    for split, rows in (("train", 8), (trak.TARGETS, 4)):
+    store = featurize(config, data, [tmp_path / "checkpoint"], tmp_path / "work")[0]
+    for split, rows in (("train", 8), (TARGETS, 4)):
         features = np.concatenate(store.features(split))
         assert features.shape == (rows, 32) and np.isfinite(features).all()
         assert (np.abs(features.reshape(rows, 2, 16)).sum(2) > 0).all()

@@ -11,8 +11,10 @@ from toy import toy_config, toy_data
 
 from attribution import retraining
 from attribution.bank import build_bank
+from attribution.hashing import derive_seed
+from attribution.prediction import margins, predict
 from attribution.statistics import lds, noise_ceiling
-from attribution.training import derive_seed, margins, predict, train_stacked
+from attribution.training import train_stacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

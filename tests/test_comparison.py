@@ -21,9 +21,11 @@ from attribution.comparison import (
 )
 from attribution.data import ImageData
 from attribution.errors import InputError
+from attribution.hashing import derive_seed
+from attribution.prediction import predict
 from attribution.removal import Trial
 from attribution.retraining import Series, retrained_logits
-from attribution.training import derive_seed, predict, stacking_pays, train, train_stacked
+from attribution.training import stacking_pays, train, train_stacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from attribution.config import Config
 from attribution.data import ImageData
 from attribution.ensemble import Ensemble, label_quality, subset_masks, train_checkpoints
 from attribution.errors import InputError
-from attribution.training import predict
+from attribution.prediction import predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

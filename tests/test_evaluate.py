@@ -17,9 +17,11 @@ from attribution import methods
 from attribution.bank import Bank, build_bank, load_bank
 from attribution.errors import InputError
 from attribution.evaluation import brittleness, judge
+from attribution.hashing import derive_seed
 from attribution.methods import Attribution, Subject, check_methods
+from attribution.prediction import predict
 from attribution.statistics import detection, predicted_margins, resampled, slope
-from attribution.training import derive_seed, predict, train_stacked
+from attribution.training import train_stacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,7 +83,7 @@ def test_a_ranking_without_scores_has_detection_alone() -> None:
 
 
 def test_a_bank_that_was_made_anew_is_another_bank(tmp_path) -> None:
-    from attribution.tracking import fingerprint
+    from attribution.fingerprint import fingerprint
 
     data, keys = toy_data(tmp_path / "data"), []
     for value in (0.0, 0.0, 1.0):
@@ -311,8 +313,8 @@ def test_gradient_products_are_those_of_explicit_gradients(tmp_path: Path, new_p
     import torch
 
     from attribution import models
+    from attribution.batches import batches_of
     from attribution.gradients import capture
-    from attribution.training import batches_of
 
     data = toy_data(tmp_path / "data", n_train=12, n_other=5)
     config = toy_config(proj_dim=1 << 15, num_blocks=1, epochs=1)

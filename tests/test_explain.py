@@ -27,8 +27,9 @@ from attribution.ensemble import train_checkpoints
 from attribution.errors import InputError
 from attribution.explanation import Explanation, confident_mistakes
 from attribution.features import load_features, write_features
+from attribution.featurization import Store, featurize
 from attribution.report import print_explanations
-from attribution.trak import Store, combine, featurize, score
+from attribution.trak import combine, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = ("mean", "none")

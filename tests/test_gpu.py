@@ -15,8 +15,9 @@ from attribution import graphs, models
 from attribution.data import ImageData
 from attribution.gradients import capture
 from attribution.graphs import Replayed
+from attribution.prediction import predict
 from attribution.sketch import Sketch
-from attribution.training import predict, train, train_stacked
+from attribution.training import train, train_stacked
 from attribution.trak import compute_scores
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

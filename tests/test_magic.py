@@ -7,9 +7,11 @@ import pytest
 import torch
 from toy import toy_config, toy_data
 
+from attribution.batches import batches_of
 from attribution.data import ImageData
 from attribution.gradients import margins
-from attribution.training import batches_of, predict, train
+from attribution.prediction import predict
+from attribution.training import train
 from scripts.benchmarks.magic import Replay
 
 N = 32

@@ -14,6 +14,7 @@ from toy import toy_config, toy_data
 from attribution import models, report, trak
 from attribution.alignment import auto_groups, group_alignment, group_weights
 from attribution.bank import Bank
+from attribution.device import resolve_precision
 from attribution.ensemble import Ensemble, label_quality
 from attribution.errors import InputError
 from attribution.evaluation import judge
@@ -21,10 +22,11 @@ from attribution.gradients import capture
 from attribution.gradients import margins as torch_margins
 from attribution.methods import Attribution
 from attribution.pixels import read_image
+from attribution.prediction import margins
 from attribution.scores import Scores, top_k
 from attribution.statistics import bootstrap_interval, detection, mean_estimate, paired_difference
 from attribution.suspects import near_duplicates
-from attribution.training import margins, resolve_precision, train, train_stacked
+from attribution.training import train, train_stacked
 from attribution.traker_plugins import RidgeScoreComputer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

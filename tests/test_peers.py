@@ -13,8 +13,8 @@ import torch
 from scipy.stats import spearmanr
 from toy import toy_config, toy_data
 
-from attribution import trak
 from attribution.ensemble import train_checkpoints
+from attribution.featurization import TARGETS
 from attribution.gradients import capture
 from attribution.models import load
 from scripts.benchmarks import peer_methods, peers
@@ -51,7 +51,7 @@ def test_scores_are_finite_and_positive_for_the_same_class(
     scores = METHODS[name].scores(dataclasses.replace(problem, work=tmp_path))
     assert scores.values.shape == (TRAIN, 8)
     assert np.isfinite(scores.values).all()
-    train, target = (problem.data.labels(split) for split in ("train", trak.TARGETS))
+    train, target = (problem.data.labels(split) for split in ("train", TARGETS))
     same = train[:, None] == target
     assert scores.values[same].mean() > scores.values[~same].mean()
     if scores.self_influence:
@@ -66,7 +66,7 @@ def test_dattri_and_traker_rank_as_our_exact_gradients_do(problem: Problem, tmp_
     # With a ridge far above the eigenvalues, scores are dot products of gradients.
     many = 1e6 * ridge
     model = load(wide.checkpoints[0])
-    train, targets = (gradients(model, *wide.tensors(s)) for s in ("train", trak.TARGETS))
+    train, targets = (gradients(model, *wide.tensors(s)) for s in ("train", TARGETS))
     p = capture(model, *wide.tensors("train")).probability
     exact = ((train @ targets.T) * (1 - p)[:, None]).numpy()
     for name, method in (

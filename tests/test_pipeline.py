@@ -339,7 +339,7 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
     from toy import toy_config, toy_data
 
     from attribution.config import FIELDS, STAGE_GROUPS
-    from attribution.tracking import fingerprint
+    from attribution.fingerprint import fingerprint
 
     data, plain = toy_data(tmp_path), toy_config()
     model, image = tmp_path / "model", tmp_path / "image.png"
@@ -369,7 +369,7 @@ def test_the_values_of_the_column_that_groups_change_the_ablation_alone(tmp_path
 
     from toy import toy_config, toy_data
 
-    from attribution.tracking import fingerprint
+    from attribution.fingerprint import fingerprint
 
     plain, n = toy_data(tmp_path), 64
 
@@ -539,12 +539,12 @@ def test_interrupted_scoring_goes_on_and_ends_the_same(
     chain, new_place: NewPlace, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """Stopped after so many batches of 10: 3 of training examples, then one of targets, twice."""
-    from attribution import trak
+    from attribution import featurization
 
     source, first = chain
     place = new_place("copy", like=source)
     finetune_id = tag(place, first.tags["trak_run_id"], "finetune_run_id")
-    original, count = trak.batches_of, 0
+    original, count = featurization.batches_of, 0
 
     def batches(*args):
         nonlocal count
@@ -555,12 +555,12 @@ def test_interrupted_scoring_goes_on_and_ends_the_same(
             count += 1
             yield batch
 
-    monkeypatch.setattr(trak, "feature_batch_size", lambda *_: 10)
+    monkeypatch.setattr(featurization, "feature_batch_size", lambda *_: 10)
     reference = place.done("trak", finetune_run_id=finetune_id, lambda_reg=0.5)
     scores = place.artifacts(reference.run_id) / "scores" / "scores.npy"
     expected = np.load(scores)
     place.client().delete_run(reference.run_id)
-    monkeypatch.setattr(trak, "batches_of", batches)
+    monkeypatch.setattr(featurization, "batches_of", batches)
     stopped = place.run("trak", finetune_run_id=finetune_id, lambda_reg=0.5)
     assert stopped.code == 130
     result = place.done("trak", finetune_run_id=finetune_id, lambda_reg=0.5)

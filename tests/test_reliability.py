@@ -24,8 +24,9 @@ from mlflow.exceptions import MlflowException
 from test_bad_input import refused
 from test_pipeline import child_environment
 
-from attribution import replay, signals, store, tracking
+from attribution import replay, signals, store
 from attribution.errors import InputError
+from attribution.runs import end_dead_runs, open_run, signature
 from attribution.signals import STOPPING, ended_by_signals
 from scripts.benchmarks import faults
 
@@ -230,7 +231,7 @@ def test_a_signal_that_a_library_turns_into_another_error_still_marks_the_run_ki
     new_store: Path, tmp_path: Path
 ) -> None:
     store.open_store(tmp_path)
-    with pytest.raises(RuntimeError), ended_by_signals(), tracking.open_run() as run:
+    with pytest.raises(RuntimeError), ended_by_signals(), open_run() as run:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
@@ -239,7 +240,7 @@ def test_a_signal_that_a_library_turns_into_another_error_still_marks_the_run_ki
     cancel_timers()
     found = mlflow.MlflowClient().get_run(run.info.run_id)
     assert (found.info.status, found.data.tags["stopped_by"]) == ("KILLED", "signal")
-    with pytest.raises(RuntimeError), tracking.open_run() as run:  # which nobody stopped
+    with pytest.raises(RuntimeError), open_run() as run:  # which nobody stopped
         raise RuntimeError
     assert mlflow.MlflowClient().get_run(run.info.run_id).info.status == "FAILED"
 
@@ -255,7 +256,7 @@ def test_a_stopped_transaction_does_not_keep_the_run_from_being_marked(
         connection.execute("BEGIN IMMEDIATE")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), tracking.open_run() as run:
+    with pytest.raises(KeyboardInterrupt), open_run() as run:
         interrupted()
     found = mlflow.MlflowClient().get_run(run.info.run_id)
     assert (found.info.status, found.data.tags["stopped_by"]) == ("KILLED", "signal")
@@ -282,7 +283,7 @@ def test_a_run_is_begun_and_ended_whole(
 
     monkeypatch.setattr(mlflow, function, stopped)
     reached = False
-    with pytest.raises(KeyboardInterrupt), ended_by_signals(), tracking.open_run():
+    with pytest.raises(KeyboardInterrupt), ended_by_signals(), open_run():
         reached = True
     cancel_timers()
     (run,) = mlflow.MlflowClient().search_runs(["0"])
@@ -314,7 +315,7 @@ def test_a_run_that_the_store_could_not_end_is_marked_when_it_answers_again(
         whole(*given)
 
     monkeypatch.setattr(client, "set_terminated", once)
-    with pytest.raises(MlflowException), tracking.open_run() as run:
+    with pytest.raises(MlflowException), open_run() as run:
         pass
     assert client().get_run(run.info.run_id).info.status == "FAILED"
 
@@ -329,11 +330,11 @@ def test_what_a_dead_process_left_running_is_marked_by_the_next_command(
     client = mlflow.MlflowClient()
 
     def left(process: int, cache: Path = tmp_path) -> str:
-        tags = {**tracking.signature(cache), "process": str(process)}
+        tags = {**signature(cache), "process": str(process)}
         return client.create_run("0", tags=tags).info.run_id
 
     def failed(**tags: str) -> str:
-        run = client.create_run("0", tags={**tracking.signature(tmp_path), **tags}).info
+        run = client.create_run("0", tags={**signature(tmp_path), **tags}).info
         client.set_terminated(run.run_id, "FAILED", end_time=12345)
         return run.run_id
 
@@ -345,8 +346,8 @@ def test_what_a_dead_process_left_running_is_marked_by_the_next_command(
         failed(stopped_by="signal"): "KILLED",  # as `mlflow run` leaves it after Ctrl-C
         failed(): "FAILED",
     }
-    with tracking.open_run(tags=tracking.signature(tmp_path)) as run:
-        tracking.end_dead_runs(tmp_path)
+    with open_run(tags=signature(tmp_path)) as run:
+        end_dead_runs(tmp_path)
         expected[run.info.run_id] = "RUNNING"
         runs = {name: client.get_run(name).info for name in expected}
         found = {name: info.status for name, info in runs.items()}

@@ -12,24 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
 
-from attribution import training
+from attribution import batches
+from attribution.batches import Batches, batches_of
 from attribution.data import ImageData
+from attribution.device import resolve_device, resolve_precision
 from attribution.errors import InputError
-from attribution.training import (
-    Batches,
-    batches_of,
+from attribution.hashing import derive_seed
+from attribution.prediction import (
     classification_metrics,
-    derive_seed,
     log_probabilities,
     losses,
     margins,
     predict,
-    resolve_device,
-    resolve_precision,
-    stacking_pays,
-    train,
-    train_stacked,
 )
+from attribution.training import stacking_pays, train, train_stacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,8 +170,8 @@ def test_on_epoch_receives_what_history_keeps(data) -> None:
 @pytest.fixture
 def double(monkeypatch) -> None:
     """Everything in float64: in float32 batches of eight blow rounding up to 1e-2 in two epochs."""
-    original = training.to_batch
-    monkeypatch.setattr(training, "to_batch", lambda *given: original(*given).double())
+    original = batches.to_batch
+    monkeypatch.setattr(batches, "to_batch", lambda *given: original(*given).double())
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
 
-from attribution import matrices, trak
+from attribution import featurization, matrices, trak
 from attribution.alignment import group_alignment
 from attribution.errors import InputError
+from attribution.featurization import TARGETS, Store
 from attribution.matrices import write_matrix
-from attribution.trak import TARGETS, Store, check_proj_dim, combine
+from attribution.trak import check_proj_dim, combine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -254,7 +255,7 @@ def test_what_a_killed_driver_left_beside_the_shards_is_no_shard(tmp_path: Path)
 
 def test_a_shard_begun_with_another_batch_size_is_made_anew(tmp_path: Path) -> None:
     from attribution import models
-    from attribution.trak import _featurize
+    from attribution.featurization import _featurize
 
     data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(proj_dim=16)
     model = models.build("resnet-mini", data.class_names, 0)
@@ -279,23 +280,25 @@ def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
             raise torch.OutOfMemoryError
         (folder / "0").mkdir(parents=True)
 
-    monkeypatch.setattr(trak, "run_traker", run)
+    monkeypatch.setattr(featurization, "run_traker", run)
     data, config = toy_data(tmp_path / "data", n_train=40), toy_config()
     for most, expected in ((3, [32, 8, 2]), (32, [32])):
         sizes.clear()
         folder = tmp_path / str(most)
-        trak._featurize(config, data, tmp_path, 0, "train", range(40), 32, folder)
+        featurization._featurize(config, data, tmp_path, 0, "train", range(40), 32, folder)
         assert sizes == expected and (folder / "done").exists()
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        trak._featurize(config, data, tmp_path, 0, "train", range(40), 32, tmp_path / "none")
+        featurization._featurize(
+            config, data, tmp_path, 0, "train", range(40), 32, tmp_path / "none"
+        )
     assert not (tmp_path / "none" / "done").exists()
 
 
 @pytest.mark.parametrize("asked", [1, 3, 99])
 def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: int) -> None:
     from attribution import models
-    from attribution.trak import _featurize
+    from attribution.featurization import _featurize
 
     data = toy_data(tmp_path / "data", n_train=12, n_other=6)
     model = models.build("resnet-mini", data.class_names, 0)

@@ -140,9 +140,11 @@ class _Grid:
         """Features (n, layers, k) of train and targets under a checkpoint."""
 
         from attribution import models
+        from attribution.batches import batches_of
+        from attribution.device import resolve_device
+        from attribution.featurization import TARGETS, feature_batch_size
+        from attribution.hashing import derive_seed
         from attribution.sketch import Sketch
-        from attribution.training import batches_of, derive_seed, resolve_device
-        from attribution.trak import TARGETS, feature_batch_size
 
         key = m, k, draw
         if key not in self._features:
@@ -182,7 +184,7 @@ def _figures(values: np.ndarray, bank: Any, data: ImageData) -> dict[str, float]
 def _one_minus_p(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     from scipy.special import expit
 
-    from attribution.training import margins
+    from attribution.prediction import margins
 
     return expit(-margins(logits, labels))
 
@@ -191,7 +193,7 @@ def _checkpoints(
     config: Config, data: ImageData, masks: np.ndarray, work: Path
 ) -> list[Checkpoint]:
     from attribution.ensemble import train_checkpoints
-    from attribution.tracking import training_key
+    from attribution.fingerprint import training_key
 
     name = f"{training_key(config, data)[:12]}-{config.subset_fraction:g}"
     return train_checkpoints(config, data, masks, work / name)
@@ -203,7 +205,9 @@ def _epochs_of_one_run(
     """The first checkpoint's run as it was after each of its last `count` epochs."""
     from attribution import models
     from attribution.ensemble import Checkpoint
-    from attribution.training import derive_seed, predict, train
+    from attribution.hashing import derive_seed
+    from attribution.prediction import predict
+    from attribution.training import train
 
     members: list[Checkpoint] = []
 

@@ -42,8 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The denominator is the fastest of both memory layouts of the step and what training uses."""
+    from attribution.device import resolve_device
     from attribution.memory import keep_freed_memory
-    from attribution.training import resolve_device
 
     keep_freed_memory()  # as every command does; the step gains by it too
     device = resolve_device(options.device)
@@ -60,8 +60,8 @@ def _compare(
     import torch
 
     from attribution import models
+    from attribution.featurization import feature_batch_size
     from attribution.sketch import Sketch
-    from attribution.trak import feature_batch_size
 
     config, size, usual, k, blocks = SETTINGS[name]
     batch = batch or (usual if device.type == "cpu" else feature_batch_size(size, device.type))

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from attribution.runs import open_run
 from scripts.benchmarks.common import command_environment
 from scripts.benchmarks.outages import Server
 from scripts.benchmarks.soak import descendants, measure
@@ -114,6 +115,7 @@ def _stages(folder: Path, jobs: int) -> Iterator[str]:
     from attribution import alignment, models, trak
     from attribution.config import resolve
     from attribution.data import list_data, load_data
+    from attribution.featurization import featurize
 
     config = resolve(
         {"dataset": str(folder / "images"), "cache_dir": str(folder / "cache"), "image_size": 16,
@@ -125,7 +127,7 @@ def _stages(folder: Path, jobs: int) -> Iterator[str]:
     yield "decode and split"
     model = models.build(config.model, data.class_names, seed=0)
     models.save(model, folder / "model", 16, *models.normalisation(config.model))
-    stores = trak.featurize(config, data, [folder / "model"], folder / "work")
+    stores = featurize(config, data, [folder / "model"], folder / "work")
     yield "features"
     scores = trak.score(config, stores, folder / "work" / "scores.npy")
     yield "scores"
@@ -244,9 +246,9 @@ def _arms() -> None:
 
     from attribution import notes, tracking
 
-    with tracking.open_run(run_name="ablation", tags={"stage": "ablation"}):
+    with open_run(run_name="ablation", tags={"stage": "ablation"}):
         for i in range(ARMS):
-            with tracking.open_run(run_name=f"arm {i}", nested=True):
+            with open_run(run_name=f"arm {i}", nested=True):
                 series = [(f"metric {j}", j / 33, 0) for j in range(33)]
                 tracking.log_series([("accuracy_mean", i / ARMS, 0), *series])
         mlflow.set_tag(notes.NOTE, "- **arm 0** 0.0000, better than random")
@@ -257,7 +259,7 @@ def _many_metrics(count: int) -> str:
     """The id of a run of so many metrics, logged as the project's own are."""
     from attribution import tracking
 
-    with tracking.open_run(run_name="many metrics") as run:
+    with open_run(run_name="many metrics") as run:
         tracking.log_series([(f"metric/{i:05d}", i / count, 0) for i in range(count)])
     return run.info.run_id
 

@@ -45,13 +45,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     import dataclasses
 
     from attribution.bank import build_bank
+    from attribution.batches import batches_of
     from attribution.config import resolve
     from attribution.data import load_data
     from attribution.ensemble import subset_masks, train_checkpoints
+    from attribution.featurization import TARGETS, featurize
+    from attribution.hashing import derive_seed, digest
     from attribution.statistics import detection, lds, lds_difference, predicted_margins, slope
-    from attribution.tracking import digest
-    from attribution.training import batches_of, derive_seed
-    from attribution.trak import TARGETS, combine, featurize
+    from attribution.trak import combine
 
     config = resolve({"preset": "digits", "device": "cpu", "cache_dir": options.cache_dir})
     data, work = load_data(config), Path(options.cache_dir) / "magic"
@@ -164,7 +165,7 @@ class Replay:
         smooth: bool = False,
     ) -> None:
         from attribution import models
-        from attribution.training import derive_seed
+        from attribution.hashing import derive_seed
 
         self.decay, self.eps, self.n = config.weight_decay, eps, len(keep)
         model = models.build(config.model, data.class_names, derive_seed(seed, "weights"))
@@ -280,10 +281,11 @@ def _steps(
 ) -> list[_Step]:
     """The steps of training.train: the same batches, learning rates and momenta."""
     from attribution import training
+    from attribution.batches import Batches
 
     kept, a_step = np.flatnonzero(keep), training._steps(config, keep)
     positions = np.arange(len(keep))
-    batches = training.Batches(config, data, seed, torch.device("cpu"), positions)
+    batches = Batches(config, data, seed, torch.device("cpu"), positions)
     labels = torch.from_numpy(data.labels("train"))
     nothing = [torch.zeros(1, requires_grad=True)]
     optimizer, scheduler = training.make_optimizer(config, nothing, a_step * config.epochs)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from attribution import models, trak
+from attribution.batches import batches_of
 from attribution.config import Config
 from attribution.data import ImageData
+from attribution.featurization import TARGETS, make_traker
 from attribution.gradients import capture, margins
-from attribution.training import batches_of
 
 QUERY_BATCH = 128  # kronfluence keeps a gradient of each target of a batch
 QUERIES = 1  # targets, in a measure of speed, of the methods that cannot do without any
@@ -108,10 +109,15 @@ def dense(problem: Problem) -> Scores:
     return ours(problem.having(projector="normal"))
 
 
+def one_block(problem: Problem) -> Scores:
+    """ours with one Gram matrix for all layers, as TRAK was published: what the peers have."""
+    return ours(problem.having(num_blocks=1))
+
+
 def ours_features(problem: Problem) -> Callable[[], None]:
     """Featurising the training split with the first checkpoint, ready to be timed."""
     n = len(problem.data.rows("train"))
-    engine, state = trak.make_traker(
+    engine, state = make_traker(
         problem.config, n, problem.checkpoints[0], problem.work / "ours", 0, "cpu"
     )
     return _featurizing(problem, engine, state)
@@ -147,7 +153,7 @@ def traker(problem: Problem, ridge: float = 0.0) -> Scores:
     engine = _traker(problem, models_[0], ridge)
     states = [model.state_dict() for model in models_]
     states = [{name: value.clone() for name, value in state.items()} for state in states]
-    train, targets = problem.loader("train"), problem.loader(trak.TARGETS)
+    train, targets = problem.loader("train"), problem.loader(TARGETS)
     for m, state in enumerate(states):
         engine.load_checkpoint(state, model_id=m)
         for batch in train:
@@ -213,7 +219,7 @@ def dattri(problem: Problem, ridge: float = 0.0) -> Scores:
     attributor = _dattri(problem, ridge)
     attributor.cache(problem.loader("train"))
     with torch.no_grad():
-        values = attributor.attribute(problem.loader(trak.TARGETS))
+        values = attributor.attribute(problem.loader(TARGETS))
 
     def self_influence() -> np.ndarray:
         with torch.no_grad():  # without a cache: with one it fails
@@ -264,14 +270,14 @@ def _dattri(problem: Problem, ridge: float) -> Any:
 def captum(problem: Problem) -> Scores:
     """TracInCPFast: dot products of the last layer's loss gradients; positive lowers the loss."""
     tracin = _captum(problem, problem.loader("train"))
-    values = tracin.influence(problem.tensors(trak.TARGETS)).T
+    values = tracin.influence(problem.tensors(TARGETS)).T
     return Scores(values.detach().numpy(), lambda: tracin.self_influence().detach().numpy())
 
 
 def captum_features(problem: Problem) -> Callable[[], None]:
     """Scores for a few targets: it keeps nothing of the training split between calls."""
     tracin = _captum(problem, problem.loader("train"))
-    targets = next(iter(problem.loader(trak.TARGETS, QUERIES)))
+    targets = next(iter(problem.loader(TARGETS, QUERIES)))
 
     def run() -> None:
         tracin.influence(tuple(targets))
@@ -345,7 +351,7 @@ class EkfacAnalysis:
             output_dir=str(problem.work / "kronfluence"),
         )
         self.train = problem.loader("train").dataset
-        self.targets = problem.loader(trak.TARGETS, queries).dataset
+        self.targets = problem.loader(TARGETS, queries).dataset
         self.batch = problem.batch
         self.factors = FactorArguments(strategy="ekfac")
         self.scores = ScoreArguments(damping_factor=None)
@@ -411,7 +417,7 @@ def _kronfluence_task() -> Any:
 
 def random(problem: Problem) -> Scores:
     """Numbers that know nothing."""
-    shape = [len(problem.data.rows(split)) for split in ("train", trak.TARGETS)]
+    shape = [len(problem.data.rows(split)) for split in ("train", TARGETS)]
     return Scores(np.random.default_rng(0).standard_normal(shape))
 
 
@@ -443,6 +449,9 @@ METHODS = {
         "gradients in bfloat16 where the processor has it, as for photographs by default",
         ours_auto_features,
         ((16, 32),),
+    ),
+    "one-block": Method(
+        one_block, 64, "num_blocks=1: one Gram matrix for all layers, and our ridge"
     ),
     "dense": Method(dense, 64, "traker's gradients and Gaussian projection, our ridge"),
     "traker": Method(

@@ -79,7 +79,7 @@ def in_turn(
 
     So the cheap ones are measured before and after the long ones, on whatever the machine does.
     """
-    from attribution.tracking import say
+    from attribution.progress import say
 
     outcomes: dict[str, Outcome] = {}
     for number in range(max(1, options.repeats)):
@@ -186,8 +186,9 @@ def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.config import resolve
     from attribution.data import load_data
     from attribution.ensemble import Ensemble, subset_masks, train_checkpoints
+    from attribution.fingerprint import training_key
+    from attribution.hashing import digest
     from attribution.statistics import noise_ceiling
-    from attribution.tracking import digest, training_key
 
     given = {"preset": "digits", "cache_dir": options.cache_dir, "device": "cpu"}
     config = resolve(given | {"num_models": options.checkpoints, "proj_dim": options.proj_dim})

@@ -43,10 +43,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.bank import build_bank
     from attribution.config import resolve
     from attribution.data import load_data
+    from attribution.device import resolve_device, resolve_precision
     from attribution.ensemble import subset_masks, train_checkpoints
+    from attribution.fingerprint import training_key
+    from attribution.hashing import digest
     from attribution.statistics import lds, lds_difference
-    from attribution.tracking import digest, training_key
-    from attribution.training import resolve_device, resolve_precision
     from attribution.trak import compute_scores
 
     sizes = {"num_models": options.checkpoints, "proj_dim": options.proj_dim}

@@ -69,8 +69,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def write_features(work: Path, model_id: int, n: int, m: int, k: int) -> None:
     """Random features and 1 - p of one checkpoint, where traker's saver would put them."""
+    from attribution.featurization import TARGETS
     from attribution.matrices import row_slices, write_matrix
-    from attribution.trak import TARGETS
 
     rng = np.random.default_rng(model_id)
     for split, rows in (("train", n), (TARGETS, m)):
@@ -85,7 +85,7 @@ def write_features(work: Path, model_id: int, n: int, m: int, k: int) -> None:
 
 
 def _store(work: Path, model_id: int):
-    from attribution.trak import Store
+    from attribution.featurization import Store
 
     return Store(work / f"{model_id:03d}", model_id)
 

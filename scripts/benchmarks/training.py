@@ -78,10 +78,12 @@ def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[
     import torch
 
     from attribution import models, training
+    from attribution.batches import Batches
+    from attribution.device import autocast
 
     device = torch.device(config.device)
     steps = -(-int(keep.sum()) // config.batch_size)
-    batches = list(training.Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
+    batches = list(Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
     model = models.build(config.model, data.class_names, 0)
     models.place(model.train(), device, config.image_size)
 
@@ -89,7 +91,7 @@ def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[
         total = steps * config.epochs
         optimizer, scheduler = training.make_optimizer(config, model.parameters(), total)
         for images, labels in batches * config.epochs:
-            with training.autocast(config, device):
+            with autocast(config, device):
                 logits = model(images).logits
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)

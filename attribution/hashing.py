@@ -1,0 +1,19 @@
+"""What follows from a hash: an independent seed, a short name for what decides a result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def derive_seed(root: int, *path: str | int) -> int:
+    """An independent seed for each path, such as ('retrain', 3)."""
+    text = "/".join(map(str, (root, *path)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of JSON-like values."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
