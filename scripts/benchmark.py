@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -19,18 +20,7 @@ UNTABLED = ("part", "note")
 
 def main() -> None:
     """Parse, measure, print a table, write JSON where asked, log to MLflow where asked."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.benchmark", description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(WHAT))
-    for name in WHAT:
-        module = importlib.import_module(f"scripts.benchmarks.{name}")
-        command = commands.add_parser(name, help=module.__doc__, description=module.__doc__)
-        command.set_defaults(run=module.run)
-        command.add_argument("--repeats", type=int, default=5, help="rounds that are measured")
-        command.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-        command.add_argument("--json", default="", help="file to write")
-        command.add_argument("--log", action="store_true", help="log the table to a new MLflow run")
-        module.add_options(command)
-    options = parser.parse_args()
+    options = _parser(sys.argv[1:2]).parse_args()
     import torch
 
     from attribution.machine import hardware
@@ -46,6 +36,25 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(document, indent=2) + "\n")
     if any(row.get("undocumented") for row in rows):
         sys.exit(1)
+
+
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    """Of all sub-benchmarks that named first alone is imported: some need seconds for that."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.benchmark", description=__doc__)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(WHAT))
+    for name in WHAT:
+        source = Path(__file__).with_name("benchmarks") / f"{name}.py"
+        about = ast.get_docstring(ast.parse(source.read_text()))
+        command = commands.add_parser(name, help=about, description=about)
+        if name in words:
+            module = importlib.import_module(f"scripts.benchmarks.{name}")
+            command.set_defaults(run=module.run)
+            command.add_argument("--repeats", type=int, default=5, help="rounds that are measured")
+            command.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+            command.add_argument("--json", default="", help="file to write")
+            command.add_argument("--log", action="store_true", help="log the table to a new run")
+            module.add_options(command)
+    return parser
 
 
 def _log(what: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:

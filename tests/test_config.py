@@ -373,6 +373,20 @@ def test_help_of_an_entry_point_exits_with_0(stage: str) -> None:
     assert done.returncode == 0 and "--dataset" in done.stdout
 
 
+@pytest.mark.parametrize("words", [["--help"], ["peers", "--help"], ["features", "--no_such_flag"]])
+def test_the_flags_of_benchmark_load_no_heavy_package(words: list[str]) -> None:
+    loaded, done = loaded_after(
+        "import runpy\n"
+        f"sys.argv = {['benchmark', *words]}\n"
+        "try:\n    runpy.run_module('scripts.benchmark', run_name='__main__')\n"
+        f"except SystemExit as end:\n    assert end.code == {0 if '--help' in words else 2}\n"
+        "else:\n    raise AssertionError('went on')"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--no_such_flag" in done.stderr or "usage: python -m scripts.benchmark" in done.stdout
+    assert not loaded & set(HEAVY)
+
+
 @pytest.mark.parametrize("word", ["--epochs=--", "--learning_rate=--", "--augment=--"])
 def test_two_dashes_are_a_value_like_any_other(word: str) -> None:
     """Found by fuzzing: argparse makes an empty list of them."""

@@ -25,6 +25,10 @@ TRAIN = 192
 SCORERS = [name for name in METHODS if name != "random"]
 
 
+def test_the_flag_takes_the_methods_that_there_are() -> None:
+    assert set(peers.NAMES) == set(METHODS)
+
+
 def require(method: str) -> None:
     package = method.split("-")[0]
     if package in PACKAGES:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from toy import toy_config, toy_data
 
-from attribution import comparison, ensemble, ray_backend, retraining, trak
+from attribution import comparison, ensemble, featurization, ray_backend, retraining, trak
 from attribution.config import Config, resolve
 from attribution.data import load_data
 from attribution.errors import InputError
@@ -92,7 +92,10 @@ def test_checkpoints_and_features_and_scores_have_the_same_bits_as_local_ones(
         work = tmp_path / "driver" / config.backend
         work.mkdir()
         if config.backend == "ray":
-            for module, name in ((ensemble, "_train_checkpoint"), (trak, "_featurize_away")):
+            for module, name in (
+                (ensemble, "_train_checkpoint"),
+                (featurization, "_featurize_away"),
+            ):
                 guarded = far_from(tmp_path / "driver", getattr(module, name))
                 monkeypatch.setattr(module, name, guarded)
         checkpoints = ensemble.train_checkpoints(config, data, masks, work)

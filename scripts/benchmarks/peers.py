@@ -13,13 +13,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scripts.benchmarks.common import RESNET18, make_model, peak_memory_mib, reset_peak_memory
-from scripts.benchmarks.peer_methods import METHODS, Method, Problem
 
+if TYPE_CHECKING:
+    from scripts.benchmarks.peer_methods import Method, Problem
+
+# Of METHODS in peer_methods.py, whose imports take seconds.
+NAMES = (
+    "ours", "ours-auto", "one-block", "dense", "traker", "traker-ridge", "dattri", "dattri-ridge",
+    "captum", "kronfluence", "random",
+)  # fmt: skip
 CHEAP = 15.0  # seconds; what takes longer is measured once
 RESAMPLES = 2000
 
@@ -28,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Flags of this sub-benchmark."""
     parser.set_defaults(repeats=3)
     parser.add_argument("--part", choices=("quality", "speed", "both"), default="both")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(NAMES), choices=NAMES)
     parser.add_argument("--limit", type=float, default=600, help="seconds that a method may take")
     quality = parser.add_argument_group("quality: resnet-mini on the digits, a tenth flipped")
     quality.add_argument("--checkpoints", type=int, default=5, help="on random halves")
@@ -170,6 +177,8 @@ class Memory:
 
 def score_once(name: str, problem: Problem) -> Outcome:
     """All scores of one method, loading of the checkpoints included."""
+    from scripts.benchmarks.peer_methods import METHODS
+
     with tempfile.TemporaryDirectory() as folder:
         problem = dataclasses.replace(problem, work=Path(folder), batch=METHODS[name].batch)
         memory = Memory()
@@ -189,6 +198,7 @@ def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.fingerprint import training_key
     from attribution.hashing import digest
     from attribution.statistics import noise_ceiling
+    from scripts.benchmarks.peer_methods import METHODS, Problem
 
     given = {"preset": "digits", "cache_dir": options.cache_dir, "device": "cpu"}
     config = resolve(given | {"num_models": options.checkpoints, "proj_dim": options.proj_dim})
@@ -292,6 +302,8 @@ def features_once(name: str, problem: Problem, repeats: int) -> Outcome:
 
     Where a run is cheap the first one warms up, and `repeats` more are measured.
     """
+    from scripts.benchmarks.peer_methods import METHODS
+
     with tempfile.TemporaryDirectory() as folder:
         memory = Memory()
         prepared = METHODS[name].features(dataclasses.replace(problem, work=Path(folder)))
@@ -306,6 +318,8 @@ def measure_speed(
     options: argparse.Namespace, size: int, worth: dict[str, float]
 ) -> list[dict[str, Any]]:
     """One row a method and batch size: seconds for 1,000 images, MiB, and the LDS on the digits."""
+    from scripts.benchmarks.peer_methods import METHODS
+
     with tempfile.TemporaryDirectory() as folder:
         tasks, shapes = {}, {}
         for name in options.methods:
@@ -337,6 +351,7 @@ def synthetic(folder: Path, size: int, n: int, k: int) -> Problem:
     from attribution import models
     from attribution.config import resolve
     from attribution.data import ImageData
+    from scripts.benchmarks.peer_methods import Problem
 
     config = resolve({"preset": "digits", "image_size": size, "proj_dim": k, "device": "cpu"})
     rng = np.random.default_rng(0)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from attribution.retraining import STACK
 from scripts.benchmarks.common import command_environment
 from scripts.benchmarks.faults import PATIENCE
 
@@ -58,6 +57,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def summary(samples: list[dict[str, float]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a quantity, of samples of equal distance."""
+    from attribution.retraining import STACK
+
     kept = samples[int(60 * options.warm_up / options.every) :]
     told = {"samples": len(kept), "models_trained": STACK * samples[-1]["stacks"]}
     names = [name for name in samples[0] if name != "stacks"]
