@@ -109,7 +109,8 @@ def capture(
     layers, paths, strays = layers_of(model)
     calls: list[Call] = []
     shortcuts = shortcuts or Shortcuts()
-    apart = strays.keys() != shortcuts.copies.keys()
+    sizes = {name: math.prod(shape) for name, shape in shortcuts.copies.items()}
+    apart = sizes != {name: p.numel() for name, p in strays.items()}
     fused = {} if apart or receive is None else shortcuts.fused
     fused = {conv: norm for conv, norm in fused.items() if {conv, norm} <= layers.keys()}
     outputs: dict[nn.Module, Tensor | None] = {}
@@ -197,8 +198,8 @@ def _copies(
 
 
 def _run(model: Callable, images: Tensor, layers: Iterable[nn.Module], hook: Callable) -> Tensor:
-    """Logits, with a forward hook on each layer."""
-    handles = [module.register_forward_hook(hook) for module in layers]
+    """Logits, with a forward hook on each layer, which sees its output before hooks of others change it."""
+    handles = [module.register_forward_hook(hook, prepend=True) for module in layers]
     try:
         output = model(images)
     finally:
@@ -304,10 +305,46 @@ def _has_rule(module: nn.Module) -> bool:
         {"weight"} <= names <= {"weight", "bias"}
         and base in COVERED
         and methods[0] == methods[1]
+        and not {"forward", "_conv_forward"} & vars(module).keys()
         and getattr(module, "padding_mode", "zeros") == "zeros"
         # MultiheadAttention reads this Linear's weight, and does not call it.
         and not isinstance(module, NonDynamicallyQuantizableLinear)
     )
+
+
+def check(model: nn.Module, images: Tensor) -> None:
+    """Compare per-sample gradients, added up, with what autograd finds for the sum of the margins.
+
+    Args:
+        images: a few, (B, ...), in whose margins all that the model is trained with plays a part.
+
+    Raises:
+        InputError: as capture does, or for a parameter whose gradient is another: it is read by something
+            that the rules do not see, beside its own layer.
+    """
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    sums = {name: torch.zeros_like(p).flatten() for name, p in model.named_parameters()}
+
+    def add(call: Call | Stray) -> None:
+        for name, values in call.vectors().items():
+            sums[name] += values.sum(0)
+        if call.has_matrix:
+            sums[call.names["weight"]] += call.weight_gradient().sum(0).flatten()
+
+    capture(model, images, labels, add)
+    with torch.enable_grad():
+        output = model(images)
+        total = margins(getattr(output, "logits", output), labels).sum()
+    whole = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    found = dict(zip(sums, whole, strict=True))
+    least = 1e-5 * max(float(g.abs().max()) for g in found.values() if g is not None)
+    for name, gradient in found.items():
+        expected = torch.zeros(()) if gradient is None else gradient.flatten()
+        if (sums[name] - expected).abs().max() > 1e-3 * expected.abs().max() + least:
+            raise InputError(
+                f"{name}: the gradients of single images do not add up to the gradient of their sum; is "
+                "it read by anything other than its own layer?"
+            )
 
 
 def _check_labels(logits: Tensor, labels: Tensor, least: int, most: int) -> None:

@@ -134,8 +134,10 @@ class Sketch:
             return Shortcuts()
         known, many = self._surveys.setdefault(model, {}), len(images) >= FEW
         autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        key = images.shape[1:], images.dtype, autocast, many
+        key = images.shape[1:], images.dtype, autocast, many, _state(model)
         if key not in known:
+            for old in [old for old in known if old[-1] != key[-1]]:
+                del known[old]
             known[key] = survey(model, images, many)
         fused = {
             pair.conv: pair.norm
@@ -272,6 +274,11 @@ class Sketch:
     def _bytes(self, label: str, count: int) -> bytes:
         """Random bytes that stay the same for ever, unlike a library's generator."""
         return hashlib.shake_256(f"{self.seed}/{self.proj_dim}/{label}".encode()).digest(count)
+
+
+def _state(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """What changes with a model's parameters: what of it was tried may hold for these alone."""
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def _fold(rows: Tensor, k: int) -> Tensor:

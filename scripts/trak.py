@@ -110,8 +110,8 @@ def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
     model = models.build(config.model, class_names, seed=0).eval()
     models.check_image_size(model, config.image_size)
     if config.projector == "sketch":
-        images = torch.zeros(2, 3, config.image_size, config.image_size)
-        gradients.capture(model, images, torch.zeros(2, dtype=torch.int64))
+        size = (2, 3, config.image_size, config.image_size)
+        gradients.check(model, torch.randn(size, generator=torch.Generator().manual_seed(0)))
 
 
 def show(run_id: str, config: Config) -> None:

@@ -14,9 +14,9 @@ from toy import toy_config, toy_data
 from attribution import models
 from attribution.errors import InputError
 from attribution.featurization import TARGETS, featurize
-from attribution.gradients import capture
+from attribution.gradients import Shortcuts, capture
 from attribution.sketch import FEW, Sketch, dealt
-from attribution.survey import survey
+from attribution.survey import TRIAL, survey
 from scripts.trak import check_gradients
 
 pytestmark = [
@@ -136,13 +136,14 @@ def test_of_few_images_no_copies_are_tried(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Added(torch.nn.Module):
-    """Adds a parameter to an activation (B, 2, 4), in a way of its own."""
+    """Adds a parameter to an activation (B, 5, 4), in a way of its own."""
 
     def __init__(self, how: str):
         super().__init__()
-        self.how, self.row, self.head = how, torch.nn.Linear(4, 4), torch.nn.Linear(8, 3)
-        shape = {"to tokens": (1, 4), "indexed": (3, 4), "unused": (1, 2, 4)}.get(how, (1, 2, 4))
-        self.p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+        self.how, self.row, self.head = how, torch.nn.Linear(4, 4), torch.nn.Linear(20, 3)
+        shape = {"to tokens": (1, 4), "indexed": (3, 4), "a matrix": (5, 4), "a scalar": ()}
+        self.p = torch.nn.Parameter(torch.randn(shape.get(how, (1, 5, 4)), dtype=torch.float64))
+        self.gate = 0.0 if how == "gated" else 1.0
         self.double().eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,7 +153,9 @@ class Added(torch.nn.Module):
         elif self.how == "turned":
             x = x + self.p.flip(0)
         elif self.how == "indexed":
-            x = x + self.p[torch.tensor([0, 2])]
+            x = x + self.p[torch.tensor([0, 2, 2, 1, 0])]
+        elif self.how == "gated":
+            x = x + self.gate * torch.sin(x * self.p[0])
         elif self.how == "twice":
             x = x * self.p + self.p[:1]
         elif self.how != "unused":
@@ -160,17 +163,77 @@ class Added(torch.nn.Module):
         return self.head(x.flatten(1))
 
 
+def assert_features_are_those_without_shortcuts(
+    sketch: Sketch, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    truth = sketch.project(capture(model, images, labels))
+    torch.testing.assert_close(sketch.features(model, images, labels)[0], truth)
+
+
 @pytest.mark.parametrize(
-    "how", ["plain", "unused", "to tokens", "mixed", "turned", "indexed", "twice"]
+    "how",
+    ["plain", "unused", "a matrix", "a scalar", "to tokens", "mixed", "turned", "indexed", "twice"],
 )
 def test_copies_are_taken_only_where_every_sample_reads_its_own(how: str) -> None:
     torch.manual_seed(0)
-    model, (images, labels) = Added(how), batch(FEW, (2, 2, 2), 3)
-    # Two tokens and two images of the look: what is added to one could be taken for the other.
-    assert bool(survey(model, images).copies) == (how in ("plain", "unused"))
+    # Tokens and images of the trial: what is added to one could be taken for the other.
+    model, (images, labels) = Added(how), batch(FEW, (TRIAL, 2, 2), 3)
+    taken = ("plain", "unused", "a matrix", "a scalar")
+    assert bool(survey(model, images).copies) == (how in taken)
+    assert_features_are_those_without_shortcuts(Sketch(61, 1, torch.float64), model, images, labels)
+
+
+def test_no_copies_of_what_the_trial_s_margins_do_not_depend_on() -> None:
+    torch.manual_seed(0)
+    model, (images, labels) = Added("gated"), batch(FEW, (TRIAL, 2, 2), 3)
     sketch = Sketch(61, 1, torch.float64)
-    truth = sketch.project(capture(model, images, labels))
-    torch.testing.assert_close(sketch.features(model, images, labels)[0], truth)
+    assert not sketch._shortcuts(model, images).copies
+    model.gate = 0.5
+    assert_features_are_those_without_shortcuts(sketch, model, images, labels)
+
+
+def test_a_model_is_tried_anew_when_its_parameters_have_changed() -> None:
+    torch.manual_seed(0)
+    model, (images, labels) = Added("plain"), batch(FEW, (TRIAL, 2, 2), 3)
+    sketch = Sketch(61, 1, torch.float64)
+    for _ in range(2):
+        assert list(sketch._shortcuts(model, images).copies.values()) == [(5, 4)]
+    [first] = sketch._surveys[model].values()
+    with torch.no_grad():
+        model.head.weight += 1
+    sketch._shortcuts(model, images)
+    [second] = sketch._surveys[model].values()
+    assert second is not first
+    model.p = torch.nn.Parameter(torch.randn(1, 1, 4, dtype=torch.float64))  # of another shape
+    assert_features_are_those_without_shortcuts(sketch, model, images, labels)
+
+
+class Particular(torch.nn.Module):
+    """Is for images with values from 0 to 1 alone: of others it has no margins, or refuses them."""
+
+    def __init__(self, refuses: bool):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+        self.head, self.refuses = torch.nn.Linear(4, 3), refuses
+        if not refuses:
+            self.scale = torch.nn.Parameter(torch.ones(1, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.refuses:
+            x = x.sqrt() * self.scale
+        elif x.min() < 0 or x.max() > 1:
+            raise ValueError("images must lie in [0, 1]")
+        return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_model_that_random_images_are_nothing_for_goes_without_shortcuts(refuses: bool) -> None:
+    torch.manual_seed(0)
+    model, labels = randomise(Particular(refuses)), torch.arange(FEW) % 3
+    images = torch.rand(FEW, 3, 5, 5, dtype=torch.float64)
+    sketch = Sketch(61, 1, torch.float64)
+    assert_features_are_those_without_shortcuts(sketch, model, images, labels)
+    assert sketch._shortcuts(model, images) == Shortcuts()
 
 
 def test_what_vmap_runs_leaves_the_logits_and_the_model_alone() -> None:

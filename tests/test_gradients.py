@@ -12,7 +12,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from attribution.calls import Call
 from attribution.errors import InputError
-from attribution.gradients import capture, margins
+from attribution.gradients import capture, check, margins
 from attribution.sketch import Sketch, _Sums, dealt
 
 torch.set_num_threads(1)  # the tensors are tiny; threads would only wait for each other
@@ -90,6 +90,39 @@ class WithToken(nn.Module):
         return x + self.cls_token
 
 
+class Scaled(nn.Module):
+    """A parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return x * self.temperature
+
+
+class OtherReference(WithToken):
+    """Reads its parameter by a name that is not the module's."""
+
+    def __init__(self):
+        super().__init__()
+        self.same = [self.cls_token]
+
+    def forward(self, x):
+        return x * self.same[0]
+
+
+class Reader(nn.Module):
+    """Calls a layer, and reads its weight once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return nn.functional.conv2d(self.conv(x), self.conv.weight)
+
+
 class Undecided(WithToken):
     def forward(self, x):
         return x + self.cls_token if self.cls_token.sum() > 0 else x
@@ -129,6 +162,18 @@ class Windows(nn.Module):
     def forward(self, x):
         rows = self.norm(self.row(x.flatten(0, 1) * self.scale))
         return (rows + self.bias(self.table)).view(len(x), -1)
+
+
+def hooked():
+    conv = nn.Conv2d(3, 3, 1)
+    conv.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return conv
+
+
+def patched():
+    conv = nn.Conv2d(3, 3, 1)
+    conv.forward = lambda x: 2 * nn.functional.conv2d(x, conv.weight, conv.bias)
+    return conv
 
 
 class SameForward(nn.Conv2d):
@@ -226,6 +271,9 @@ BODIES = {
     "shared module": Twice,
     "tied weight": Tied,
     "token": WithToken,
+    "scalar": Scaled,
+    "a hook of its user's": hooked,
+    "a forward of its user's": patched,
     "token, relu in place": lambda: nn.Sequential(WithToken(), *BODIES["relu in place"]()),
     "token, shared module": lambda: nn.Sequential(WithToken(), Twice(), nn.GroupNorm(1, 3)),
     "token, tied weight": lambda: nn.Sequential(WithToken(), Tied()),
@@ -423,6 +471,19 @@ REFUSED = {
 def test_refuses_by_name_what_no_rule_covers(name):
     with pytest.raises(InputError, match=name):
         capture(REFUSED[name]().double().eval(), *batch())
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_sums_are_those_of_autograd(body):
+    torch.manual_seed(0)
+    check(Image(body()), batch()[0])
+
+
+@pytest.mark.parametrize("body, name", [(Reader, "conv.weight"), (OtherReference, "cls_token")])
+def test_sums_of_a_weight_that_is_read_beside_its_layer_are_refused(body, name):
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match=f"body.{name}: the gradients of single images do not"):
+        check(Image(body()), batch()[0])
 
 
 def test_refuses_weights_used_behind_the_hooks_back():
