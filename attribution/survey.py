@@ -35,9 +35,7 @@ def survey(model: nn.Module, images: Tensor, with_copies: bool = True) -> Survey
     try:
         copies = _broadcast(model, few, strays) if strays and with_copies else {}
         return Survey([] if strays and not copies else pairs(model, few, layers), copies)
-    except (
-        Exception
-    ):  # of many kinds: a model may refuse random images, and take those that it is for
+    except Exception:  # of many kinds: a model may take no images but those that it is for
         return Survey([], {})
 
 
