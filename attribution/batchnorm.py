@@ -197,9 +197,7 @@ def running(
         InputError: a fused convolution's output was not what its BatchNorm was given next, or was
             given to none.
     """
-    forwards: dict[nn.Module, Callable] = {
-        norm: partial(_Normalise.apply, norm) for norm in norms if "forward" not in vars(norm)
-    }
+    forwards: dict[nn.Module, Callable] = {norm: partial(_Normalise.apply, norm) for norm in norms}
     for conv, norm in fused.items():
         forwards[conv], forwards[norm] = partial(_both, conv, norm), partial(_take, outputs, conv)
     for module, forward in forwards.items():

@@ -323,24 +323,14 @@ def check(model: nn.Module, images: Tensor) -> None:
             that the rules do not see, beside its own layer.
     """
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    sums = {name: torch.zeros_like(p).flatten() for name, p in model.named_parameters()}
-
-    def add(call: Call | Stray) -> None:
-        for name, values in call.vectors().items():
-            sums[name] += values.sum(0)
-        if call.has_matrix:
-            sums[call.names["weight"]] += call.weight_gradient().sum(0).flatten()
-
-    capture(model, images, labels, add)
+    sums = {name: g.sum(0) for name, g in capture(model, images, labels).per_sample().items()}
     with torch.enable_grad():
         output = model(images)
         total = margins(getattr(output, "logits", output), labels).sum()
-    whole = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
-    found = dict(zip(sums, whole, strict=True))
-    least = 1e-5 * max(float(g.abs().max()) for g in found.values() if g is not None)
-    for name, gradient in found.items():
-        expected = torch.zeros(()) if gradient is None else gradient.flatten()
-        if (sums[name] - expected).abs().max() > 1e-3 * expected.abs().max() + least:
+    whole = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True)
+    least = 1e-5 * max(float(expected.abs().max()) for expected in whole)
+    for (name, found), expected in zip(sums.items(), whole, strict=True):
+        if (found - expected).abs().max() > 1e-3 * expected.abs().max() + least:
             raise InputError(
                 f"{name}: the gradients of single images do not add up to the gradient of their sum; is "
                 "it read by anything other than its own layer?"

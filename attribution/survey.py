@@ -27,7 +27,7 @@ def survey(model: nn.Module, images: Tensor, with_copies: bool = True) -> Survey
     """Look at passes over a few random images of the shape of these (B, ...), in eval mode.
 
     Args:
-        with_copies: also try copies, which takes some four passes where any are needed.
+        with_copies: also try copies, which takes up to five passes where any are needed.
     """
     layers, _, strays = layers_of(model)
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ class Problem:
     Attributes:
         checkpoints: from_pretrained folders.
         work: an empty folder for what a method keeps on disk.
-        batch: images a batch; 0 is the method's own choice in SCORERS.
+        batch: images a batch; 0 is the method's own choice in METHODS.
     """
 
     config: Config
