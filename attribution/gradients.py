@@ -10,6 +10,7 @@ a shape that the model takes.
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -152,34 +153,38 @@ def capture(
 
     span = labels.aminmax()  # before the pass: a GPU would be waited for in the middle
     least, most = int(span.min), int(span.max)
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            if apart:
-                copies = _copies(strays, {}, len(images), keep)
-                logits = _run_apart(model, images.detach(), layers, record, copies)
-            else:
-                copies = _copies(strays, shortcuts.copies, len(images), keep)
-                run = partial(functional_call, model, copies) if copies else model
-                norms = [module for module in alone if isinstance(module, nn.BatchNorm2d)]
-                with batchnorm.running(norms, fused, outputs):
-                    logits = _run(run, images.detach(), alone, record)
-            _check_labels(logits, labels, least, most)
-            _check_calls(alone, paths, calls)
-            f = margins(
-                logits.double() if logits.dtype == torch.float64 else logits.float(), labels
-            )
-            f.sum().backward()
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    with _requiring_grad(model, False), torch.enable_grad():
+        if apart:
+            copies = _copies(strays, {}, len(images), keep)
+            logits = _run_apart(model, images.detach(), layers, record, copies)
+        else:
+            copies = _copies(strays, shortcuts.copies, len(images), keep)
+            run = partial(functional_call, model, copies) if copies else model
+            norms = [module for module in alone if isinstance(module, nn.BatchNorm2d)]
+            with batchnorm.running(norms, fused, outputs):
+                logits = _run(run, images.detach(), alone, record)
+        _check_labels(logits, labels, least, most)
+        _check_calls(alone, paths, calls)
+        f = margins(logits.double() if logits.dtype == torch.float64 else logits.float(), labels)
+        f.sum().backward()
     f = f.detach()
     if not f.isfinite().all():
         raise InputError(f"the margin of sample {int((~f.isfinite()).nonzero()[0])} is not finite")
     shapes = {name: p.shape for name, p in model.named_parameters()}
     return Captured(logits.detach(), f, f.sigmoid(), used[::-1], shapes)
+
+
+@contextmanager
+def _requiring_grad(model: nn.Module, flag: bool) -> Iterator[None]:
+    """In the block every parameter's requires_grad is `flag`."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(flag)
+        yield
+    finally:
+        for parameter, before in flags:
+            parameter.requires_grad_(before)
 
 
 def _copies(
@@ -324,10 +329,10 @@ def check(model: nn.Module, images: Tensor) -> None:
     """
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     sums = {name: g.sum(0) for name, g in capture(model, images, labels).per_sample().items()}
-    with torch.enable_grad():
+    with _requiring_grad(model, True), torch.enable_grad():
         output = model(images)
         total = margins(getattr(output, "logits", output), labels).sum()
-    whole = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True)
+        whole = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True)
     least = 1e-5 * max(float(expected.abs().max()) for expected in whole)
     for (name, found), expected in zip(sums.items(), whole, strict=True):
         if (found - expected).abs().max() > 1e-3 * expected.abs().max() + least:

@@ -479,6 +479,14 @@ def test_sums_are_those_of_autograd(body):
     check(Image(body()), batch()[0])
 
 
+def test_sums_of_frozen_parameters_count_and_they_stay_frozen():
+    model = small_resnet()
+    model.classifier.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    check(model, batch(2, (3, 20, 20))[0])
+    assert [p.requires_grad for p in model.parameters()] == before and not all(before)
+
+
 @pytest.mark.parametrize("body, name", [(Reader, "conv.weight"), (OtherReference, "cls_token")])
 def test_sums_of_a_weight_that_is_read_beside_its_layer_are_refused(body, name):
     torch.manual_seed(0)
