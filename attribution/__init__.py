@@ -11,9 +11,9 @@ __all__ = ["InputError", "Scores", "load_scores"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that importing the package stays instant.
     if name in ("Scores", "load_scores"):
-        from attribution import scores
+        from attribution.scores import artifact
 
-        return getattr(scores, name)
+        return getattr(artifact, name)
     if name == "InputError":
         from attribution.errors import InputError
 

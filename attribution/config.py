@@ -31,7 +31,7 @@ FOOD_CLASSES = (
     "pizza,pork_chop,spaghetti_bolognese,spaghetti_carbonara,steak"
 )
 
-# What a command with preset images chooses by its data and model (attribution/auto.py); the values
+# What a command with preset images chooses by its data and model (attribution/cli/auto_settings.py); the values
 # below are those of a caller who resolves parameters without looking at any data.
 AUTO = (
     "image_size", "augment", "batch_size", "epochs",

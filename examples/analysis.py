@@ -25,9 +25,9 @@ from matplotlib.colors import LinearSegmentedColormap
 # So that it runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attribution import InputError, Scores, load_scores
-from attribution.matrices import row_blocks
-from attribution.scores import SIGN
-from attribution.statistics import detection
+from attribution.experiments.statistics import detection
+from attribution.runtime.npy_blocks import row_blocks
+from attribution.scores.artifact import SIGN
 
 HELPFUL, HARMFUL, NEUTRAL = "#1b7837", "#b2182b", "#4d4d4d"
 SHOWN = ["example_id", "label_name", "alignment", "loss", "self_influence"]

@@ -5,25 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attribution import notes, outputs, tracking
-from attribution.command import main
+from attribution.cli import outputs
+from attribution.cli.command import main
 from attribution.errors import InputError
-from attribution.fingerprint import work_folder
-from attribution.hashing import derive_seed
-from attribution.progress import say
-from attribution.runs import current_run, nested_runs, open_run
+from attribution.reporting import mlflow_notes
+from attribution.runtime.hashing import derive_seed
+from attribution.runtime.progress import say
+from attribution.tracking import stage_runs
+from attribution.tracking.fingerprint import work_folder
+from attribution.tracking.run_lifecycle import current_run, nested_runs, open_run
 from scripts import trak
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from attribution.ablation_page import Removed
-    from attribution.comparison import Outcome
     from attribution.config import Config
-    from attribution.data import ImageData
-    from attribution.removal import Evidence
-    from attribution.scores import Scores
+    from attribution.data.dataset import ImageData
+    from attribution.experiments.arms import Evidence
+    from attribution.experiments.comparison import Outcome
+    from attribution.reporting.ablation_html import Removed
+    from attribution.scores.artifact import Scores
 
 NOTED = 40  # arms in the note of a run: MLflow cuts off what is longer than 8,000 characters
 
@@ -32,16 +34,21 @@ def make(config: Config, data: ImageData) -> None:
     """Find or compute scores, retrain every arm over paired seeds, and log the comparison."""
     import mlflow
 
-    from attribution import ablation_page, alignment, comparison, machine, plots, removal
-    from attribution.scores import load_scores
+    from attribution.experiments import arms as removal
+    from attribution.experiments import comparison
+    from attribution.reporting import ablation_html
+    from attribution.reporting import figures as plots
+    from attribution.runtime import machine
+    from attribution.scores import alignment
+    from attribution.scores.artifact import load_scores
 
     lacking = ["groups"] * (config.groups == alignment.AUTO)
     lacking += ["is_flipped"] * (not data.table("train")["is_flipped"].any())
     removal.check_arms(config.arm_names, lacking)
     removal.check_fracs(config.fracs, len(data.rows("train")))
     alignment.check_groups(data.examples, config.groups)  # refused before any training
-    trak_id = tracking.obtain("trak", config, data, trak.make)
-    scores = load_scores(tracking.artifact_path(trak_id, "scores"))
+    trak_id = stage_runs.obtain("trak", config, data, trak.make)
+    scores = load_scores(stage_runs.artifact_path(trak_id, "scores"))
     evidence = gather_evidence(config, data, scores)
     seeds = [derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
     actions = ("remove", "relabel") if config.action == "both" else (config.action,)
@@ -57,15 +64,15 @@ def make(config: Config, data: ImageData) -> None:
         for outcome, (_, row) in zip(outcomes, table.iterrows(), strict=True)
     ]
     classes = comparison.class_effects(outcomes, logits, data.labels("test"), data.class_names)
-    tracking.log_table(table, "comparison")
-    tracking.log_table(classes, "per_class")
-    with tracking.artifact_folder() as folder:
+    stage_runs.log_table(table, "comparison")
+    stage_runs.log_table(classes, "per_class")
+    with stage_runs.artifact_folder() as folder:
         figures = {"comparison": folder / "comparison.png"}
         plots.comparison(table, figures["comparison"])
         plots.removal_curves(table, folder / "curves.png")
         if len(config.fracs) > 1:  # of one share a curve shows nothing
             figures["curves"] = folder / "curves.png"
-        page = ablation_page.page(
+        page = ablation_html.page(
             config,
             data,
             table,
@@ -73,21 +80,21 @@ def make(config: Config, data: ImageData) -> None:
             [each for each in removed if each.arm != "none"],
             figures,
             known_quality(trak_id),
-            tracking.lineage(current_run().run_id),
+            stage_runs.lineage(current_run().run_id),
             machine.hardware(),
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
-    mlflow.set_tag(notes.NOTE, describe(table, trak_id))
-    tracking.save_arms_view()
+    mlflow.set_tag(mlflow_notes.NOTE, describe(table, trak_id))
+    stage_runs.save_arms_view()
 
 
 def known_quality(trak_id: str) -> pd.DataFrame | None:
     """The table of the last `evaluate` of these scores, if there was one."""
     import pandas as pd
 
-    run_id = tracking.newest("evaluate", {"trak_run_id": trak_id})
+    run_id = stage_runs.newest("evaluate", {"trak_run_id": trak_id})
     try:
-        return pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")) if run_id else None
+        return pd.read_csv(stage_runs.artifact_path(run_id, "evaluation.csv")) if run_id else None
     except InputError as error:  # nothing was built on it
         say(f"ablation: {error}")
         return None
@@ -95,7 +102,8 @@ def known_quality(trak_id: str) -> pd.DataFrame | None:
 
 def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence:
     """What the arms may look at: alignment under this run's groups and weights, labels, loss."""
-    from attribution import alignment, removal
+    from attribution.experiments import arms as removal
+    from attribution.scores import alignment
 
     for table, split in ((scores.train, "train"), (scores.targets, "validation")):
         if list(table["example_id"]) != list(data.table(split)["example_id"]):
@@ -132,7 +140,7 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
 
 def test_groups(config: Config, data: ImageData) -> np.ndarray | None:
     """The group of each test example, where groups are a column that is not the label itself."""
-    from attribution import alignment
+    from attribution.scores import alignment
 
     if config.groups in ("label", alignment.AUTO):
         return None
@@ -145,13 +153,22 @@ def log_trial(
     """One nested run: what the arm removed (which is returned), per-seed test metrics, their summary."""
     import mlflow
 
-    from attribution import comparison, plots, removal
-    from attribution.ablation_page import Removed
+    from attribution.experiments import arms as removal
+    from attribution.experiments import comparison
+    from attribution.reporting import figures as plots
+    from attribution.reporting.ablation_html import Removed
 
     trial = outcome.trial
     with open_run(run_name=trial.name, nested=True):
-        note = f"{notes.first_line(removal.ARMS[trial.arm])}\n\n{verdict}; {notes.ARM}"
-        tags = {"stage": "ablation_arm", "arm": trial.arm, "verdict": verdict, notes.NOTE: note}
+        note = (
+            f"{mlflow_notes.first_line(removal.ARMS[trial.arm])}\n\n{verdict}; {mlflow_notes.ARM}"
+        )
+        tags = {
+            "stage": "ablation_arm",
+            "arm": trial.arm,
+            "verdict": verdict,
+            mlflow_notes.NOTE: note,
+        }
         mlflow.set_tags(tags)
         mlflow.log_params(
             {
@@ -161,7 +178,7 @@ def log_trial(
                 "n_removed": len(trial.removed[0]),
             }
         )
-        tracking.log_series(
+        stage_runs.log_series(
             [
                 (name, value, seed)
                 for name, values in outcome.per_seed.items()
@@ -172,9 +189,9 @@ def log_trial(
         table = removal.removed_table(trial, scores.train, evidence)
         flips = int(scores.train["is_flipped"].sum())
         counts = removal.removal_metrics(table, flips, len(trial.removed))
-        mlflow.log_metrics({tracking.metric_name(name): v for name, v in counts.items()})
+        mlflow.log_metrics({stage_runs.metric_name(name): v for name, v in counts.items()})
         # Of `none` too: MLflow's comparison page breaks where one of the runs has no artifact.
-        with tracking.artifact_folder() as folder:
+        with stage_runs.artifact_folder() as folder:
             table.to_parquet(folder / "removed.parquet", index=False)
             if trial.arm not in ("none", *removal.DRAWN) and trial.action == "remove":
                 removal.kept_table(trial, scores.train).to_csv(folder / "kept.csv", index=False)
@@ -184,18 +201,18 @@ def log_trial(
 
 def describe(table: pd.DataFrame, trak_id: str) -> str:
     """The parent run's note: where to look, and arms with their verdicts, the best first."""
-    from attribution.comparison import verdict
-    from attribution.removal import trial_name
+    from attribution.experiments.arms import trial_name
+    from attribution.experiments.comparison import verdict
 
     run = current_run()
     here, run_id = run.experiment_id, run.run_id
     runs = nested_runs(run_id)
     runs.sort(key=lambda each: -each.data.metrics["accuracy_mean"])
     links = {
-        "Report": notes.run_link(here, run_id, "report.html"),
-        "arms, best first": notes.arms_link(here, run_id),
-        "arms side by side": notes.compare_link(here, [r.info.run_id for r in runs[:NOTED]]),
-        "scores": notes.run_link(here, trak_id),
+        "Report": mlflow_notes.run_link(here, run_id, "report.html"),
+        "arms, best first": mlflow_notes.arms_link(here, run_id),
+        "arms side by side": mlflow_notes.compare_link(here, [r.info.run_id for r in runs[:NOTED]]),
+        "scores": mlflow_notes.run_link(here, trak_id),
     }
     rows = table.sort_values("accuracy_mean", ascending=False, kind="stable").to_dict("records")
     arms = [
@@ -212,23 +229,23 @@ def show(run_id: str, config: Config) -> None:
     import mlflow
     import pandas as pd
 
-    from attribution import report
+    from attribution.reporting import terminal
 
-    report.print_comparison(pd.read_csv(tracking.artifact_path(run_id, "comparison.csv")))
+    terminal.print_comparison(pd.read_csv(stage_runs.artifact_path(run_id, "comparison.csv")))
     export(run_id, config)
     print(f"ablation run: {run_id}")
-    print(f"report: {tracking.artifact_path(run_id, 'report.html')}")
+    print(f"report: {stage_runs.artifact_path(run_id, 'report.html')}")
     uri = mlflow.get_tracking_uri()
     is_server = uri.startswith("http")
     start = "" if is_server else f"mlflow ui --backend-store-uri {uri}   # and then "
     address = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
     experiment = mlflow.get_run(run_id).info.experiment_id
-    say(f"next: {start}open {address}/{notes.arms_link(experiment, run_id)}")
+    say(f"next: {start}open {address}/{mlflow_notes.arms_link(experiment, run_id)}")
 
 
 def exports(config: Config) -> dict[Path, float | None]:
     """The files that an exported arm is written to, each with its frac."""
-    from attribution.removal import export_files
+    from attribution.experiments.arms import export_files
 
     names = export_files(config.export_arm, config.arm_names, config.fracs, config.action)
     folder = Path(config.output or "cleaned").expanduser()
@@ -249,7 +266,7 @@ def kept_by(run_id: str, config: Config, frac: float | None) -> Path:
 
     terms = {"params.arm": config.export_arm, "params.action": "remove"}
     for run in nested_runs(run_id, terms):
-        file = tracking.artifact_path(run.info.run_id, "kept.csv")
+        file = stage_runs.artifact_path(run.info.run_id, "kept.csv")
         removed = int(run.data.params["n_removed"])
         if frac is None or removed == round(frac * (removed + len(pd.read_csv(file)))):
             return file

@@ -5,33 +5,35 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from attribution import notes, tracking
-from attribution.command import main
-from attribution.fingerprint import stage_folder, work_folder
-from attribution.progress import say
-from attribution.runs import open_run
+from attribution.cli.command import main
+from attribution.reporting import mlflow_notes
+from attribution.runtime.progress import say
+from attribution.tracking import stage_runs
+from attribution.tracking.fingerprint import stage_folder, work_folder
+from attribution.tracking.run_lifecycle import open_run
 from scripts import finetune, trak
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from attribution.bank import Bank
     from attribution.config import Config
-    from attribution.data import ImageData
+    from attribution.data.dataset import ImageData
+    from attribution.experiments.subset_bank import Bank
 
 
 def make(config: Config, data: ImageData) -> None:
     """Find or compute scores and a bank, judge every method by it, and log table and figure."""
     import numpy as np
 
-    from attribution import evaluation, methods, plots
-    from attribution.scores import load_scores
+    from attribution.experiments import evaluation, methods
+    from attribution.reporting import figures
+    from attribution.scores.artifact import load_scores
 
     methods.check_methods(config.method_names)
     evaluation.check_brittleness(config, len(data.rows("train")))
     given = known_bank(config, data)  # refused before any training
     evaluation.check_alpha(config, len(data.rows("train")))
-    trak_id = tracking.obtain("trak", config, data, trak.make)
+    trak_id = stage_runs.obtain("trak", config, data, trak.make)
     finetune_id = finetune.obtain_of(trak_id, config, data)
     bank = given or new_bank(config, data)
     work = stage_folder("evaluate", config, data, finetune_id)
@@ -39,7 +41,7 @@ def make(config: Config, data: ImageData) -> None:
         config,
         data,
         finetune.checkpoint_folders(finetune_id, config.num_models),
-        load_scores(tracking.artifact_path(trak_id, "scores")),
+        load_scores(stage_runs.artifact_path(trak_id, "scores")),
         work,
     )
     found = {name: methods.METHODS[name](subject) for name in config.method_names}
@@ -50,26 +52,26 @@ def make(config: Config, data: ImageData) -> None:
         supports = {"trak": subject.scores.values, "nearest of the same label": nearest}
         retrainings = work_folder(config, "retrainings")
         brittle = evaluation.brittleness(config, data, supports, retrainings)
-        tracking.log_table(brittle, "brittleness")
+        stage_runs.log_table(brittle, "brittleness")
     for _, row in table.iterrows():
         log_method(row)
-    tracking.log_table(table, "evaluation")
-    with tracking.artifact_folder("bank") as folder:
+    stage_runs.log_table(table, "evaluation")
+    with stage_runs.artifact_folder("bank") as folder:
         bank.save(folder, config, data)
-    with tracking.artifact_folder() as folder:
-        plots.evaluation(table, brittle, folder / "evaluation.png")
+    with stage_runs.artifact_folder() as folder:
+        figures.evaluation(table, brittle, folder / "evaluation.png")
 
 
 def known_bank(config: Config, data: ImageData) -> Bank | None:
     """The bank that the caller names, if any."""
-    from attribution.bank import load_bank
+    from attribution.experiments.subset_bank import load_bank
 
     return load_bank(config.bank, config, data) if config.bank else None
 
 
 def new_bank(config: Config, data: ImageData) -> Bank:
     """A bank of this size; of what an earlier command trained for it nothing is trained again."""
-    from attribution.bank import build_bank
+    from attribution.experiments.subset_bank import build_bank
 
     work = work_folder(config, "retrainings")
     return build_bank(config, data, config.num_subsets, config.num_repeats, config.alpha, work)
@@ -80,12 +82,12 @@ def log_method(row: pd.Series) -> None:
     import mlflow
     import pandas as pd
 
-    from attribution import methods
+    from attribution.experiments import methods
 
     name = row["method"]
     with open_run(run_name=name, nested=True):
-        note = notes.first_line(methods.METHODS[name])
-        mlflow.set_tags({"stage": "evaluate_method", "method": name, notes.NOTE: note})
+        note = mlflow_notes.first_line(methods.METHODS[name])
+        mlflow.set_tags({"stage": "evaluate_method", "method": name, mlflow_notes.NOTE: note})
         mlflow.log_param("method", name)
         mlflow.log_metrics(
             {key: float(v) for key, v in row.items() if key != "method" and pd.notna(v)}
@@ -96,12 +98,12 @@ def show(run_id: str, config: Config) -> None:
     """Print the table of methods, and what the removal for single targets did."""
     import pandas as pd
 
-    from attribution import report
     from attribution.errors import InputError
+    from attribution.reporting import terminal
 
-    report.print_evaluation(pd.read_csv(tracking.artifact_path(run_id, "evaluation.csv")))
+    terminal.print_evaluation(pd.read_csv(stage_runs.artifact_path(run_id, "evaluation.csv")))
     with suppress(InputError):  # none was asked for
-        report.print_brittleness(pd.read_csv(tracking.artifact_path(run_id, "brittleness.csv")))
+        terminal.print_brittleness(pd.read_csv(stage_runs.artifact_path(run_id, "brittleness.csv")))
     print(f"evaluate run: {run_id}")
     say(f"bank: runs:/{run_id}/bank   # --bank takes it for other scores of the same data")
 

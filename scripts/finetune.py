@@ -7,15 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attribution import tracking
-from attribution.command import main
+from attribution.cli.command import main
 from attribution.errors import InputError
-from attribution.fingerprint import stage_folder
-from attribution.progress import say
+from attribution.runtime.progress import say
+from attribution.tracking import stage_runs
+from attribution.tracking.fingerprint import stage_folder
 
 if TYPE_CHECKING:
     from attribution.config import Config
-    from attribution.data import ImageData
+    from attribution.data.dataset import ImageData
 
 
 def make(config: Config, data: ImageData) -> None:
@@ -23,9 +23,11 @@ def make(config: Config, data: ImageData) -> None:
     import mlflow
     import numpy as np
 
-    from attribution import ensemble, models, parallel, plots
+    from attribution.models import classifier, ensemble
+    from attribution.reporting import figures
+    from attribution.runtime import parallel
 
-    parallel.ask(models.check, config.model, data.class_names, config.image_size)
+    parallel.ask(classifier.check, config.model, data.class_names, config.image_size)
     check_subset_fraction(config, len(data.rows("train")))
     work = stage_folder("finetune", config, data)
     masks = ensemble.subset_masks(
@@ -35,7 +37,7 @@ def make(config: Config, data: ImageData) -> None:
 
     for m, checkpoint in enumerate(checkpoints):
         mlflow.log_artifacts(str(checkpoint.folder), f"checkpoints/{m:03d}")
-        tracking.log_series(
+        stage_runs.log_series(
             [
                 (f"checkpoint_{m:03d}/{name}", value, int(epoch["epoch"]))
                 for epoch in checkpoint.history
@@ -45,10 +47,10 @@ def make(config: Config, data: ImageData) -> None:
         )
     members = ensemble.Ensemble.of(masks, checkpoints)
     mlflow.log_metrics(members.metrics(data))
-    with tracking.artifact_folder("training") as folder:
+    with stage_runs.artifact_folder("training") as folder:
         np.savez(folder / "logits.npz", allow_pickle=False, **members.arrays())
         data.examples.to_parquet(folder / "examples.parquet", index=False)
-        plots.training_curves([c.history for c in checkpoints], folder / "curves.png")
+        figures.training_curves([c.history for c in checkpoints], folder / "curves.png")
 
 
 def check_subset_fraction(config: Config, n: int) -> None:
@@ -81,10 +83,10 @@ def obtain_of(trak_id: str, config: Config, data: ImageData) -> str:
     The active run is tagged with it. Others than then, as under another number of jobs, are told. A
     run that the caller names is taken at their word.
     """
-    own = tracking.run_tags(trak_id)["finetune_run_id"]
-    if not config.finetune_run_id and tracking.is_whole("finetune", own, config):
+    own = stage_runs.run_tags(trak_id)["finetune_run_id"]
+    if not config.finetune_run_id and stage_runs.is_whole("finetune", own, config):
         config = dataclasses.replace(config, finetune_run_id=own)
-    found = tracking.obtain("finetune", config, data, make)
+    found = stage_runs.obtain("finetune", config, data, make)
     if found != own and not _are_alike(own, found):
         say(
             f"finetune: the checkpoints of run {found} are others than those that trak run {trak_id} "
@@ -97,10 +99,10 @@ def _are_alike(*run_ids: str) -> bool:
     """Whether the checkpoints of two runs say the same of every training example, as far as is kept."""
     import numpy as np
 
-    from attribution.ensemble import Ensemble
+    from attribution.models.ensemble import Ensemble
 
     try:
-        files = [tracking.artifact_path(run_id, "training/logits.npz") for run_id in run_ids]
+        files = [stage_runs.artifact_path(run_id, "training/logits.npz") for run_id in run_ids]
         then, now = (Ensemble.load(file).train_logits for file in files)
     except InputError:
         return False
@@ -109,7 +111,7 @@ def _are_alike(*run_ids: str) -> bool:
 
 def checkpoint_folders(run_id: str, num_models: int) -> list[Path]:
     """The from_pretrained folders of a finetune run, in order."""
-    root = tracking.artifact_path(run_id, "checkpoints")
+    root = stage_runs.artifact_path(run_id, "checkpoints")
     return [root / f"{m:03d}" for m in range(num_models)]
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attribution import tracking
-from attribution.command import main
-from attribution.fingerprint import ESTIMATOR_VERSION, fingerprint, stage_folder
-from attribution.progress import say
+from attribution.cli.command import main
+from attribution.runtime.progress import say
+from attribution.tracking import stage_runs
+from attribution.tracking.fingerprint import ESTIMATOR_VERSION, fingerprint, stage_folder
 from scripts import finetune
 
 if TYPE_CHECKING:
     from attribution.config import Config
-    from attribution.data import ImageData
+    from attribution.data.dataset import ImageData
 
 
 def make(config: Config, data: ImageData) -> None:
@@ -21,17 +21,20 @@ def make(config: Config, data: ImageData) -> None:
 
     import mlflow
 
-    from attribution import alignment, features, parallel, plots, statistics
-    from attribution.ensemble import Ensemble, label_issues, label_quality
-    from attribution.featurization import featurize
-    from attribution.scores import load_scores, write_scores
-    from attribution.suspects import suspects
-    from attribution.trak import check_proj_dim, score
+    from attribution.experiments import statistics
+    from attribution.models.ensemble import Ensemble, label_issues, label_quality
+    from attribution.reporting import figures
+    from attribution.runtime import parallel
+    from attribution.scores import alignment, stored_features
+    from attribution.scores.artifact import load_scores, write_scores
+    from attribution.scores.features import featurize
+    from attribution.scores.suspects import suspects
+    from attribution.scores.trak import check_proj_dim, score
 
     check_proj_dim(config, len(data.rows("train")))
     parallel.ask(check_gradients, config, data.class_names)
-    finetune_id = tracking.obtain("finetune", config, data, finetune.make)
-    members = Ensemble.load(tracking.artifact_path(finetune_id, "training/logits.npz"))
+    finetune_id = stage_runs.obtain("finetune", config, data, finetune.make)
+    members = Ensemble.load(stage_runs.artifact_path(finetune_id, "training/logits.npz"))
     if not members.is_out_of_sample:
         say("trak: some examples were seen by every checkpoint: losses are in-sample")
     targets = data.table("validation").assign(
@@ -73,14 +76,14 @@ def make(config: Config, data: ImageData) -> None:
         "data_fingerprint": data.fingerprint,
         "finetune_run_id": finetune_id,
     }
-    with tracking.artifact_folder("scores") as folder:
+    with stage_runs.artifact_folder("scores") as folder:
         write_scores(folder, scores.file, train, targets, metadata)
-        plots.score_gallery(data, load_scores(folder), folder / "gallery.png")
+        figures.score_gallery(data, load_scores(folder), folder / "gallery.png")
     issues = label_issues(data.labels("train"), probabilities)
-    tracking.log_table(suspects(data, train, issues), "suspects")
-    if features.are_wanted(config, stores):
-        with tracking.artifact_folder("features") as folder:
-            features.write_features(folder, stores, config)
+    stage_runs.log_table(suspects(data, train, issues), "suspects")
+    if stored_features.are_wanted(config, stores):
+        with stage_runs.artifact_folder("features") as folder:
+            stored_features.write_features(folder, stores, config)
     images = config.num_models * (len(train) + len(targets))
     mlflow.log_metrics(
         {
@@ -105,13 +108,14 @@ def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
     """Refuse a model that has no gradient rule before its checkpoints are trained."""
     import torch
 
-    from attribution import gradients, models
+    from attribution.gradients import per_sample
+    from attribution.models import classifier
 
-    model = models.build(config.model, class_names, seed=0).eval()
-    models.check_image_size(model, config.image_size)
+    model = classifier.build(config.model, class_names, seed=0).eval()
+    classifier.check_image_size(model, config.image_size)
     if config.projector == "sketch":
         size = (2, 3, config.image_size, config.image_size)
-        gradients.check(model, torch.randn(size, generator=torch.Generator().manual_seed(0)))
+        per_sample.check(model, torch.randn(size, generator=torch.Generator().manual_seed(0)))
 
 
 def show(run_id: str, config: Config) -> None:
@@ -123,7 +127,7 @@ def show(run_id: str, config: Config) -> None:
     for name in ("flips_auroc_trust", "flips_auroc_loss", "share_negative_alignment"):
         if name in metrics:
             print(f"{name}: {metrics[name]:.4f}")
-    table = pd.read_csv(tracking.artifact_path(run_id, "suspects.csv"))
+    table = pd.read_csv(stage_runs.artifact_path(run_id, "suspects.csv"))
     print(f"suspects.csv: {len(table)} training examples to look at, the most doubtful first")
     print(f"trak run: {run_id}")
     print(f'scores: attribution.load_scores("runs:/{run_id}/scores")')

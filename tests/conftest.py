@@ -50,7 +50,9 @@ os.environ.update(
     }
 )
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # the kernels of attribution/kernels.py need no GPU then
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # the kernels of attribution/gradients/triton_kernels.py need no GPU then
+    )
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // _workers))
 for _name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
@@ -143,7 +145,7 @@ class Place:
         """The stage's command in this process, as `python -m scripts.STAGE` would run it."""
         import importlib
 
-        from attribution.command import run_entry_point
+        from attribution.cli.command import run_entry_point
 
         module = importlib.import_module(f"scripts.{stage}")
         files = {"ablation": "exports", "explain": "files"}.get(
@@ -272,3 +274,39 @@ def child_environment(place: Place) -> dict[str, str]:
     """The environment of a subprocess: this interpreter, this place, one thread."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **place.environment, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run_id(place: Place, stage: str) -> str:
+    return place.runs(stage)[0].info.run_id
+
+
+def refused(place: Place, stage: str, *fragments: str, **given: Any) -> Result:
+    """The command fails with one line that holds the fragments, and leaves nothing to build on."""
+    before = place.unfinished()
+    result = place.run(stage, **given)
+    check_refusal(result, *fragments)
+    assert not result.made()
+    for run in result.runs:
+        assert run.info.status == "FAILED"
+        assert not place.artifacts(run.info.run_id).exists()
+    if result.runs:
+        assert result.tags["error"] == result.errors[0].removeprefix("error: ")
+        assert result.tags["stage"] == stage
+    assert finished(place.unfinished()) == finished(before)
+    return result
+
+
+def check_refusal(result: Result, *fragments: str) -> None:
+    assert result.code not in (0, None), result.out
+    assert len(result.errors) == 1, result.err
+    assert result.err.splitlines()[-1] == result.errors[0]
+    assert "Traceback" not in result.err and not result.out
+    assert len(result.errors[0]) < 500
+    for fragment in fragments:
+        assert fragment in result.errors[0], result.errors[0]
+
+
+def finished(files: set[str]) -> set[str]:
+    """Files that a later command would take for a result."""
+    names = ("done", "logits.npz", "history.json")
+    return {f for f in files if f.endswith(names) or f.startswith("retrainings/")}

@@ -378,12 +378,12 @@ def test_the_flags_of_benchmark_load_no_heavy_package(words: list[str]) -> None:
     loaded, done = loaded_after(
         "import runpy\n"
         f"sys.argv = {['benchmark', *words]}\n"
-        "try:\n    runpy.run_module('scripts.benchmark', run_name='__main__')\n"
+        "try:\n    runpy.run_module('benchmarks', run_name='__main__')\n"
         f"except SystemExit as end:\n    assert end.code == {0 if '--help' in words else 2}\n"
         "else:\n    raise AssertionError('went on')"
     )
     assert done.returncode == 0, done.stderr
-    assert "--no_such_flag" in done.stderr or "usage: python -m scripts.benchmark" in done.stdout
+    assert "--no_such_flag" in done.stderr or "usage: python -m benchmarks" in done.stdout
     assert not loaded & set(HEAVY)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from attribution.scores import load_scores, write_scores
+from attribution.scores.artifact import load_scores, write_scores
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "analysis.py"
 NAMES = np.array(["cost $1 or $2", "b", "c"])

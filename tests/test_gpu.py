@@ -11,14 +11,14 @@ import torch
 from conftest import Place
 from toy import toy_config, toy_data
 
-from attribution import graphs, models
-from attribution.data import ImageData
-from attribution.gradients import capture
-from attribution.graphs import Replayed
-from attribution.prediction import predict
-from attribution.sketch import Sketch
-from attribution.training import train, train_stacked
-from attribution.trak import compute_scores
+from attribution.data.dataset import ImageData
+from attribution.gradients.per_sample import capture
+from attribution.gradients.sketch import Sketch
+from attribution.models import classifier, cuda_graphs
+from attribution.models.cuda_graphs import Replayed
+from attribution.models.predict import predict
+from attribution.models.train import train, train_stacked
+from attribution.scores.trak import compute_scores
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 ALL = np.ones(32, dtype=bool)
@@ -36,7 +36,7 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tenso
 
 
 def mini(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return models.build("resnet-mini", ("dark", "bright"), 0).eval().to(dtype)
+    return classifier.build("resnet-mini", ("dark", "bright"), 0).eval().to(dtype)
 
 
 def test_per_sample_gradients_equal_one_backward_pass_each() -> None:
@@ -125,8 +125,8 @@ def test_graphs_train_what_single_launches_train(
         return recorded[-1]
 
     monkeypatch.setattr(Replayed, "_record", record)
-    for warm_up in (graphs.WARM_UP, 1 << 30):
-        monkeypatch.setattr(graphs, "WARM_UP", warm_up)
+    for warm_up in (cuda_graphs.WARM_UP, 1 << 30):
+        monkeypatch.setattr(cuda_graphs, "WARM_UP", warm_up)
         found.append(predict(config, train(config, data, 0, ALL).model, data, "test"))
     assert np.array_equal(*found)
     assert len(recorded) == 1 and recorded[0] is not None  # four steps an epoch, all of one size
@@ -135,7 +135,7 @@ def test_graphs_train_what_single_launches_train(
 def test_scores_are_those_of_the_cpu(data: ImageData, tmp_path: Path) -> None:
     given = {"num_models": 1, "proj_dim": 64, "num_blocks": 2, "feature_precision": "float32"}
     trained = train(toy_config(**given), data, 0, ALL).model
-    models.save(trained, tmp_path / "checkpoint", 16, *models.normalisation("resnet-mini"))
+    classifier.save(trained, tmp_path / "checkpoint", 16, *classifier.normalisation("resnet-mini"))
     here, there = (
         compute_scores(
             toy_config(device=device, **given), data, [tmp_path / "checkpoint"], tmp_path / device

@@ -11,23 +11,30 @@ import pytest
 import torch
 from toy import toy_config, toy_data
 
-from attribution import models, report, trak
-from attribution.alignment import auto_groups, group_alignment, group_weights
-from attribution.bank import Bank
-from attribution.device import resolve_precision
-from attribution.ensemble import Ensemble, label_quality
+from attribution.data.pixel_cache import read_image
 from attribution.errors import InputError
-from attribution.evaluation import judge
-from attribution.gradients import capture
-from attribution.gradients import margins as torch_margins
-from attribution.methods import Attribution
-from attribution.pixels import read_image
-from attribution.prediction import margins
-from attribution.scores import Scores, top_k
-from attribution.statistics import bootstrap_interval, detection, mean_estimate, paired_difference
-from attribution.suspects import near_duplicates
-from attribution.training import train, train_stacked
-from attribution.traker_plugins import RidgeScoreComputer
+from attribution.experiments.evaluation import judge
+from attribution.experiments.methods import Attribution
+from attribution.experiments.statistics import (
+    bootstrap_interval,
+    detection,
+    mean_estimate,
+    paired_difference,
+)
+from attribution.experiments.subset_bank import Bank
+from attribution.gradients.per_sample import capture
+from attribution.gradients.per_sample import margins as torch_margins
+from attribution.models import classifier
+from attribution.models.ensemble import Ensemble, label_quality
+from attribution.models.predict import margins
+from attribution.models.train import train, train_stacked
+from attribution.reporting import terminal
+from attribution.runtime.device import resolve_precision
+from attribution.scores import trak
+from attribution.scores.alignment import auto_groups, group_alignment, group_weights
+from attribution.scores.artifact import Scores, top_k
+from attribution.scores.suspects import near_duplicates
+from attribution.scores.traker_adapters import RidgeScoreComputer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RNG = np.random.default_rng(0)
@@ -145,10 +152,10 @@ PRECISIONS = ["float32"] + ["bfloat16"] * (
 def test_a_checkpoint_whose_gradients_overflow_or_vanish_is_refused(
     toy, tmp_path: Path, precision: str, scale: float, says: str
 ) -> None:
-    model = models.build("resnet-mini", toy.class_names, 0)
+    model = classifier.build("resnet-mini", toy.class_names, 0)
     with torch.no_grad():
         model.classifier[1].weight.sign_().mul_(scale)
-    models.save(model, tmp_path / "model", 16, *models.normalisation("resnet-mini"))
+    classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
     config = toy_config(proj_dim=8, num_blocks=2, num_models=1, lambda_reg=0.1)
     config = replace(config, feature_precision=precision)
     with pytest.raises(InputError, match=says):
@@ -248,7 +255,7 @@ def judged(values: np.ndarray, margins: np.ndarray) -> pd.Series:
 def test_what_is_undefined_of_equal_scores_is_empty_and_the_rest_is_chance() -> None:
     row = judged(np.zeros((12, 4), np.float32), RNG.normal(size=(10, 2, 4)))
     assert np.isnan([row["lds"], row["calibration_slope"], row["lds_share_of_ceiling"]]).all()
-    assert report.interval(row, "lds", ".3f") == report.interval(row, "auroc_", ".3f") == ""
+    assert terminal.interval(row, "lds", ".3f") == terminal.interval(row, "auroc_", ".3f") == ""
     assert row["auroc"] == 0.5 and 0 <= row["noise_ceiling"] <= 1
 
 
@@ -298,9 +305,9 @@ def comparison(difference: float, detectable: float) -> pd.DataFrame:
 def test_seeds_without_spread_claim_no_power() -> None:
     """A difference of 0.0000 'found with 80 % power' would be what two lucky seeds say."""
     for difference in (0.0, 0.02):
-        text = report.power(comparison(difference, 0.0))
+        text = terminal.power(comparison(difference, 0.0))
         assert text.startswith("All 2 seeds") and "no power is known" in text
-    assert "0.0300" in report.power(comparison(0.0, 0.03))
+    assert "0.0300" in terminal.power(comparison(0.0, 0.03))
 
 
 # -- images ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config, resolve
-from attribution.data import ImageData
+from attribution.data.dataset import ImageData
 
 
 def toy_data(folder: Path, n_train: int = 32, n_other: int = 16, size: int = 16) -> ImageData:

@@ -1,0 +1,100 @@
+"""Settings that preset `images` leaves open, chosen from facts about the data and the model."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attribution.config import Config
+
+SAMPLE = 128  # images looked at for their size and colour
+SCRATCH_STEPS, FINE_TUNING_STEPS = 1500, 300
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choices depend on.
+
+    Attributes:
+        n_train: training examples.
+        side: median shorter side of a sample of the images, in pixels.
+        is_grey: whether that sample has no colour.
+        own_size: image size that the pretrained model asks for; None trains from scratch.
+        has_gpu: moves one choice alone, the image size of a pretrained model.
+        flops: of one image's forward pass at an image size; None where the model refuses the size.
+    """
+
+    n_train: int
+    side: int
+    is_grey: bool
+    own_size: int | None
+    has_gpu: bool
+    flops: Callable[[int], int | None]
+
+
+def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
+    """A value for every setting that is not known; those that are known count in the others'."""
+    scratch, values = facts.own_size is None, dict(known)
+
+    def settle(name: str, rule: Callable[[], Any]) -> Any:
+        if name not in values:
+            values[name] = rule()
+        return values[name]
+
+    size = settle("image_size", lambda: image_size(facts))
+    # A photograph may be mirrored; what has no colour is often writing, which may not.
+    settle("augment", lambda: "crop" if facts.is_grey else "flip,crop")
+    power_of_two = 2 ** int(math.log2(math.sqrt(facts.n_train)))
+    batch = settle("batch_size", lambda: max(16, min(128, power_of_two)))
+    steps, least, most = (SCRATCH_STEPS, 5, 60) if scratch else (FINE_TUNING_STEPS, 3, 20)
+    wanted = round(steps / math.ceil(facts.n_train / batch))
+    epochs = settle("epochs", lambda: max(least, min(most, wanted)))
+    settle("learning_rate", lambda: 3e-3 if scratch else 2e-4)
+    settle("weight_decay", lambda: 5e-4 if scratch else 0.01)
+
+    def work() -> float:  # of one training; 1e12 are some 12 s of resnet-mini on an idle core
+        return 3 * (facts.flops(size) or 0) * facts.n_train * epochs
+
+    settle("num_models", lambda: 10 if work() < 3e13 else 4)
+    settle("num_seeds", lambda: 10 if work() < 2e12 else 5)
+    return {name: value for name, value in values.items() if name not in known}
+
+
+def image_size(facts: Facts) -> int:
+    """The sample's side in steps of 16 from 32 to 64; a pretrained model's own, 64 without a GPU."""
+    by_data = max(32, 16 * round(facts.side / 16))
+    if facts.own_size is None:
+        return min(by_data, 64)
+    size = min(facts.own_size, max(64, by_data) if facts.has_gpu else 64)
+    return size if facts.flops(size) is not None else facts.own_size
+
+
+def gather(config: Config, listing: Any) -> Facts:
+    """Look at a sample of the images (the same for the same data) and at the model's config."""
+    from attribution.data.pixel_cache import decode_image
+    from attribution.data.sources import content
+    from attribution.models import classifier
+
+    sides, colours = [], []
+    for cell in listing.source.cells(listing.table["row"].to_numpy()[:SAMPLE]):
+        try:
+            image = listing.source.open(io.BytesIO(content(cell)))
+            sides.append(min(image.size))
+            colours.append(int(np.ptp(decode_image(image, 16), axis=2).max()))
+        except Exception:  # told when all are decoded
+            continue
+    return Facts(
+        n_train=listing.n_train(config.data_seed),
+        side=round(float(np.median(sides or [64]))),
+        is_grey=float(np.median(colours or [255])) <= 16,
+        own_size=None
+        if config.model in classifier.MINI_CONFIGS
+        else classifier.own_image_size(config.model),
+        has_gpu=config.device.startswith("cuda"),
+        flops=lambda size: classifier.forward_flops(config.model, size),
+    )

@@ -1,0 +1,123 @@
+"""The bank that attribution is judged by: models retrained on random subsets, and their margins."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from attribution.config import Config
+from attribution.data.dataset import ImageData
+from attribution.errors import InputError, reason
+from attribution.models.predict import margins
+from attribution.models.retrain import Series, retrained_logits
+from attribution.runtime.hashing import derive_seed
+from attribution.runtime.npy_blocks import open_matrix
+from attribution.runtime.safe_files import is_bool, read_json
+from attribution.scores.artifact import local_folder
+from attribution.scores.features import TARGETS
+from attribution.tracking.fingerprint import training_key
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Actual margins of models that saw random subsets; never the checkpoints that are scored.
+
+    Attributes:
+        masks: (S, n_train) bool, which examples each subset holds.
+        margins: (S, R, n_targets) float64, margin of each target under each of R retrainings.
+    """
+
+    masks: np.ndarray
+    margins: np.ndarray
+
+    @property
+    def repeats(self) -> int:
+        return self.margins.shape[1]
+
+    def save(self, folder: Path, config: Config, data: ImageData) -> None:
+        """Write masks.npy, margins.npy and, last, spec.json, which says what it was built for."""
+        np.save(folder / "masks.npy", self.masks)
+        np.save(folder / "margins.npy", self.margins)
+        subsets, repeats, _ = self.margins.shape
+        spec = {
+            "alpha": round(float(self.masks.mean()), 6),
+            "num_subsets": subsets,
+            "num_repeats": repeats,
+            "fingerprint": fingerprint(config, data),
+            "targets": TARGETS,
+            "unit": "margin (log-odds of the target's label)",
+        }
+        (folder / "spec.json").write_text(json.dumps(spec, indent=2) + "\n")
+
+
+def fingerprint(config: Config, data: ImageData) -> str:
+    """What a bank was built for: data, labels, model and training settings, whatever the seed."""
+    return training_key(dataclasses.replace(config, seed=0), data)
+
+
+def load_bank(source: str, config: Config, data: ImageData) -> Bank:
+    """A saved bank from a folder or a run ('runs:/RUN_ID/bank'), checked against what it is for.
+
+    Raises:
+        InputError: unreadable, of another shape than it says, or built for something else.
+    """
+    folder = local_folder(source, "bank")
+    try:
+        wanted = read_json(folder / "spec.json")["fingerprint"]
+        # Mapped, a file is never taken to be larger than it is.
+        masks, margins = (open_matrix(folder / f"{name}.npy") for name in ("masks", "margins"))
+    except Exception as error:  # numpy and json raise many kinds on broken files
+        raise InputError(f"bank={source}: cannot be read ({reason(error)})") from None
+    if wanted != fingerprint(config, data):
+        raise InputError(
+            f"bank={source}: was built for other data, labels, model or training settings; "
+            "leave it out to build one"
+        )
+    shape = len(data.rows("train")), len(data.rows(TARGETS))
+    right = masks.ndim == 2 and margins.ndim == 3 and (masks.shape[1], margins.shape[2]) == shape
+    if not right or len(masks) != len(margins) or min(margins.shape) == 0 or len(masks) < 2:
+        raise InputError(f"bank={source}: arrays {masks.shape}, {margins.shape} do not fit {shape}")
+    if not is_bool(masks) or margins.dtype.kind != "f":
+        raise InputError(
+            f"bank={source}: masks are {masks.dtype} and margins {margins.dtype}, "
+            "not truth values and real numbers"
+        )
+    if not np.isfinite(margins).all():
+        raise InputError(f"bank={source}: a margin is not finite")
+    return Bank(np.array(masks), np.array(margins, np.float64))
+
+
+def build_bank(
+    config: Config,
+    data: ImageData,
+    num_subsets: int,
+    num_repeats: int,
+    alpha: float,
+    work: Path,
+) -> Bank:
+    """Train `num_repeats` models on each of `num_subsets` random subsets of share `alpha`.
+
+    The first subsets and repeats of a larger bank are those of a smaller one, and what `work`
+    holds is not trained again.
+    """
+    n = len(data.rows("train"))
+    masks = np.zeros((num_subsets, n), dtype=bool)
+    for s, mask in enumerate(masks):
+        rng = np.random.default_rng(derive_seed(config.seed, "bank", s))
+        mask[rng.permutation(n)[: round(alpha * n)]] = True
+    wanted = [
+        Series(
+            f"subsets, repeat {r}",
+            [derive_seed(config.seed, "bank", s, r) for s in range(num_subsets)],
+            masks,
+        )
+        for r in range(num_repeats)
+    ]
+    labels = data.labels(TARGETS)
+    logits = retrained_logits(config, data, wanted, TARGETS, work, "bank")
+    repeats = [np.stack([margins(each, labels) for each in repeat]) for repeat in logits]
+    return Bank(masks, np.stack(repeats, axis=1))

@@ -1,0 +1,87 @@
+"""A model's logits on a split, and what they say: losses, margins, accuracy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from attribution.config import Config
+from attribution.data.dataset import ImageData
+from attribution.errors import InputError
+from attribution.models.batches import batches_of
+from attribution.runtime.device import autocast
+
+
+def prediction_batch_size(config: Config) -> int:
+    """Images a batch where only logits are wanted: the first layers of large ones fill the memory."""
+    return 256 if config.image_size <= 96 else 32
+
+
+@torch.inference_mode()
+def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np.ndarray:
+    """Logits (n, C), float32, of a split; the model is left in eval mode.
+
+    Raises:
+        InputError: a logit is not finite.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    parts = []
+    for images, _ in batches_of(config, data, split, prediction_batch_size(config), device):
+        with autocast(config, device):
+            parts.append(model(images).logits.float().cpu())
+    logits = torch.cat(parts).numpy()
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"learning_rate={config.learning_rate}: the model's outputs are not finite; "
+            "use a smaller one, or precision=float32"
+        )
+    return logits
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Log-softmax in float64, (n, C)."""
+    from scipy.special import log_softmax
+
+    return log_softmax(logits.astype(np.float64), axis=1)
+
+
+def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy in nats of each example, (n,)."""
+    return -log_probabilities(logits)[np.arange(len(labels)), labels]
+
+
+def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """log p/(1-p) of each example's label, (n,): its logit minus logsumexp of the others."""
+    from scipy.special import logsumexp
+
+    logits = logits.astype(np.float64)
+    rows = np.arange(len(labels))
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    return logits[rows, labels] - logsumexp(others, axis=1)
+
+
+def classification_metrics(
+    logits: np.ndarray, labels: np.ndarray, prefix: str = "", groups: np.ndarray | None = None
+) -> dict[str, float]:
+    """Accuracy, log-loss, mean margin and the worst class's accuracy, as plain floats.
+
+    Args:
+        groups: (n,) whole numbers; where given, worst_group_accuracy is told too.
+    """
+    correct = logits.argmax(axis=1) == labels
+
+    def worst(ids: np.ndarray) -> float:
+        return float(min(correct[ids == i].mean() for i in np.unique(ids)))
+
+    found = {
+        "accuracy": float(correct.mean()),
+        "log_loss": float(losses(logits, labels).mean()),
+        "mean_margin": float(margins(logits, labels).mean()),
+        "worst_class_accuracy": worst(labels),
+    }
+    if groups is not None:
+        found["worst_group_accuracy"] = worst(groups)
+    return {f"{prefix}{name}": value for name, value in found.items()}

@@ -1,0 +1,94 @@
+"""Pages of HTML: one self-contained file each, in which every text from data is escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from attribution.data.dataset import ImageData
+from attribution.scores.explanation import Explanation
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SHOWN = 128  # pixels a side, at most: a page holds a hundred pictures
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from templates/NAME.html."""
+    return _environment().get_template(f"{template}.html").render(**values)
+
+
+def embedded(content: bytes) -> str:
+    """A PNG as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def picture(pixels: np.ndarray) -> str:
+    """An image, uint8 (h, w, 3), as such an address; made smaller where it is larger than it is shown."""
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    image.thumbnail((SHOWN, SHOWN))
+    image.save(file, "PNG", optimize=True)
+    return embedded(file.getvalue())
+
+
+def tiles(data: ImageData, table: pd.DataFrame, value: str, tone: str = "") -> list[dict[str, Any]]:
+    """What the template's gallery shows of training examples.
+
+    Args:
+        table: with position, label_name, is_flipped, true_label.
+        value: the column whose figure stands under the image.
+        tone: class of the frame: helpful, harmful, or none.
+    """
+    pixels, rows = data.pixels(), data.rows("train")
+    return [
+        {
+            "image": picture(np.array(pixels[rows[row["position"]]])),
+            "label": row["label_name"],
+            "true": data.class_names[row["true_label"]] if row["is_flipped"] else "",
+            "value": f"{row[value]:+.3g}",
+            "title": row["file_name"] or row["example_id"],
+            "tone": tone,
+        }
+        for _, row in table.iterrows()
+    ]
+
+
+def explanations(data: ImageData, found: Iterable[Explanation], run_ids: dict[str, str]) -> str:
+    """The page of `explain`."""
+    shown = [
+        {
+            "name": each.name,
+            "image": picture(each.pixels),
+            "label": each.label,
+            "predicted": each.predicted,
+            "is_right": each.is_right,
+            "probability": each.probability,
+            "label_probability": each.label_probability,
+            "helpful": tiles(data, each.helpful, "score", "helpful"),
+            "harmful": tiles(data, each.harmful, "score", "harmful"),
+        }
+        for each in found
+    ]
+    return render("explanation", explanations=shown, run_ids=run_ids)

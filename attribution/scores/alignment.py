@@ -1,0 +1,156 @@
+"""One number for each training example: how much it helps the groups of targets that need help."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from attribution.config import nearest
+from attribution.data.dataset import SPLITS
+from attribution.errors import InputError
+from attribution.runtime.npy_blocks import pieces, row_blocks
+
+AUTO = "auto"
+SMALLEST_HALF = 0.05  # of a label's targets; a smaller pseudo-group is left with its label
+
+
+def group_ids(targets: pd.DataFrame, groups: str, scores: np.ndarray | None = None) -> np.ndarray:
+    """The group of each target, (n_targets,), as whole numbers from 0.
+
+    Args:
+        groups: a column, or 'auto'.
+        scores: (n_train, n_targets), needed by 'auto' alone.
+
+    Raises:
+        InputError: no such column, or it has a single value.
+    """
+    if groups == AUTO:
+        assert scores is not None
+        return auto_groups(scores, targets["label"].to_numpy())
+    if groups not in targets.columns:
+        valid = [AUTO, *targets]
+        raise InputError(f"groups={groups}: no such column; {nearest(groups, valid, limit=10)}")
+    ids = pd.factorize(targets[groups], sort=True)[0]
+    if ids.min() < 0 or ids.max() < 1:
+        raise InputError(f"groups={groups}: the column must have two values or more, none missing")
+    return ids
+
+
+def check_groups(examples: pd.DataFrame, groups: str) -> None:
+    """Refuse a column that cannot group the targets, before anything is trained.
+
+    Raises:
+        InputError: no such column, a single value, or a group without a validation example.
+    """
+    if groups == AUTO:
+        return
+    examples = examples[examples["split"].isin(SPLITS)]
+    splits = {name: part for name, part in examples.groupby("split")}
+    for part in (splits["validation"], *splits.values()):
+        group_ids(part, groups)
+    known = set(splits["validation"][groups])
+    lost = sorted(map(str, set(examples[groups]) - known))
+    if lost:
+        raise InputError(
+            f"groups={groups}: no validation example in group {lost[0]!r}, so that nothing would "
+            "be known of what helps it; merge it with another, or use groups=label"
+        )
+
+
+def auto_groups(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Pseudo-groups of targets that the training set serves differently, (n_targets,).
+
+    Each label's targets are split by the sign of the first principal component of their
+    normalised score columns (Jain et al. 2024, "Data Debiasing with Datamodels (D3M)", section 4,
+    Auto-D3M). A label stays whole where one side would hold fewer than 5 % of its targets.
+
+    Args:
+        scores: (n_train, n_targets); may be a memory map.
+        labels: (n_targets,)
+    """
+    columns = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    grams = [np.zeros((len(c), len(c))) for c in columns]
+    for block in row_blocks(scores):
+        for gram, c in zip(grams, columns, strict=True):
+            part = block[:, c].astype(np.float64)
+            gram += part.T @ part
+    ids, count = np.zeros(len(labels), dtype=np.int64), 0
+    for gram, c in zip(grams, columns, strict=True):
+        positive = _first_component(gram) > 0
+        smaller = min(positive.sum(), len(c) - positive.sum())
+        is_split = smaller >= max(2, SMALLEST_HALF * len(c))
+        ids[c] = count + (positive if is_split else 0)
+        count += 1 + is_split
+    return ids
+
+
+def _first_component(gram: np.ndarray) -> np.ndarray:
+    """First principal component of vectors of length one, (n,), from their products before scaling."""
+    lengths = np.sqrt(np.diag(gram))
+    scale = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    cosine = gram * np.outer(scale, scale)
+    centred = cosine - cosine.mean(0) - cosine.mean(1, keepdims=True) + cosine.mean()
+    values, vectors = np.linalg.eigh(centred)
+    return vectors[:, -1] if values[-1] > 1e-9 else np.zeros(len(gram))
+
+
+def group_weights(losses: np.ndarray, groups: np.ndarray, kind: str) -> np.ndarray:
+    """Weight of each group, (n_groups,), summing to 1.
+
+    Args:
+        losses: (n_targets,) ensemble loss in nats of each target.
+        groups: (n_targets,) from group_ids.
+        kind: 'exp_loss' (exp of the group's mean loss: a worse group weighs more), 'loss',
+            'uniform', or 'paper' (exp of minus the loss, the formula of the D3M workshop paper
+            read literally, under which a worse group weighs less; kept to compare).
+    """
+    mean_loss = np.bincount(groups, losses) / np.bincount(groups)
+    weights = {
+        "exp_loss": np.exp(mean_loss - mean_loss.max()),
+        "loss": np.maximum(mean_loss, np.finfo(float).tiny),
+        "uniform": np.ones_like(mean_loss),
+        "paper": np.exp(mean_loss.min() - mean_loss),
+    }[kind]
+    return weights / weights.sum()
+
+
+def group_alignment(scores: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Alignment of each training example, (n_train,), float64; positive = helpful.
+
+    A_i = sum over groups g of w_g times the mean of scores[i, j] over the targets j in g
+    (Jain et al. 2024, "Data Debiasing with Datamodels (D3M)", equation 4).
+
+    Args:
+        scores: (n_train, n_targets), positive = helpful; may be a memory map.
+        groups: (n_targets,) group of each target.
+        weights: (n_groups,) from group_weights.
+    """
+    column_weights = weights[groups] / np.bincount(groups)[groups]
+    return np.concatenate(
+        [
+            piece.astype(np.float64) @ column_weights
+            for block in row_blocks(scores)
+            for piece in pieces(block)
+        ]
+    )
+
+
+def unweighted(alignment: np.ndarray, row_weight: np.ndarray) -> np.ndarray:
+    """The alignment of scores without their rows' weights, (n_train,): exact, row by row."""
+    return np.divide(alignment, row_weight, out=np.zeros(len(alignment)), where=row_weight > 0)
+
+
+def held_out_weights(masks: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """How much each training example counts as a target under each checkpoint, (M, n_train).
+
+    Groups count alike, whatever their losses: wrong labels raise these, and with them the weight of the
+    very labels that are to be found. A group's share is its members', of whom only those count that the
+    checkpoint did not see: its margins say nothing of the examples that it was fitted to.
+
+    Args:
+        masks: (M, n_train) bool, which examples each checkpoint saw.
+        groups: (n_train,) group of each training example, numbered from 0.
+    """
+    unseen, count = ~masks, groups.max() + 1
+    members = np.stack([np.bincount(groups, row, count) for row in unseen])
+    return unseen / (count * np.maximum(members, 1))[:, groups]

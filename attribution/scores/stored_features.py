@@ -1,0 +1,168 @@
+"""Stored features: what scores a new picture without another look at the training set."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from attribution.config import Config
+from attribution.data.pixel_cache import to_batch
+from attribution.errors import InputError, reason
+from attribution.models import classifier
+from attribution.runtime.device import resolve_device
+from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write_matrix
+from attribution.runtime.safe_files import read_json, sha256
+from attribution.scores.features import Store, run_traker
+from attribution.scores.trak import row_scale
+from attribution.scores.traker_adapters import RidgeScoreComputer
+
+SCHEMA_VERSION = 1
+AUTO_BYTES = 2 << 30
+
+
+def are_wanted(config: Config, stores: list[Store]) -> bool:
+    """Whether parameter `keep_features` asks for them, which auto does of up to 2 GiB."""
+    if config.keep_features != "auto":
+        return config.keep_features == "yes"
+    return sum(2 * part.size for store in stores for part in store.features("train")) <= AUTO_BYTES
+
+
+def write_features(folder: Path, stores: list[Store], config: Config) -> None:
+    """Write what load_features reads; the stores have been factorised.
+
+    Of each checkpoint the Cholesky factors L of its blocks and the whitened training features
+    X L^-T, in float16: no entry of them is above 1, since their squares add up to leverages.
+    """
+    for m, store in enumerate(stores):
+        (folder / f"{m:03d}").mkdir(parents=True)
+        factors = open_matrix(store.factor)
+        write_matrix(folder / f"{m:03d}" / "factor.npy", [factors], factors.shape)
+        n, length = sum(map(len, store.features("train"))), len(factors)
+        blocks = _whitened(np.array(factors), row_blocks(*store.features("train")))
+        write_matrix(folder / f"{m:03d}" / "train.npy", ahead(blocks), (n, length), "<f2")
+    scale = row_scale(stores, config.loss_gradient_weight)
+    write_matrix(folder / "scale.npy", [scale], scale.shape)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "num_models": len(stores),
+        "sha256": {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*.npy"))},
+    }
+    (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _whitened(factors: np.ndarray, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    k = factors.shape[1]
+    computer = RidgeScoreComputer(torch.float32, "cpu", num_blocks=len(factors) // k)
+    stacked = torch.from_numpy(factors).view(-1, k, k)
+    return (computer.whiten(torch.from_numpy(block), stacked).numpy() for block in blocks)
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """A folder of write_features that has what its metadata promises."""
+
+    folder: Path
+    num_models: int
+
+    def scores(self, features: list[np.ndarray]) -> np.ndarray:
+        """Scores of the training set on new examples, (n_train, b) float32; positive = helpful.
+
+        Args:
+            features: of the new examples under each checkpoint, (b, blocks k) float32.
+
+        Raises:
+            InputError: they are not as long, or of as many checkpoints, as the stored ones; or what
+                was stored makes scores that are not finite.
+        """
+        if len(features) != self.num_models:
+            raise InputError(
+                f"features: the stored ones are of {self.num_models} checkpoints, not {len(features)}"
+            )
+        scale = np.array(open_matrix(self.folder / "scale.npy"))
+        total = np.zeros((len(scale), len(features[0])), np.float32)
+        for m, own in enumerate(features):
+            factors = np.array(open_matrix(self.folder / f"{m:03d}" / "factor.npy"))
+            if own.shape[1] != len(factors):
+                raise InputError(
+                    f"features: the stored ones are {len(factors)} long, these {own.shape[1]}"
+                )
+            (white,) = _whitened(factors, [own])
+            train = open_matrix(self.folder / f"{m:03d}" / "train.npy")
+            products = [block.astype(np.float32) @ white.T for block in row_blocks(train)]
+            total += np.concatenate(products)
+        total *= scale
+        if not np.isfinite(total).all():
+            raise InputError(f"features={self.folder}: make scores that are not finite")
+        return total
+
+
+def load_features(folder: Path) -> StoredFeatures:
+    """Open the features of a trak run.
+
+    Raises:
+        InputError: something is missing, or differs from what metadata.json promises.
+    """
+    try:
+        document = read_json(folder / "metadata.json")
+        count, hashes = document["num_models"], dict(document["sha256"])
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"not of schema {SCHEMA_VERSION}")
+        if type(count) is not int or not 0 < count < len(hashes):  # two files each, and scale.npy
+            raise ValueError(f"num_models {count!r} does not fit its {len(hashes)} hashes")
+        n, one = _check_matrix(folder, "scale.npy", hashes, np.float32)
+        for m in range(count):
+            length, k = _check_matrix(folder, f"{m:03d}/factor.npy", hashes, np.float32)
+            train = _check_matrix(folder, f"{m:03d}/train.npy", hashes, np.float16)
+            if one != 1 or length % k or train != (n, length):
+                raise ValueError(f"factors {length, k} and features {train} of {n} do not fit")
+    except Exception as error:  # numpy and json raise many kinds on broken files
+        raise InputError(f"features={folder}: cannot be read ({reason(error)})") from None
+    return StoredFeatures(folder, count)
+
+
+def _check_matrix(folder: Path, name: str, hashes: dict, dtype: type) -> tuple[int, int]:
+    """The shape of a file that is what its hash and its place promise; names come from here alone."""
+    if sha256(folder / name) != hashes.get(name):
+        raise ValueError(f"{name} does not have its hash")
+    matrix = open_matrix(folder / name)
+    if matrix.dtype != dtype or matrix.ndim != 2 or not matrix.size:
+        raise ValueError(f"{name} is {matrix.dtype} {matrix.shape}, not {dtype.__name__} (n, k)")
+    return matrix.shape
+
+
+def probabilities(config: Config, checkpoints: list[Path], pixels: np.ndarray) -> np.ndarray:
+    """Mean probabilities over the checkpoints, (b, C), of images uint8 (b, size, size, 3)."""
+    device = resolve_device(config.device)
+    batch = to_batch(pixels, *classifier.normalisation(config.model), device)
+    with torch.inference_mode():
+        each = [
+            classifier.load(folder).to(device)(batch).logits.float().softmax(1)
+            for folder in checkpoints
+        ]
+    return torch.stack(each).mean(0).cpu().numpy()
+
+
+def new_features(
+    config: Config, checkpoints: list[Path], pixels: np.ndarray, labels: np.ndarray
+) -> list[np.ndarray]:
+    """Features of new examples under each checkpoint, (b, blocks k) float32, as trak makes them.
+
+    Args:
+        pixels: uint8 (b, size, size, 3).
+        labels: (b,) int64, the classes whose margins are explained.
+    """
+    device = resolve_device(config.device)
+    images = to_batch(pixels, *classifier.normalisation(config.model), device)
+    batch = images, torch.from_numpy(labels).to(device)
+    found = []
+    for m, checkpoint in enumerate(checkpoints):
+        with tempfile.TemporaryDirectory() as name:
+            run_traker(config, checkpoint, m, [batch], len(labels), Path(name))
+            found.append(np.array(open_matrix(Path(name) / str(m) / "grads.mmap")))
+    return found

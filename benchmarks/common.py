@@ -1,0 +1,99 @@
+"""What the sub-benchmarks share: sides timed in turn, medians, peak memory, the machine's name."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESNET18 = {
+    "embedding_size": 64,
+    "hidden_sizes": [64, 128, 256, 512],
+    "depths": [2, 2, 2, 2],
+    "layer_type": "basic",
+}
+
+
+def command_environment(cache: Path | str) -> dict[str, str]:
+    """This process's, for a command with a cache of its own and nothing of the caller's store or cluster.
+
+    A finished run in that store would be reused.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
+    return {**kept, "TRAK_ABLATION_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+def data_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The digits, or with --dataset photographs at 64x64 with a tenth of the labels flipped."""
+    given: dict[str, Any] = {"cache_dir": options.cache_dir}
+    if options.dataset:
+        given |= {"preset": "food101", "dataset": options.dataset, "model": options.model}
+        given |= {"image_size": 64, "patience": 0, "epochs": options.epochs}
+        given |= {"learning_rate": 5e-4, "label_noise": 0.1}
+    return given
+
+
+def measure(
+    sides: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each side, taken in turn after `warm_up` unmeasured rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(warm_up + repeats):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if round_number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: list[float], per: float = 1) -> dict[str, float]:
+    """n, and min, median and max in milliseconds a unit."""
+    values = [1000 * s / per for s in seconds]
+    return {
+        "n": len(values),
+        "min_ms": min(values),
+        "median_ms": statistics.median(values),
+        "max_ms": max(values),
+    }
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
+    """Ratio of two sides' medians."""
+    return statistics.median(seconds) / statistics.median(base)
+
+
+def reset_peak_memory() -> None:
+    """Start to measure this process's peak anew (Linux; elsewhere the peak is since its start)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib() -> float:
+    """Peak resident memory of this process since reset_peak_memory, mapped files included."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def make_model(config: dict[str, Any] | None, classes: int = 10):  # noqa: ANN201
+    """A ResNet of random weights in channels_last; None is the mini model."""
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from attribution.models.classifier import MINI_CONFIGS
+
+    torch.manual_seed(0)
+    config = config or MINI_CONFIGS["resnet-mini"]
+    model = ResNetForImageClassification(ResNetConfig(**config, num_labels=classes))
+    return model.to(memory_format=torch.channels_last)

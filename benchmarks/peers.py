@@ -1,0 +1,374 @@
+"""Ours beside traker, dattri, captum and kronfluence: seconds, memory, and what the scores are worth."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.common import RESNET18, make_model, peak_memory_mib, reset_peak_memory
+
+if TYPE_CHECKING:
+    from benchmarks.peer_methods import Method, Problem
+
+# Of METHODS in peer_methods.py, whose imports take seconds.
+NAMES = (
+    "ours", "ours-auto", "one-block", "dense", "traker", "traker-ridge", "dattri", "dattri-ridge",
+    "captum", "kronfluence", "random",
+)  # fmt: skip
+CHEAP = 15.0  # seconds; what takes longer is measured once
+RESAMPLES = 2000
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of this sub-benchmark."""
+    parser.set_defaults(repeats=3)
+    parser.add_argument("--part", choices=("quality", "speed", "both"), default="both")
+    parser.add_argument("--methods", nargs="*", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a method may take")
+    quality = parser.add_argument_group("quality: resnet-mini on the digits, a tenth flipped")
+    quality.add_argument("--checkpoints", type=int, default=5, help="on random halves")
+    quality.add_argument("--proj_dim", type=int, default=512)
+    quality.add_argument("--subsets", type=int, default=50, help="of half the training split")
+    quality.add_argument("--subset_repeats", type=int, default=2, help="models a subset, 2 or more")
+    quality.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+    speed = parser.add_argument_group("speed: ResNet-18 of random weights, k = 2,048")
+    speed.add_argument(
+        "--sizes", type=int, nargs="*", default=[224], help="of the images, e.g. 64 224"
+    )
+    speed.add_argument("--speed_dim", type=int, default=2048, help="k")
+    speed.add_argument("--images", type=int, default=32, help="at most, and in a batch at most")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every method in a process of its own, in turn; one that cannot run is a row that says why."""
+    rows, worth = [], {}
+    if options.part != "speed":
+        rows = measure_quality(options)
+        worth = {row["method"]: row["lds"] for row in rows if "lds" in row}
+    if options.part != "quality":
+        for size in options.sizes:
+            rows += measure_speed(options, size, worth)
+    return rows
+
+
+# ---- a method in a process of its own
+
+
+@dataclass
+class Outcome:
+    """What came of a method: its seconds and memory, or the reason why it did not run."""
+
+    seconds: list[float] = field(default_factory=list)
+    fixed: float = 0.0  # of a run's seconds, those that do not grow with the training split
+    peak_mib: float = 0.0
+    added_mib: float = 0.0
+    scores: np.ndarray | None = None
+    self_influence: np.ndarray | None = None
+    error: str = ""
+
+
+def in_turn(
+    tasks: dict[str, tuple[Callable[..., Outcome], tuple]], options: argparse.Namespace
+) -> dict[str, Outcome]:
+    """Rounds over all tasks; from the second on only over those that are cheap.
+
+    So the cheap ones are measured before and after the long ones, on whatever the machine does.
+    """
+    from attribution.runtime.progress import say
+
+    outcomes: dict[str, Outcome] = {}
+    for number in range(max(1, options.repeats)):
+        for name, (function, arguments) in tasks.items():
+            known = outcomes.get(name)
+            if known and (known.error or known.seconds[0] > CHEAP):
+                continue
+            found = in_child(function, arguments, options.limit, options.threads)
+            result = found.error or f"{found.seconds[0]:.1f} s"
+            say(f"peers: round {number + 1}, {name}: {result}")
+            if known and not found.error:
+                known.seconds += found.seconds
+            elif not known:
+                outcomes[name] = found
+    return outcomes
+
+
+def in_child(
+    function: Callable[..., Outcome], arguments: tuple, limit: float, threads: int
+) -> Outcome:
+    """Call in a fresh process, so that the peak of memory is the method's own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, function, arguments, threads))
+    with _quiet():
+        process.start()
+    sender.close()
+    try:
+        if receiver.poll(limit):
+            return receiver.recv()
+        return Outcome(error=f"not done within {limit:g} s")
+    except EOFError:
+        process.join()
+        return Outcome(error=f"its process ended with code {process.exitcode} (out of memory?)")
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A child started in here draws no progress bars and sees no GPU: these are CPU figures."""
+    told = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _child(sender: Any, function: Callable[..., Outcome], arguments: tuple, threads: int) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        outcome = function(*arguments)
+    except Exception as error:  # a peer may fail in any way; the table goes on without it
+        reason = " ".join(str(error).split())[:160]
+        outcome = Outcome(error=f"{type(error).__name__}: {reason}")
+    sender.send(outcome)
+
+
+def timed(prepared: Callable[[], Any]) -> tuple[Any, float]:
+    """Call once: its result and its seconds."""
+    start = time.perf_counter()
+    result = prepared()
+    return result, time.perf_counter() - start
+
+
+class Memory:
+    """Peak resident memory from here on, and how much of it came on top of what there was."""
+
+    def __init__(self) -> None:
+        reset_peak_memory()
+        self.before = peak_memory_mib()
+
+    def read(self) -> dict[str, float]:
+        """The two figures by the names that Outcome has for them, in MiB."""
+        peak = peak_memory_mib()
+        return {"peak_mib": peak, "added_mib": peak - self.before}
+
+
+# ---- quality
+
+
+def score_once(name: str, problem: Problem) -> Outcome:
+    """All scores of one method, loading of the checkpoints included."""
+    from benchmarks.peer_methods import METHODS
+
+    with tempfile.TemporaryDirectory() as folder:
+        problem = dataclasses.replace(problem, work=Path(folder), batch=METHODS[name].batch)
+        memory = Memory()
+        scores, seconds = timed(lambda: METHODS[name].scores(problem))
+        outcome = Outcome([seconds], **memory.read())
+        outcome.scores = np.asarray(scores.values, np.float32)
+        outcome.self_influence = scores.self_influence and scores.self_influence()
+    return outcome
+
+
+def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a method: LDS over the validation split, AUROC for the planted flips, seconds, MiB."""
+    from attribution.config import resolve
+    from attribution.data.dataset import load_data
+    from attribution.experiments.statistics import noise_ceiling
+    from attribution.experiments.subset_bank import build_bank
+    from attribution.models.ensemble import Ensemble, subset_masks, train_checkpoints
+    from attribution.runtime.hashing import digest
+    from attribution.tracking.fingerprint import training_key
+    from benchmarks.peer_methods import METHODS, Problem
+
+    given = {"preset": "digits", "cache_dir": options.cache_dir, "device": "cpu"}
+    config = resolve(given | {"num_models": options.checkpoints, "proj_dim": options.proj_dim})
+    data = load_data(config)
+    n = len(data.rows("train"))
+    work = Path(config.cache_dir) / f"peers-{digest(training_key(config, data))}"
+    masks = subset_masks(n, config.num_models, config.subset_fraction, config.seed)
+    checkpoints = train_checkpoints(config, data, masks, _made(work / "checkpoints"))
+    bank = build_bank(config, data, options.subsets, options.subset_repeats, 0.5, work / "bank")
+    alone = dataclasses.replace(config, jobs=1)  # one process, as the peers have
+    problem = Problem(alone, data, [c.folder for c in checkpoints], work)
+    outcomes = in_turn({name: (score_once, (name, problem)) for name in options.methods}, options)
+    judge = Judge(data, Ensemble.of(masks, checkpoints), bank)
+    ours = outcomes.get("ours", Outcome()).scores
+    rows = []
+    for name, outcome in outcomes.items():
+        row = {"part": "quality", "method": name} | judge(outcome, ours)
+        rows.append(row | _cost(outcome, n * len(checkpoints)) | _note(METHODS[name], outcome))
+    ceiling = float(np.nanmean(noise_ceiling(bank.margins)))
+    rows.append({"part": "quality", "method": "noise ceiling", "lds": ceiling})
+    return [*rows, {"part": "quality", "method": "loss"} | judge.loss()]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Judge:
+    """What scores are worth on data whose flips and retrained margins are known."""
+
+    def __init__(self, data: Any, ensemble: Any, bank: Any) -> None:
+        from attribution.scores.alignment import group_ids, group_weights
+
+        table = data.table("validation")
+        self.groups = group_ids(table, "label")
+        loss = ensemble.validation_loss(data.labels("validation"))
+        self.weights = group_weights(loss, self.groups, "exp_loss")
+        self.flipped = data.table("train")["is_flipped"].to_numpy()
+        self.train_loss = ensemble.train_loss(data.labels("train"))
+        self.masks, self.margins = bank.masks, bank.margins.mean(axis=1)
+
+    def __call__(self, outcome: Outcome, ours: np.ndarray | None) -> dict[str, float]:
+        """LDS, its difference from ours, AUROC of minus the alignment and of self-influence."""
+        from attribution.experiments.statistics import lds
+        from attribution.scores.alignment import group_alignment
+
+        if outcome.scores is None:
+            return {}
+        each = lds(outcome.scores, self.masks, self.margins)
+        row = dict(zip(("lds", "lds_low", "lds_high"), bootstrap(each)))
+        if ours is not None and ours is not outcome.scores:
+            paired = bootstrap(each - lds(ours, self.masks, self.margins))
+            row |= dict(zip(("minus_ours", "minus_low", "minus_high"), paired))
+        row["auroc"] = self.auroc(group_alignment(outcome.scores, self.groups, self.weights))
+        if outcome.self_influence is not None:
+            row["auroc_self"] = self.auroc(-outcome.self_influence)
+        return row
+
+    def loss(self) -> dict[str, Any]:
+        """The baseline without gradients, which gives no scores a target."""
+        return {"auroc": self.auroc(-self.train_loss), "note": "out of sample; for flips only"}
+
+    def auroc(self, values: np.ndarray) -> float:
+        """How well low values find the flips."""
+        from attribution.experiments.statistics import detection_metrics
+
+        return detection_metrics(self.flipped, {"x": values})["flips_auroc_x"]
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of (m,) values over targets, with its 95 % percentile interval."""
+    values = values[np.isfinite(values)]
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def _cost(outcome: Outcome, examples: int) -> dict[str, Any]:
+    """Seconds for 1,000 examples and one checkpoint, from a run over so many; n runs; memory."""
+    if outcome.error:
+        return {}
+    growing = statistics.median(outcome.seconds) - outcome.fixed
+    return {
+        "s_per_1000": outcome.fixed + 1000 * growing / examples,
+        "n": len(outcome.seconds),
+        "peak_mib": outcome.peak_mib,
+        "added_mib": outcome.added_mib,
+    }
+
+
+def _note(method: Method, outcome: Outcome) -> dict[str, str]:
+    return {"note": f"did not run: {outcome.error}" if outcome.error else method.note}
+
+
+# ---- speed
+
+
+def features_once(name: str, problem: Problem, repeats: int) -> Outcome:
+    """Featurising the training split; what loads and allocates beforehand counts as memory only.
+
+    Where a run is cheap the first one warms up, and `repeats` more are measured.
+    """
+    from benchmarks.peer_methods import METHODS
+
+    with tempfile.TemporaryDirectory() as folder:
+        memory = Memory()
+        prepared = METHODS[name].features(dataclasses.replace(problem, work=Path(folder)))
+        fixed, first = timed(prepared)
+        seconds = [first]
+        if first < CHEAP:
+            seconds = [timed(prepared)[1] for _ in range(repeats)]
+        return Outcome(seconds, fixed=fixed or 0.0, **memory.read())
+
+
+def measure_speed(
+    options: argparse.Namespace, size: int, worth: dict[str, float]
+) -> list[dict[str, Any]]:
+    """One row a method and batch size: seconds for 1,000 images, MiB, and the LDS on the digits."""
+    from benchmarks.peer_methods import METHODS
+
+    with tempfile.TemporaryDirectory() as folder:
+        tasks, shapes = {}, {}
+        for name in options.methods:
+            for batch, images in METHODS[name].speed:
+                batch, images = min(batch, options.images), min(images, options.images)
+                problem = synthetic(Path(folder), size, images, options.speed_dim)
+                problem = dataclasses.replace(problem, batch=batch)
+                label = f"{name}, batch {batch}"
+                tasks[label] = features_once, (name, problem, options.repeats)
+                shapes[label] = name, images
+        outcomes = in_turn(tasks, options)
+    rows = []
+    for label, (name, images) in shapes.items():
+        row = {"part": f"speed, ResNet-18, {size} x {size}, k {options.speed_dim}"}
+        row |= {"method": label, "images": images} | _cost(outcomes[label], images)
+        row |= {"lds_on_digits": worth[name]} if name in worth else {}
+        rows.append(row | _note(METHODS[name], outcomes[label]))
+    ours = next((r["s_per_1000"] for r in rows if r["method"].startswith("ours,")), None)
+    for row in rows:
+        if ours and "s_per_1000" in row:
+            row["times_ours"] = row["s_per_1000"] / ours
+    return rows
+
+
+def synthetic(folder: Path, size: int, n: int, k: int) -> Problem:
+    """A ResNet-18 of random weights and n random training images, with one target a class."""
+    import pandas as pd
+
+    from attribution.config import resolve
+    from attribution.data.dataset import ImageData
+    from attribution.models import classifier
+    from benchmarks.peer_methods import Problem
+
+    config = resolve({"preset": "digits", "image_size": size, "proj_dim": k, "device": "cpu"})
+    rng = np.random.default_rng(0)
+    classes = 10
+    labels = rng.integers(0, classes, n + classes)
+    pixels = folder / f"{n}.npy"
+    np.save(pixels, rng.integers(0, 256, (len(labels), size, size, 3), np.uint8))
+    split = ["train"] * n + ["validation"] * classes
+    examples = pd.DataFrame({"split": split, "label": labels})
+    names = tuple(map(str, range(classes)))
+    data = ImageData(pixels, names, examples, f"random-{n}-{size}", (), 0)
+    checkpoint = folder / "checkpoint" / "model"
+    if not checkpoint.exists():
+        classifier.save(
+            make_model(RESNET18, classes),
+            checkpoint,
+            size,
+            *classifier.normalisation("resnet-mini"),
+        )
+    return Problem(config, data, [checkpoint], folder)

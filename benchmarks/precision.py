@@ -1,0 +1,89 @@
+"""What precision and projector cost in quality: correlation with float32 scores, and LDS."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import data_settings
+
+# Name: (what differs from the first, whether it has the same random signs).
+VARIANTS = {
+    "sketch, float32": ({"feature_precision": "float32", "projector": "sketch"}, True),
+    "sketch, bfloat16": ({"feature_precision": "bfloat16", "projector": "sketch"}, True),
+    "sketch, float32, other signs": ({"feature_precision": "float32", "seed": 1}, False),
+    "dense normal, float32": ({"feature_precision": "float32", "projector": "normal"}, False),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of this sub-benchmark."""
+    parser.add_argument("--dataset", default="", help="a folder, in place of the digits")
+    parser.add_argument("--model", default="resnet-mini", help="with --dataset")
+    parser.add_argument("--epochs", type=int, default=3, help="with --dataset")
+    parser.add_argument("--proj_dim", type=int, default=512)
+    parser.add_argument("--checkpoints", type=int, default=4)
+    parser.add_argument("--subsets", type=int, default=50, help="of half the training set")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same checkpoints, targets and retrained subsets for every variant.
+
+    Differences of LDS are from the first variant, target by target, with a 95 % bootstrap interval
+    over targets and subsets.
+    """
+    from attribution.config import resolve
+    from attribution.data.dataset import load_data
+    from attribution.experiments.statistics import lds, lds_difference
+    from attribution.experiments.subset_bank import build_bank
+    from attribution.models.ensemble import subset_masks, train_checkpoints
+    from attribution.runtime.device import resolve_device, resolve_precision
+    from attribution.runtime.hashing import digest
+    from attribution.scores.trak import compute_scores
+    from attribution.tracking.fingerprint import training_key
+
+    sizes = {"num_models": options.checkpoints, "proj_dim": options.proj_dim}
+    config = resolve(data_settings(options) | sizes)
+    for name in options.variants:  # refused before anything is trained
+        precision = VARIANTS[name][0]["feature_precision"]
+        resolve_precision(precision, resolve_device(config.device), "feature_precision")
+    data = load_data(config)
+    work = Path(options.cache_dir) / f"precision-{data.fingerprint[:12]}"
+    n = len(data.rows("train"))
+    masks = subset_masks(n, config.num_models, config.subset_fraction, config.seed)
+    settings = digest(training_key(config, data), config.num_models)[:12]
+    folders = [c.folder for c in train_checkpoints(config, data, masks, work / settings)]
+    bank = build_bank(config, data, options.subsets, 1, 0.5, work / "bank")
+    margins = bank.margins.mean(axis=1)
+    rows, first = [], None
+    for name in options.variants:
+        given, same_signs = VARIANTS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            scores = compute_scores(replace(config, **given), data, folders, Path(folder))
+            seconds, values = time.perf_counter() - start, np.array(scores.values)
+        first = values if first is None else first
+        estimate = lds_difference(values, first, bank.masks, margins)
+        rows.append(
+            {
+                "setting": f"{Path(config.dataset).name}, n {n}, k {config.proj_dim}, "
+                f"{len(folders)} checkpoints, {options.subsets} subsets",
+                "side": name,
+                "pearson": float(np.corrcoef(values.ravel(), first.ravel())[0, 1]),
+                "same signs": "yes" if same_signs else "no",
+                "lds": float(np.nanmean(lds(values, bank.masks, margins))),
+                "difference": estimate.mean,
+                "ci_low": estimate.ci_low,
+                "ci_high": estimate.ci_high,
+                "seconds": seconds,
+            }
+        )
+    return rows

@@ -1,0 +1,104 @@
+"""Fine-tuning from the pixel cache against the bare steps on batches that lie ready in memory."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import measure, ratio, summary
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from attribution.config import Config
+    from attribution.data.dataset import ImageData
+
+EPOCHS = 3
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of this sub-benchmark."""
+    parser.add_argument("--dataset", default="", help="a folder, in place of the digits")
+    parser.add_argument("--model", default="resnet-mini", help="with --dataset")
+    parser.add_argument("--image_size", type=int, default=64, help="with --dataset")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: the preset's")
+    parser.add_argument("--precision", default="", help="empty: the preset's")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--images", type=int, default=2000, help="in an epoch")
+    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Three epochs each way; where small models are trained in stacks, of ten of them too."""
+    import numpy as np
+
+    from attribution.config import resolve
+    from attribution.data.dataset import load_data
+    from attribution.models import train as training
+    from attribution.models.retrain import STACK
+
+    given = {"epochs": EPOCHS, "cache_dir": options.cache_dir, "device": options.device}
+    if options.dataset:
+        given |= {"preset": "food101", "dataset": options.dataset, "patience": 0}
+        given |= {"image_size": options.image_size, "model": options.model, "precision": "auto"}
+    for name in ("batch_size", "precision"):
+        if getattr(options, name):
+            given[name] = getattr(options, name)
+    config = resolve(given)
+    data = load_data(config)
+    n = min(len(data.rows("train")), options.images)
+    keep = np.arange(len(data.rows("train"))) < n
+    sides = {
+        "bare steps": bare_epochs(config, data, keep),
+        "epochs": lambda: training.train(config, data, 0, keep, validate=False),
+    }
+    models = {"bare steps": 1, "epochs": 1, f"epochs of {STACK} as one": STACK}
+    if training.stacking_pays(config):
+        sides[f"epochs of {STACK} as one"] = lambda: training.train_stacked(
+            config, data, range(STACK), [keep] * STACK
+        )
+    seconds = measure(sides, options.repeats)
+    seconds = {side: [s / models[side] for s in values] for side, values in seconds.items()}
+    setting = f"{Path(config.dataset).name} at {config.image_size}, {n} images, "
+    setting += f"batch {config.batch_size}, {config.precision}, {config.device}"
+    return [
+        {"setting": setting, "side": side}
+        | summary(values, n * EPOCHS)
+        | {"ratio": ratio(values, seconds["bare steps"])}
+        for side, values in seconds.items()
+    ]
+
+
+def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[], None]:
+    """A function that takes the steps of config.epochs epochs, on batches made beforehand."""
+    import numpy as np
+    import torch
+
+    from attribution.models import classifier as models
+    from attribution.models import train as training
+    from attribution.models.batches import Batches
+    from attribution.runtime.device import autocast
+
+    device = torch.device(config.device)
+    steps = -(-int(keep.sum()) // config.batch_size)
+    batches = list(Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
+    model = models.build(config.model, data.class_names, 0)
+    models.place(model.train(), device, config.image_size)
+
+    def bare() -> None:  # without the building of a model, which training includes
+        total = steps * config.epochs
+        optimizer, scheduler = training.make_optimizer(config, model.parameters(), total)
+        for images, labels in batches * config.epochs:
+            with autocast(config, device):
+                logits = model(images).logits
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        loss.item()  # waits for a GPU
+
+    return bare

@@ -1,0 +1,442 @@
+"""Retraining without doing anything twice, and the paired comparison of what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from toy import toy_config, toy_data
+
+from attribution.data.dataset import ImageData
+from attribution.errors import InputError
+from attribution.experiments.arms import Trial
+from attribution.experiments.comparison import (
+    compare,
+    comparison_table,
+    retrain,
+    summary_metrics,
+    verdict,
+)
+from attribution.models import retrain as retraining
+from attribution.models.predict import predict
+from attribution.models.retrain import Series, retrained_logits
+from attribution.models.train import stacking_pays, train, train_stacked
+from attribution.runtime.hashing import derive_seed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+N_TEST, N_SEEDS = 200, 6
+JUDGEMENTS = ("p", "p_holm", "bootstrap_low", "bootstrap_high", "detectable")
+LABELS = np.arange(N_TEST) % 4
+
+
+def trial(arm: str, size: int, n: int = 100) -> Trial:
+    return Trial(arm, size / n, tuple(np.arange(size) + s for s in range(N_SEEDS)))
+
+
+def logits_with(correct: list[int]) -> np.ndarray:
+    """(n_seeds, n_test, 4) logits that get exactly so many test examples right under each seed."""
+    logits = np.zeros((len(correct), N_TEST, 4), np.float32)
+    for row, count in zip(logits, correct):
+        shown = np.where(np.arange(N_TEST) < count, LABELS, (LABELS + 1) % 4)
+        row[np.arange(N_TEST), shown] = 3
+    return logits
+
+
+CORRECT = {
+    ("none", 0): [160, 150, 170, 158, 163, 149],
+    ("random", 5): [158, 149, 168, 157, 160, 148],
+    ("random", 9): [150, 143, 160, 149, 155, 140],
+    ("harmful", 5): [170, 162, 181, 168, 173, 160],  # 12 more than random 5, about
+    ("helpful", 5): [140, 133, 150, 139, 144, 129],
+    ("loss", 5): [159, 148, 169, 156, 161, 147],  # one up, one down
+    ("negative", 9): [165, 159, 173, 164, 171, 155],  # about 15 more than random 9
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict:
+    trials = [trial(*key) for key in CORRECT]
+    found = compare(trials, [logits_with(c) for c in CORRECT.values()], LABELS)
+    return dict(zip(CORRECT, found))
+
+
+def accuracy(key: tuple[str, int]) -> np.ndarray:
+    return np.array(CORRECT[key]) / N_TEST
+
+
+@pytest.mark.parametrize("key", CORRECT)
+def test_per_seed_accuracy_and_its_mean_are_the_planted_ones(outcomes, key) -> None:
+    np.testing.assert_allclose(outcomes[key].per_seed["accuracy"], accuracy(key))
+    assert outcomes[key].mean["accuracy"].mean == pytest.approx(accuracy(key).mean())
+
+
+@pytest.mark.parametrize(
+    ("arm", "control", "name"),
+    [
+        (("harmful", 5), ("random", 5), "random"),
+        (("negative", 9), ("random", 9), "random"),
+        (("harmful", 5), ("none", 0), "none"),
+        (("random", 9), ("none", 0), "none"),
+    ],
+)
+def test_an_arm_is_compared_seed_by_seed_with_its_control(outcomes, arm, control, name) -> None:
+    found = outcomes[arm].versus[name]["accuracy"]
+    reference = stats.ttest_rel(accuracy(arm), accuracy(control))
+    interval = reference.confidence_interval(0.95)
+    np.testing.assert_allclose(
+        [found.mean, found.ci_low, found.ci_high, found.p],
+        [(accuracy(arm) - accuracy(control)).mean(), interval.low, interval.high, reference.pvalue],
+        rtol=1e-7,
+    )
+
+
+def test_none_is_compared_with_nothing_and_random_with_none_alone(outcomes) -> None:
+    assert outcomes["none", 0].versus == {}
+    assert set(outcomes["random", 5].versus) == {"none"}
+    assert set(outcomes["loss", 5].versus) == {"none", "random"}
+
+
+def test_worst_class_accuracy_is_that_of_the_worst_class(outcomes) -> None:
+    count = CORRECT["harmful", 5][0]
+    right = np.arange(N_TEST) < count
+    worst = min(right[c == LABELS].mean() for c in range(4))
+    found = outcomes["harmful", 5].per_seed["worst_class_accuracy"][0]
+    assert found == pytest.approx(worst)
+
+
+@pytest.mark.parametrize("name", ["random", "none"])
+def test_p_values_are_adjusted_over_all_trials_with_that_control(outcomes, name: str) -> None:
+    family = [o for o in outcomes.values() if name in o.versus]
+    p_values = [o.versus[name]["accuracy"].p for o in family]
+    running = 0.0
+    for step, i in enumerate(np.argsort(p_values)):
+        running = max(running, min(1, (len(family) - step) * p_values[i]))
+        assert family[i].holm[name] == {"accuracy": pytest.approx(running)}
+
+
+def test_summary_metrics_have_the_documented_names(outcomes) -> None:
+    metrics = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
+    expected = {f"{m}_{end}" for m in metrics for end in ("mean", "ci_low", "ci_high")}
+    for control in ("random", "none"):
+        for m in metrics:
+            expected |= {f"{m}_vs_{control}{end}" for end in ("", "_ci_low", "_ci_high")}
+        expected |= {f"accuracy_vs_{control}_{judgement}" for judgement in JUDGEMENTS}
+    assert set(summary_metrics(outcomes["harmful", 5])) == expected
+
+
+@pytest.mark.parametrize("control", [("random", 5), ("none", 0)])
+def test_a_difference_has_its_bootstrap_interval_and_what_it_could_have_shown(
+    outcomes, control
+) -> None:
+    difference = accuracy(("harmful", 5)) - accuracy(control)
+    found, name = summary_metrics(outcomes["harmful", 5]), f"accuracy_vs_{control[0]}"
+    wide = np.sqrt(N_SEEDS / (N_SEEDS - 1)) * stats.t.ppf(0.975, N_SEEDS - 1)  # few seeds
+    level = 1 - 2 * stats.norm.sf(wide)
+    reference = stats.bootstrap((difference,), np.mean, confidence_level=level, rng=1)
+    ends = [found[f"{name}_bootstrap_low"], found[f"{name}_bootstrap_high"]]
+    spread = difference.std(ddof=1)
+    np.testing.assert_allclose(ends, reference.confidence_interval, atol=0.1 * spread)
+    effect = found[f"{name}_detectable"] / spread
+    critical = stats.t.ppf(0.975, N_SEEDS - 1)
+    power = stats.nct.sf(critical, N_SEEDS - 1, effect * np.sqrt(N_SEEDS))
+    assert power == pytest.approx(0.8, abs=1e-4)
+
+
+def test_summary_metrics_are_plain_finite_numbers(outcomes) -> None:
+    for outcome in outcomes.values():
+        values = summary_metrics(outcome).values()
+        assert all(type(v) is float for v in map(float, values)) and np.isfinite([*values]).all()
+
+
+def test_the_table_has_a_row_a_trial_and_leaves_open_what_is_not_compared(outcomes) -> None:
+    table = comparison_table(list(outcomes.values()))
+    assert list(zip(table["arm"], table["n_removed"])) == list(CORRECT)
+    assert (table["n_seeds"] == N_SEEDS).all()
+    np.testing.assert_allclose(table["frac"], table["n_removed"] / 100)
+    assert {"accuracy_mean", "accuracy_vs_random_p_holm", "accuracy_vs_none"} <= set(table)
+    is_control = table["arm"].isin(["none", "random"])
+    assert (table["accuracy_vs_random"].isna() == is_control).all()
+
+
+def test_verdicts_are_those_that_were_planted(outcomes) -> None:
+    table = comparison_table(list(outcomes.values()))
+    found = {row["arm"]: verdict(row) for _, row in table.iterrows()}
+    assert found == {
+        "none": "baseline",
+        "random": "baseline",
+        "harmful": "better than random",
+        "helpful": "worse than random",
+        "loss": "indistinguishable from random",
+        "negative": "better than random",
+    }
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p_holm", "words"),
+    [
+        (0.0, 0.1, 0.01, "indistinguishable from random"),
+        (-0.1, 0.0, 0.01, "indistinguishable from random"),
+        (0.01, 0.1, 0.06, "not significant after Holm"),
+        (-0.1, -0.01, 0.06, "not significant after Holm"),
+        (0.01, 0.1, 0.04, "better than random"),
+        (-0.1, -0.01, 0.04, "worse than random"),
+    ],
+)
+def test_a_verdict_needs_the_interval_and_the_adjusted_p_value(low, high, p_holm, words) -> None:
+    versus = {"ci_low": low, "ci_high": high, "p_holm": p_holm}
+    row = {f"accuracy_vs_random_{name}": value for name, value in versus.items()}
+    assert verdict(pd.Series(row | {"arm": "harmful", "n_removed": 5})) == words
+
+
+def test_an_arm_that_removes_nothing_is_compared_with_nothing() -> None:
+    same = logits_with(CORRECT["none", 0])
+    found = compare([trial("none", 0), trial("negative", 0)], [same, same], LABELS)
+    table = comparison_table(found)
+    assert not found[1].versus and table["accuracy_vs_random"].isna().all()
+    assert [verdict(row) for _, row in table.iterrows()] == ["baseline", "removes nothing"]
+
+
+# Relabelling and groups
+
+
+GROUPS = np.where(np.arange(N_TEST) < 150, 0, 7)  # those after 150 are first to be wrong
+
+
+def relabelled(arm: str, size: int) -> Trial:
+    return replace(trial(arm, size), new_labels=(np.zeros(size, int),) * N_SEEDS)
+
+
+BOTH = {
+    ("none", 0, "remove"): CORRECT["none", 0],
+    ("random", 5, "remove"): CORRECT["random", 5],
+    ("harmful", 5, "remove"): CORRECT["harmful", 5],
+    ("random", 5, "relabel"): CORRECT["random", 9],
+    ("harmful", 5, "relabel"): CORRECT["negative", 9],
+}
+
+
+@pytest.fixture(scope="module")
+def both() -> dict:
+    """Outcomes of removal and of relabelling, with groups."""
+    trials = [
+        trial(arm, size) if action == "remove" else relabelled(arm, size)
+        for arm, size, action in BOTH
+    ]
+    return dict(zip(BOTH, compare(trials, list(map(logits_with, BOTH.values())), LABELS, GROUPS)))
+
+
+@pytest.mark.parametrize("action", ["remove", "relabel"])
+def test_random_is_matched_by_size_and_action(both, action: str) -> None:
+    arm, control = (np.array(BOTH[name, 5, action]) / N_TEST for name in ("harmful", "random"))
+    found = both["harmful", 5, action].versus["random"]["accuracy"]
+    assert found.mean == pytest.approx((arm - control).mean())
+    none = np.array(BOTH["none", 0, "remove"]) / N_TEST
+    found = both["harmful", 5, action].versus["none"]["accuracy"]
+    assert found.mean == pytest.approx((arm - none).mean())
+
+
+def test_the_table_tells_the_actions_apart(both) -> None:
+    table = comparison_table(list(both.values()))
+    assert list(zip(table["arm"], table["n_removed"], table["action"])) == list(BOTH)
+
+
+@pytest.mark.parametrize("key", BOTH)
+def test_worst_group_accuracy_is_that_of_the_worst_group(both, key) -> None:
+    expected = []
+    for count in BOTH[key]:
+        first, last = min(count, 150) / 150, max(count - 150, 0) / 50
+        expected.append(min(first, last))
+    np.testing.assert_allclose(both[key].per_seed["worst_group_accuracy"], expected)
+
+
+@pytest.mark.parametrize("control", ["random", "none"])
+@pytest.mark.parametrize("metric", ["accuracy", "worst_group_accuracy"])
+def test_each_judged_metric_is_adjusted_by_itself_over_both_actions(both, control, metric) -> None:
+    family = [o for o in both.values() if control in o.versus]
+    assert len(family) == {"random": 2, "none": 4}[control]
+    p_values = [o.versus[control][metric].p for o in family]
+    running = 0.0
+    for step, i in enumerate(np.argsort(p_values)):
+        running = max(running, min(1, (len(family) - step) * p_values[i]))
+        assert family[i].holm[control][metric] == pytest.approx(running)
+
+
+def test_worst_group_accuracy_is_judged_where_there_are_groups_alone(outcomes, both) -> None:
+    judged = {f"worst_group_accuracy_vs_{c}_{k}" for c in ("random", "none") for k in JUDGEMENTS}
+    assert judged <= set(summary_metrics(both["harmful", 5, "relabel"]))
+    assert not judged & set(summary_metrics(outcomes["harmful", 5]))
+    assert judged <= set(comparison_table(list(both.values())))
+    assert not judged & set(comparison_table(list(outcomes.values())))
+
+
+def test_a_verdict_is_that_of_the_metric_asked_for(both) -> None:
+    table = comparison_table(list(both.values()))
+    row = table[(table["arm"] == "harmful") & (table["action"] == "relabel")].iloc[0].copy()
+    row["worst_group_accuracy_vs_random_ci_low"] = -1.0
+    assert verdict(row) == "better than random"
+    assert verdict(row, "worst_group_accuracy") == "indistinguishable from random"
+
+
+# Retraining
+
+
+SEEDS = [derive_seed(0, "retrain", s) for s in range(2)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> ImageData:
+    return toy_data(tmp_path / "data", n_train=24, n_other=6)
+
+
+@pytest.fixture
+def count(monkeypatch) -> list:
+    """What was really trained, as (seed, kept positions)."""
+    done: list = []
+    original = retraining._retrain
+
+    def counting(config, data, stack, split):
+        members = zip(stack.seeds, stack.keep, strict=True)
+        done.extend((seed, np.flatnonzero(keep).tolist()) for seed, keep in members)
+        return original(config, data, stack, split)
+
+    monkeypatch.setattr(retraining, "_retrain", counting)
+    return done
+
+
+def arm(name: str, *removed: list[int]) -> Trial:
+    return Trial(name, len(removed[0]) / 24, tuple(np.array(r, dtype=np.int64) for r in removed))
+
+
+NONE, HARMFUL = arm("none", [], []), arm("harmful", [1, 4], [1, 4])
+CONFIG = {"epochs": 1}
+
+
+@pytest.mark.parametrize("batch_size", [8, 65])  # trained in stacks, and one by one
+def test_retraining_gives_what_training_on_the_rest_gives_directly(
+    data, tmp_path, batch_size
+) -> None:
+    config = toy_config(**CONFIG, batch_size=batch_size)
+    assert stacking_pays(config) == (batch_size == 8)
+    found = retrain(config, data, [NONE, HARMFUL], SEEDS, tmp_path / "work")
+    for removed, logits in zip(([], [1, 4]), found):
+        keep = np.array([i not in removed for i in range(24)])
+        if stacking_pays(config):
+            models = train_stacked(config, data, SEEDS, [keep, keep])
+        else:
+            models = [train(config, data, seed, keep, validate=False).model for seed in SEEDS]
+        for found, model in zip(logits, models, strict=True):
+            np.testing.assert_array_equal(found, predict(config, model, data, "test"))
+
+
+def test_a_second_call_trains_nothing_and_gives_the_same(data, tmp_path, count) -> None:
+    arguments = (toy_config(**CONFIG), data, [NONE, HARMFUL], SEEDS, tmp_path / "work")
+    first = retrain(*arguments)
+    assert len(count) == 4
+    second = retrain(*arguments)
+    assert len(count) == 4
+    for a, b in zip(first, second):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_two_trials_that_remove_the_same_are_trained_once(data, tmp_path, count) -> None:
+    trials = [NONE, HARMFUL, arm("loss", [4, 1], [1, 4])]
+    _, harmful, loss = retrain(toy_config(**CONFIG), data, trials, SEEDS, tmp_path / "work")
+    assert len(count) == 4
+    np.testing.assert_array_equal(harmful, loss)
+
+
+def test_only_what_an_added_arm_needs_is_trained(data, tmp_path, count) -> None:
+    config, work = toy_config(**CONFIG), tmp_path / "work"
+    retrain(config, data, [NONE], SEEDS, work)
+    retrain(config, data, [NONE, arm("random", [0], [2])], SEEDS, work)
+    assert count[2:] == [
+        (SEEDS[0], [i for i in range(24) if i != 0]),
+        (SEEDS[1], [i for i in range(24) if i != 2]),
+    ]
+
+
+def test_a_changed_training_setting_trains_again(data, tmp_path, count) -> None:
+    for rate in (0.01, 0.02):
+        config = toy_config(epochs=1, learning_rate=rate)
+        retrain(config, data, [NONE], SEEDS, tmp_path / "work")
+    assert len(count) == 4
+
+
+def test_where_it_is_computed_does_not_train_again(data, tmp_path, count) -> None:
+    for jobs in (1, 2):
+        retrain(toy_config(epochs=1, jobs=jobs), data, [NONE], SEEDS, tmp_path / "work")
+    assert len(count) == 2
+
+
+def test_what_was_finished_before_changes_no_bit(data, tmp_path, count) -> None:
+    config, seeds = toy_config(), [derive_seed(0, "retrain", s) for s in range(13)]
+    trials = [arm("none", *[[]] * 13), arm("harmful", *[[1, 4]] * 13)]
+    whole = retrain(config, data, trials, seeds, tmp_path / "whole")
+    retrain(config, data, [arm("loss", *[[1, 4]] * 10)], seeds[:10], tmp_path / "resumed")
+    resumed = retrain(config, data, trials, seeds, tmp_path / "resumed")
+    assert len(count) == 26 + 10 + 16
+    for a, b in zip(whole, resumed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_relabelled_examples_are_seen_with_their_new_labels(data, tmp_path) -> None:
+    config, seen = toy_config(epochs=1, batch_size=65), np.ones((2, 24), dtype=bool)
+    labels = np.stack([1 - data.labels("train")] * 2)
+    relabelled, plain = retrained_logits(
+        config,
+        data,
+        [Series("relabelled", SEEDS, seen, labels), Series("plain", SEEDS, seen)],
+        "test",
+        tmp_path / "work",
+        "test",
+    )
+    model = train(config, data, SEEDS[1], seen[1], validate=False, labels=labels[1]).model
+    np.testing.assert_array_equal(relabelled[1], predict(config, model, data, "test"))
+    assert not np.array_equal(relabelled, plain)
+
+
+def test_a_relabelling_trial_keeps_every_example_and_changes_those_labels(data, tmp_path) -> None:
+    config = toy_config(epochs=1, batch_size=65)
+    new = (np.array([1, 1]), np.array([0, 0]))
+    given = replace(arm("harmful", [0, 4], [1, 5]), new_labels=new)
+    (found,) = retrain(config, data, [given], SEEDS, tmp_path / "work")
+    for seed, positions, labels, logits in zip(SEEDS, given.removed, new, found, strict=True):
+        changed = data.labels("train").copy()
+        assert (changed[positions] != labels).all()
+        changed[positions] = labels
+        every = np.ones(24, dtype=bool)
+        model = train(config, data, seed, every, validate=False, labels=changed).model
+        np.testing.assert_array_equal(logits, predict(config, model, data, "test"))
+
+
+def test_a_result_that_somebody_deletes_before_it_is_read_is_told(data, tmp_path) -> None:
+    trials = [NONE, HARMFUL]
+    found = retrain(toy_config(**CONFIG), data, trials, SEEDS, tmp_path / "work")
+    assert [each.shape for each in found] == [(2, len(data.rows("test")), 2)] * 2
+    for file in (tmp_path / "work").glob("*.npz"):
+        file.unlink()
+    with pytest.raises(InputError, match=f"cache_dir: .*{tmp_path / 'work'}; try again"):
+        found[1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty archive", "other compression"])
+def test_a_damaged_result_in_the_store_is_computed_again(data, tmp_path, count, damage) -> None:
+    arguments = (toy_config(**CONFIG), data, [NONE], SEEDS, tmp_path / "work")
+    first = list(retrain(*arguments))
+    file = sorted((tmp_path / "work").glob("*.npz"))[0]
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(content[:100])
+    elif damage == "empty archive":
+        np.savez(file)
+    else:
+        content[content.index(b"PK\x01\x02") + 10] = 99
+        file.write_bytes(content)
+    second = retrain(*arguments)
+    assert len(count) == 4  # the stack of both seeds, again
+    np.testing.assert_array_equal(first[0], second[0])

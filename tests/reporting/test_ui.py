@@ -1,0 +1,277 @@
+"""What a person sees: a real browser on `mlflow ui` over a small ablation of the digits.
+
+Screenshots of every page go to the folder that TRAK_ABLATION_SCREENSHOTS names, or to pytest's own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import Place, child_environment
+
+from attribution.reporting import mlflow_notes
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = playwright.expect
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# The smallest run of the digits preset that has every page.
+DIGITS = {
+    "preset": "digits",
+    "dataset": None,
+    "model": None,
+    "image_size": None,
+    "num_models": 2,
+    "epochs": 1,
+    "batch_size": 64,
+    "arms": "none,random,harmful",
+    "frac": 0.05,
+}
+ARMS = {"none": "0", "random 0.05": "0.05", "harmful 0.05": "0.05"}  # run name to frac
+# What the console may say, and why it is not ours.
+IGNORED = {
+    "/mlflow/users/current": "MLflow asks who is logged in; a server without log-in answers 404",
+    "ResizeObserver loop": "Chromium's notice that MLflow's own layout took two frames to settle",
+}
+SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Ui:
+    """A running `mlflow ui` and the ids of what it shows."""
+
+    address: str
+    place: Place
+    run_id: str  # of the ablation
+
+    @property
+    def experiment_id(self) -> str:
+        return self.run.info.experiment_id
+
+    @property
+    def run(self) -> Any:
+        return self.place.client().get_run(self.run_id)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        return pd.read_csv(self.place.artifacts(self.run_id) / "comparison.csv")
+
+    def arms(self) -> list[str]:
+        """Ids of the nested runs, in the order of their making."""
+        return [run.info.run_id for run in self.place.children(self.run_id)]
+
+
+@pytest.fixture(scope="module")
+def ui(new_place, browser) -> Iterator[Ui]:
+    place = new_place("ui")
+    run_id = place.done("ablation", **DIGITS).run_id
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = ["--backend-store-uri", place.environment["MLFLOW_TRACKING_URI"]]
+    command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1", *store]
+    log = place.root / "server.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            command,
+            cwd=place.root,
+            env=child_environment(place),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(address, server, log)
+        yield Ui(address, place, run_id)
+    finally:
+        server.terminate()  # it takes its workers along
+        server.wait(timeout=SECONDS)
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    """Until the server answers; with its output where it does not."""
+    end = time.monotonic() + 2 * SECONDS
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=SECONDS).close()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.1)
+    pytest.fail(f"mlflow ui does not answer:\n{log.read_text()}")
+
+
+@pytest.fixture
+def page(ui: Ui, browser: Any) -> Iterator[Any]:
+    """A newcomer's page: nothing remembered, nothing outside this machine, no error at the end."""
+    context = browser.new_context(base_url=ui.address, viewport={"width": 1440, "height": 1000})
+    context.set_default_timeout(1000 * SECONDS)
+    expect.set_options(timeout=1000 * SECONDS)
+    errors, outside = [], []
+    context.route(lambda url: not url.startswith((ui.address, "blob:", "data:")),
+                  lambda route: (outside.append(route.request.url), route.abort()))  # fmt: skip
+    context.on("page", lambda page: watch(page, errors))
+    yield context.new_page()
+    context.close()
+    assert not outside and not errors
+
+
+def watch(page: Any, errors: list[str]) -> None:
+    """Collect what the page's console calls an error, and every uncaught exception."""
+
+    def heard(message: Any) -> None:
+        text = f"{message.text} {message.location.get('url', '')}"
+        if message.type == "error" and not any(name in text for name in IGNORED):
+            errors.append(text)
+
+    page.on("console", heard)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+
+
+@pytest.fixture
+def shoot(page: Any, tmp_path: Path) -> Any:
+    folder = Path(os.environ.get("TRAK_ABLATION_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda name, of=page: of.screenshot(path=folder / f"{name}.png")
+
+
+def row(page: Any, name: str | re.Pattern) -> Any:
+    """The row of the runs' table that has a run of this name."""
+    return page.get_by_role("row").filter(has=page.get_by_role("link", name=name))
+
+
+def unfold(page: Any, ui: Ui) -> None:
+    """Show the arms below the ablation."""
+    row(page, ui.run.info.run_name).get_by_role("button").first.click()
+
+
+# -- the table of runs -----------------------------------------------------------------------------
+
+
+def test_the_experiment_shows_every_stage_as_a_run_and_arms_below_theirs(ui, page, shoot) -> None:
+    page.goto(f"/#/experiments/{ui.experiment_id}?{mlflow_notes.TRAINING}")
+    for stage in ("finetune", "trak", "ablation"):
+        expect(row(page, re.compile(rf"^{stage} digits \w{{6}}$"))).to_have_count(1)
+    shoot("runs")
+    unfold(page, ui)
+    for name in ARMS:
+        expect(row(page, re.compile(f"^{name}$"))).to_have_count(1)
+    shoot("runs-with-arms")
+
+
+def test_the_view_of_arms_has_the_best_first_with_verdicts_and_charts(ui, page, shoot) -> None:
+    page.goto(f"/{mlflow_notes.arms_link(ui.experiment_id, ui.run_id)}")
+    expect(page.get_by_text(f"{len(ARMS)} matching runs")).to_be_visible()
+    best_first = ui.table.sort_values("accuracy_mean", ascending=False, kind="stable")
+    names = page.get_by_role("link", name=re.compile("^(none|random 0.05|harmful 0.05)$"))
+    expect(names).to_have_text([re.compile(arm) for arm in best_first["arm"]])
+    for column in ("accuracy_mean", "verdict", "accuracy_vs_random"):
+        expect(page.get_by_role("columnheader", name=column, exact=True).first).to_be_visible()
+    expect(page.get_by_role("gridcell", name="baseline", exact=True)).to_have_count(2)
+    for mean in best_first["accuracy_mean"]:
+        expect(page.get_by_role("gridcell", name=f"{mean:.6f}"[:-1])).to_have_count(1)
+    shoot("arms")
+    page.goto(f"/{mlflow_notes.arms_link(ui.experiment_id, ui.run_id)}&compareRunsMode=CHART")
+    for name in mlflow_notes.CHARTS:
+        expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
+    bar = page.locator("svg text", has_text=f"{best_first['accuracy_mean'].iloc[0]:.2f}")
+    expect(bar.first).to_be_visible()  # the charts are drawn
+    shoot("arms-charts")
+
+
+# -- the comparison page ---------------------------------------------------------------------------
+
+
+def test_arms_are_ticked_and_compared(ui, page, shoot) -> None:
+    page.goto(f"/#/experiments/{ui.experiment_id}/runs?{mlflow_notes.TRAINING}")
+    unfold(page, ui)
+    for name in ARMS:
+        row(page, re.compile(f"^{name}$")).get_by_role("checkbox").first.check()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    check_comparison(ui, page)
+    shoot("compare")
+
+
+def test_the_link_of_a_comparison_opens_it_with_what_each_arm_removed(ui, page, shoot) -> None:
+    page.goto(f"/{mlflow_notes.compare_link(ui.experiment_id, ui.arms())}")
+    check_comparison(ui, page)
+    page.get_by_text("removed.png").dispatch_event("click")  # the list scrolls on its own
+    pictures = page.get_by_role("img", name="removed.png")
+    expect(pictures).to_have_count(len(ARMS))  # `none` has one too, or the whole section fails
+    pictures.first.scroll_into_view_if_needed()
+    shoot("compare-removed")
+
+
+def check_comparison(ui: Ui, page: Any) -> None:
+    """Arm, frac and accuracy of every run are there."""
+    expect(page.get_by_text(f"Comparing {len(ARMS)} Runs")).to_be_visible()
+    for parameter, values in (("arm", ui.table["arm"]), ("frac", ARMS.values())):
+        line = page.get_by_role("row", name=re.compile(rf"^{parameter}\b")).first
+        for value in values:
+            expect(line).to_contain_text(value)
+    expect(page.get_by_role("link", name="accuracy_mean", exact=True)).to_be_attached()
+    for mean in ui.table["accuracy_mean"]:
+        expect(page.get_by_text(f"{mean:.3f}", exact=True).first).to_be_attached()
+
+
+# -- the run's own page ----------------------------------------------------------------------------
+
+
+def test_the_note_of_an_ablation_leads_to_its_arms_and_report(ui, page, shoot) -> None:
+    page.goto(f"/{mlflow_notes.run_link(ui.experiment_id, ui.run_id)}")
+    for name in ARMS:
+        said = page.get_by_role("listitem").filter(has_text=re.compile(f"^{name} "))
+        expect(said).to_be_visible()
+    shoot("ablation")
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="arms side by side").click()
+    expect(opened.value.get_by_text(f"Comparing {len(ARMS)} Runs")).to_be_visible()
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="Report").click()
+    report = opened.value.frame_locator("iframe")
+    expect(report.get_by_role("heading").first).to_be_visible()
+
+
+def test_figure_and_table_are_shown_among_the_artifacts(ui, page, shoot) -> None:
+    page.goto(f"/{mlflow_notes.run_link(ui.experiment_id, ui.run_id)}")
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("comparison.png", exact=True).click()
+    figure = page.get_by_role("img", name="comparison.png")
+    expect(figure).to_be_visible()
+    assert figure.evaluate("image => image.decode().then(() => image.naturalWidth)") > 400
+    shoot("comparison-figure")
+    page.get_by_text("comparison.json", exact=True).click()
+    for text in ("arm", "frac", "n_removed", *ui.table["arm"]):
+        expect(page.get_by_text(text, exact=True)).to_be_visible()
+    shoot("comparison-table")
+
+
+def test_the_report_is_shown_among_the_artifacts(ui, page, shoot) -> None:
+    page.goto(f"/{mlflow_notes.run_link(ui.experiment_id, ui.run_id, 'report.html')}")
+    report = page.frame_locator("iframe")
+    expect(report.get_by_role("heading").first).to_be_visible()
+    for arm in ui.table["arm"]:
+        expect(report.get_by_text(re.compile(rf"\b{arm}\b")).first).to_be_attached()
+    for image in report.get_by_role("img").all():
+        assert image.evaluate("i => i.tagName != 'IMG' || i.decode().then(() => i.naturalWidth)")
+    # The pane loads it from a blob in a sandbox, where a link inside the page leads nowhere.
+    assert report.locator("a[href^='#']").count() == 0
+    shoot("report")
+
+
+def test_every_stage_and_arm_has_a_note(ui: Ui) -> None:
+    described = [run for run in ui.place.runs() if run.data.tags.get(mlflow_notes.NOTE)]
+    assert len(described) == len(ui.place.runs()) == 3 + len(ARMS)

@@ -1,0 +1,348 @@
+"""The map over tasks, in this process and in workers, and the store of finished results."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attribution.cli import command
+from attribution.errors import InputError
+from attribution.runtime import parallel
+from attribution.runtime.parallel import (
+    ATTEMPTS,
+    MOVES,
+    LostWorker,
+    ResultStore,
+    ask,
+    end_workers,
+    parallel_map,
+    read_folder,
+    resolve_jobs,
+    start_workers,
+    write_folder,
+)
+
+
+def difference(a: int, b: int) -> int:
+    return a - b
+
+
+def refuse(value: int) -> int:
+    if value == 2:
+        raise InputError(f"value={value}: not wanted")
+    return value
+
+
+def where_am_i(_: int) -> tuple[int, int]:
+    import torch
+
+    return os.getpid(), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_result_comes_once_with_the_index_of_its_task(jobs: int) -> None:
+    tasks = [(10 * i, i) for i in range(7)]
+    found = list(parallel_map(difference, tasks, jobs))
+    assert sorted(found) == [(i, 9 * i) for i in range(7)]
+
+
+def test_with_one_job_tasks_run_here_in_order_and_only_when_asked_for() -> None:
+    seen: list[int] = []
+    results = parallel_map(seen.append, [(i,) for i in range(3)], 1)
+    assert next(results)[0] == 0 and seen == [0]
+    assert [index for index, _ in results] == [1, 2] and seen == [0, 1, 2]
+
+
+def test_workers_are_other_processes_with_an_equal_share_of_the_threads() -> None:
+    results = [found for _, found in parallel_map(where_am_i, [(i,) for i in range(4)], 2)]
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert os.getpid() not in {pid for pid, _ in results}
+    assert {threads for _, threads in results} == {share}
+
+
+def worker_pids() -> set[int]:
+    return {pid for _, (pid, _) in parallel_map(where_am_i, [(i,) for i in range(6)], 2)}
+
+
+def test_idle_workers_are_ended_at_once_and_the_next_map_has_others() -> None:
+    before = worker_pids()
+    end_workers()
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not before & worker_pids()
+
+
+def sign(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+
+
+def test_workers_started_early_call_a_function_and_are_those_of_the_first_map(
+    tmp_path: Path,
+) -> None:
+    end_workers()
+    start_workers(2, functools.partial(sign, tmp_path))
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    early = {int(file.name) for file in tmp_path.iterdir()}
+    assert early and os.getpid() not in early
+    for pid in early:
+        os.kill(pid, 0)  # it outlives what it was called for
+    list(parallel_map(difference, [(i, 0) for i in range(8)], 2))
+    for pid in early:
+        os.kill(pid, 0)
+
+
+def test_a_function_that_fails_in_an_early_worker_is_nobodys_concern() -> None:
+    start_workers(2, functools.partial(refuse, 2))
+    assert sorted(parallel_map(refuse, [(0,), (1,)], 2)) == [(0, 0), (1, 1)]
+
+
+def test_workers_started_early_end_with_an_error_of_the_command(
+    new_place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: set[int] = set()
+
+    def start(*given) -> None:
+        start_workers(*given)
+        pids.update(parallel._Workers.executor._processes)
+
+    monkeypatch.setattr(parallel, "start_workers", start)
+    end_workers()
+    place = new_place("early")
+    argv = place.argv("finetune", dataset="/nowhere", jobs=2)
+    with place.active(), pytest.raises(SystemExit) as ended:
+        command.run_entry_point("finetune", lambda *_: None, lambda *_: None, argv, early=True)
+    assert ended.value.code == 2 and pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    "given", [{"jobs": 1}, {"backend": "ray", "jobs": 2}, {"device": "cuda", "jobs": 2}]
+)
+def test_where_tasks_run_elsewhere_no_worker_starts_early(
+    given: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list = []
+    monkeypatch.setattr(parallel, "start_workers", lambda *given: started.append(given))
+    command._start_workers("finetune", given)
+    assert not started
+    command._start_workers("finetune", {"device": "cpu", "jobs": 2})
+    assert len(started) == 1
+
+
+def test_what_is_asked_is_answered_by_a_worker_or_here() -> None:
+    end_workers()
+    assert ask(os.getpid) == os.getpid()
+    start_workers(2, os.getpid)
+    assert ask(os.getpid) != os.getpid()
+    with pytest.raises(InputError, match="value=2: not wanted"):
+        ask(refuse, 2)
+    os.kill(ask(os.getpid), signal.SIGKILL)
+    assert ask(difference, 3, 1) == difference(3, 1)  # whoever answers
+    end_workers()
+    assert ask(os.getpid) == os.getpid()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_bad_input_in_a_task_is_raised_here_as_bad_input_and_the_next_map_works(jobs: int) -> None:
+    with pytest.raises(InputError) as caught:
+        list(parallel_map(refuse, [(i,) for i in range(4)], jobs))
+    assert str(caught.value) == "value=2: not wanted"
+    assert sorted(parallel_map(refuse, [(0,), (1,)], jobs)) == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_tasks_give_no_results(jobs: int) -> None:
+    assert list(parallel_map(difference, [], jobs)) == []
+
+
+@given(st.integers(0, 64), st.integers(0, 100))
+def test_there_are_never_more_workers_than_tasks_or_than_asked_for(jobs: int, tasks: int) -> None:
+    resolved = resolve_jobs(jobs, "cpu", tasks)
+    assert 1 <= resolved <= max(1, tasks)
+    assert not jobs or resolved <= jobs
+
+
+def test_zero_jobs_are_one_a_core_on_a_processor_and_one_on_a_gpu() -> None:
+    assert resolve_jobs(0, "cpu", 1000) == len(os.sched_getaffinity(0))
+    assert resolve_jobs(0, "cuda", 1000) == 1
+    assert resolve_jobs(3, "cuda", 1000) == 3
+
+
+# A worker that is killed
+
+
+def dies_once(folder: Path, index: int) -> int:
+    """The third task is killed the first time."""
+    marker = folder / "killed"
+    if index == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return index
+
+
+def test_what_a_killed_worker_had_begun_is_done_again_and_named(tmp_path: Path, capfd) -> None:
+    tasks = [(i,) for i in range(6)]
+    found = parallel_map(
+        dies_once, tasks, 2, (tmp_path,), names=[f"retraining {i}" for i in "abcdef"]
+    )
+    assert sorted(found) == [(i, i) for i in range(6)]
+    shown = [line for line in capfd.readouterr().err.splitlines() if "trying again" in line]
+    assert any(line.startswith("retraining c: its worker process was killed") for line in shown)
+    assert len(shown) <= 3  # what the two workers had, and the one that was waiting for them
+
+
+def losing(times: int, moved: bool = False, error: type[Exception] = LostWorker):
+    """A task of this process that loses its worker so many times, and every batch it was given."""
+    batches: list[int] = []
+
+    def function(batch: int) -> int:
+        batches.append(batch)
+        if len(batches) <= times:
+            raise LostWorker("its machine went away", moved) if error is LostWorker else error()
+        return batch
+
+    return function, batches
+
+
+def smaller(task: tuple) -> tuple:
+    return (task[0] // 4,)
+
+
+@pytest.mark.parametrize("error", [LostWorker, MemoryError])
+def test_the_last_attempt_has_a_smaller_batch(error: type[Exception]) -> None:
+    function, batches = losing(ATTEMPTS - 1, error=error)
+    assert list(parallel_map(function, [(64,)], 1, smaller=smaller)) == [(0, 16)]
+    assert batches == [64] * (ATTEMPTS - 1) + [16]
+
+
+def test_a_task_that_loses_every_worker_is_named_in_one_line() -> None:
+    function, batches = losing(99, error=MemoryError)
+    with pytest.raises(InputError, match="jobs=1: checkpoint 007: memory ran out .*, 3 times"):
+        list(parallel_map(function, [(64,)], 1, names=["checkpoint 007"]))
+    assert len(batches) == ATTEMPTS
+
+
+def test_a_machine_that_goes_away_changes_no_batch() -> None:
+    function, batches = losing(MOVES - 1, moved=True)
+    assert list(parallel_map(function, [(64,)], 1, smaller=smaller)) == [(0, 64)]
+    assert batches == [64] * MOVES
+    function, batches = losing(MOVES, moved=True)
+    with pytest.raises(InputError, match="task 0: its machine went away, 10 times"):
+        list(parallel_map(function, [(64,)], 1, smaller=smaller))
+
+
+def test_a_folder_is_what_it_was_after_it_has_travelled(tmp_path: Path) -> None:
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    (tmp_path / "a" / "deep" / "file").write_bytes(b"\x00\xff")
+    (tmp_path / "a" / "empty").touch()
+    write_folder(tmp_path / "new" / "b", read_folder(tmp_path / "a"))
+    write_folder(tmp_path / "new" / "b", {"late": np.zeros(1, np.uint8)})  # the first one stays
+    found = {
+        path.name: path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file()
+    }
+    assert found == {"file": b"\x00\xff", "empty": b""}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ResultStore:
+    return ResultStore(tmp_path / "deep" / "store")
+
+
+def archive(**arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def test_what_is_put_is_what_another_store_on_the_folder_gets(store: ResultStore) -> None:
+    arrays = {"a": np.arange(5), "b": np.float32([[1.5, np.nan]])}
+    store.put("key", arrays)
+    found = ResultStore(store.folder).get("key")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_an_unknown_key_gives_none(store: ResultStore) -> None:
+    assert store.get("key") is None
+
+
+def test_a_second_put_replaces_the_first(store: ResultStore) -> None:
+    store.put("key", {"a": np.zeros(3)})
+    store.put("key", {"a": np.ones(2)})
+    np.testing.assert_array_equal(store.get("key")["a"], [1, 1])
+
+
+def test_after_a_put_nothing_but_the_result_lies_in_the_folder(store: ResultStore) -> None:
+    store.put("key", {"a": np.zeros(3)})
+    assert [path.name for path in store.folder.iterdir()] == ["key.npz"]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_put_that_is_cut_off_leaves_what_was_there_before(
+    store: ResultStore, monkeypatch, earlier: bool
+) -> None:
+    if earlier:
+        store.put("key", {"a": np.zeros(3)})
+
+    def cut_off(file: Path, **arrays) -> None:
+        Path(file).write_bytes(b"PK\x03\x04 and no more")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        store.put("key", {"a": np.ones(3)})
+    found = store.get("key")
+    assert found["a"].tolist() == [0, 0, 0] if earlier else found is None
+
+
+@pytest.mark.parametrize("length", [0, 1, 30, 100, -30, -1])
+def test_a_truncated_result_counts_as_none(store: ResultStore, length: int) -> None:
+    (store.folder / "key.npz").write_bytes(archive(a=np.arange(20))[:length])
+    assert store.get("key") is None
+
+
+def test_a_result_with_any_changed_byte_is_whole_or_counts_as_none(store: ResultStore) -> None:
+    original = archive(a=np.arange(4))
+    for position in range(len(original)):
+        for value in {0, 9, 255} - {original[position]}:
+            changed = bytearray(original)
+            changed[position] = value
+            (store.folder / "key.npz").write_bytes(changed)
+            found = store.get("key")
+            if found:  # a byte that carries nothing, or the member's name
+                assert all(np.array_equal(array, np.arange(4)) for array in found.values())
+
+
+@pytest.mark.parametrize("content", [b"not an archive", b"PK\x03\x04"])
+def test_a_file_that_is_no_archive_counts_as_none(store: ResultStore, content: bytes) -> None:
+    (store.folder / "key.npz").write_bytes(content)
+    assert store.get("key") is None
+
+
+def test_a_lone_array_in_place_of_an_archive_counts_as_none(store: ResultStore) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    (store.folder / "key.npz").write_bytes(buffer.getvalue())
+    assert store.get("key") is None
+
+
+def test_a_pickled_result_counts_as_none(store: ResultStore) -> None:
+    content = archive(a=np.array([{"an": "object"}], dtype=object))
+    (store.folder / "key.npz").write_bytes(content)
+    assert store.get("key") is None

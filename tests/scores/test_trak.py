@@ -1,0 +1,321 @@
+"""From features on disk to the score matrix, against the formula in float64."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import toy_config, toy_data
+
+from attribution.errors import InputError
+from attribution.runtime import npy_blocks as matrices
+from attribution.runtime.npy_blocks import write_matrix
+from attribution.scores import features as featurization
+from attribution.scores import trak
+from attribution.scores.alignment import group_alignment
+from attribution.scores.features import TARGETS, Store
+from attribution.scores.trak import check_proj_dim, combine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+def store_features(folder: Path, m: int, n: int, targets: int, k: int, shard: int = 0) -> Store:
+    """Random features whose scales differ by two orders of magnitude, and random 1 - p."""
+    rng, store = np.random.default_rng(m), Store(folder / str(m), m)
+    for split, rows in (("train", n), (TARGETS, targets)):
+        features = rng.standard_normal((rows, k)) * np.geomspace(1, 0.01, k)
+        one_minus_p = rng.random((rows, 1))
+        for first in range(0, rows, shard or rows):
+            part = slice(first, first + (shard or rows))
+            put(store.features_file(split, first), features[part])
+            put(store.one_minus_p_file(split, first), one_minus_p[part])
+    return store
+
+
+def put(file: Path, values: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_matrix(file, [values], values.shape)
+
+
+def formula(
+    stores: list[Store], lambda_reg: float, weight: str, num_blocks: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and self-influence as the design writes them, in float64, summed over the blocks."""
+    scores = self_influence = one_minus_p = 0
+    for store in stores:
+        phi, targets = (
+            np.concatenate(store.features(split)).astype(np.float64) for split in ("train", TARGETS)
+        )
+        width = phi.shape[1] // num_blocks
+        for start in range(0, phi.shape[1], width):
+            x, y = phi[:, start : start + width], targets[:, start : start + width]
+            gram = x.T @ x
+            inverse = np.linalg.inv(gram + lambda_reg * gram.trace() / width * np.eye(width))
+            scores = scores + x @ inverse @ y.T / len(stores)
+            self_influence = self_influence + ((x @ inverse) * x).sum(1) / len(stores)
+        one_minus_p = one_minus_p + store.one_minus_p("train") / len(stores)
+    return scores * one_minus_p if weight == "mean" else scores, self_influence
+
+
+@contextmanager
+def blocks_of(rows: int):
+    """Every pass reads and writes so many rows at a time."""
+    with patch.object(matrices, "BLOCK_ROWS", rows):
+        yield
+
+
+def check(
+    stores: list[Store], folder: Path, lambda_reg: float, weight: str, num_blocks: int = 1
+) -> np.ndarray:
+    found = combine(stores, folder / "scores.npy", lambda_reg, weight, CPU, num_blocks)
+    scores, self_influence = formula(stores, lambda_reg, weight, num_blocks)
+    assert found.values.dtype == np.float32
+    np.testing.assert_allclose(found.values, scores, rtol=0, atol=2e-5 * np.abs(scores).max())
+    np.testing.assert_allclose(found.self_influence, self_influence, rtol=2e-4)
+    return np.array(found.values)
+
+
+@pytest.mark.parametrize("weight", ["mean", "none"])
+@pytest.mark.parametrize("lambda_reg", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_scores_and_self_influence_are_those_of_the_formula(
+    tmp_path: Path, checkpoints: int, lambda_reg: float, weight: str
+) -> None:
+    stores = [store_features(tmp_path, m, 90, 11, 16) for m in range(checkpoints)]
+    with blocks_of(32):  # of 90: the last block is shorter
+        check(stores, tmp_path, lambda_reg, weight)
+
+
+@pytest.mark.parametrize("lambda_reg", [0.0, 0.1])
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_scores_of_several_blocks_are_the_sum_of_one_formula_a_block(
+    tmp_path: Path, num_blocks: int, lambda_reg: float
+) -> None:
+    stores = [store_features(tmp_path, m, 90, 11, 16, shard=40) for m in range(2)]
+    with blocks_of(32):
+        found = check(stores, tmp_path, lambda_reg, "mean", num_blocks)
+    whole, _ = formula(stores, lambda_reg, "mean")
+    assert np.abs(found - whole).max() > 0.05 * np.abs(whole).max()  # and not one for them all
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
+    tmp_path: Path, num_blocks: int
+) -> None:
+    stores = [store_features(tmp_path, m, 50, 9, 16, shard=20) for m in range(3)]
+    rng = np.random.default_rng(0)
+    weights = rng.random((3, 50)) * (rng.random((3, 50)) < 0.5)
+    with blocks_of(16):
+        file = tmp_path / "scores.npy"
+        found = combine(stores, file, 0.1, "mean", CPU, num_blocks, weights)
+        again = combine(stores, file, 0.1, "mean", CPU, num_blocks, weights)
+    np.testing.assert_array_equal(found.held_out, again.held_out)
+    expected = np.zeros(50)
+    for store, own in zip(stores, weights, strict=True):
+        for x in np.split(np.concatenate(store.features("train")).astype(float), num_blocks, 1):
+            gram = x.T @ x
+            ridge = 0.1 * gram.trace() / len(gram) * np.eye(len(gram))
+            pairs = x @ np.linalg.inv(gram + ridge) @ x.T
+            for i in range(50):
+                expected[i] += sum(own[j] * pairs[i, j] for j in range(50) if j != i) / 3
+    np.testing.assert_allclose(found.held_out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    assert combine(stores, tmp_path / "other.npy", 0.1, "mean", CPU, num_blocks).held_out is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    n=st.integers(20, 60),
+    targets=st.integers(1, 30),
+    lambda_reg=st.sampled_from([0.001, 0.1, 1.0]),
+)
+def test_the_size_of_a_block_changes_rounding_alone(rows, n, targets, lambda_reg) -> None:
+    with tempfile.TemporaryDirectory() as name, blocks_of(rows):
+        stores = [store_features(Path(name), m, n, targets, 8) for m in range(2)]
+        check(stores, Path(name), lambda_reg, "mean")
+
+
+def test_more_targets_than_training_examples_and_longer_features(tmp_path: Path) -> None:
+    stores = [store_features(tmp_path, m, 12, 40, 24) for m in range(2)]
+    check(stores, tmp_path, 0.1, "mean")
+
+
+def test_no_array_as_large_as_the_matrix_is_in_memory(tmp_path: Path) -> None:
+    """n m is 153 MiB; scores, alignment and self-influence need a few blocks of 4 MiB."""
+    from attribution.scores.artifact import top_k
+    from benchmarks.common import peak_memory_mib, reset_peak_memory
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system does not tell the peak of a process's memory anew")
+    n, targets = 20_000, 2_000
+
+    def everything(folder: Path, n: int, targets: int) -> None:
+        store = store_features(folder, 0, n, targets, 32)
+        reset_peak_memory()
+        nonlocal before
+        before = peak_memory_mib()
+        values = combine([store], folder / "scores.npy", 0.1, "mean", CPU).values
+        group_alignment(values, np.arange(targets) % 2, np.array([0.5, 0.5]))
+        top_k(values, 5)
+
+    before = 0.0
+    everything(tmp_path / "small", 100, 10)  # what libraries load at their first use
+    with patch.object(matrices, "BLOCK_BYTES", 1 << 22):
+        everything(tmp_path / "large", n, targets)
+    assert peak_memory_mib() - before < 60
+
+
+def test_shards_make_the_scores_of_the_whole(tmp_path: Path) -> None:
+    whole = [store_features(tmp_path / "w", m, 50, 9, 8) for m in range(2)]
+    parts = [store_features(tmp_path / "p", m, 50, 9, 8, shard=7) for m in range(2)]
+    assert len(parts[0].features("train")) == 8
+    a, b = (
+        combine(s, tmp_path / f"{i}.npy", 0.1, "mean", CPU) for i, s in enumerate((whole, parts))
+    )
+    np.testing.assert_allclose(a.values, b.values, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(a.self_influence, b.self_influence, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("split", "bad"),
+    [("train", np.nan), ("train", np.inf), ("train", 1e30), (TARGETS, np.nan), (TARGETS, -np.inf)],
+)
+def test_features_that_are_not_finite_or_overflow_are_refused(
+    tmp_path: Path, split: str, bad: float
+) -> None:
+    store = store_features(tmp_path, 0, 50, 9, 8)
+    features = np.array(store.features(split)[0])
+    features[7, 3] = bad
+    np.lib.format.open_memmap(store.features_file(split), mode="r+")[:] = features
+    with pytest.raises(InputError, match="finite"), blocks_of(16):
+        combine([store], tmp_path / "scores.npy", 0.1, "mean", CPU)
+    assert not (tmp_path / "scores.npy").exists() and not store.targets.exists()
+
+
+def test_a_singular_gram_matrix_is_refused(tmp_path: Path) -> None:
+    store = store_features(tmp_path, 0, 5, 3, 8)
+    with pytest.raises(InputError, match="singular with lambda_reg 0"):
+        combine([store], tmp_path / "scores.npy", 0.0, "mean", CPU)
+
+
+@pytest.mark.parametrize("during", ["first factor", "second factor", "scores"])
+def test_an_interrupted_combination_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    stores = [store_features(tmp_path, m, 50, 9, 8) for m in range(2)]
+    others = [store_features(tmp_path / "others", m, 50, 9, 8) for m in range(2)]
+    monkeypatch.setattr(matrices, "BLOCK_ROWS", 16)
+    expected = combine(others, tmp_path / "expected.npy", 0.1, "mean", CPU)
+    ready = {"first factor": 0, "second factor": 1, "scores": 2}[during]
+    original, calls = trak.write_matrix, []
+
+    def write(file: Path, blocks, shape) -> None:
+        def stopped():
+            yield next(iter(blocks))
+            raise KeyboardInterrupt
+
+        calls.append(file)
+        stop = len(calls) == 2 * ready + (1 if during == "scores" else 2)
+        original(file, stopped() if stop else blocks, shape)
+
+    monkeypatch.setattr(trak, "write_matrix", write)
+    file = tmp_path / "scores.npy"
+    with pytest.raises(KeyboardInterrupt):
+        combine(stores, file, 0.1, "mean", CPU)
+    assert not file.exists()
+    assert [store.targets.exists() for store in stores] == [ready > 0, ready > 1]
+    calls[:] = [file] * 9  # no further interruption
+    found = combine(stores, file, 0.1, "mean", CPU)
+    assert len(calls) == 9 + 2 * (2 - ready) + 2  # what was finished is not made again
+    np.testing.assert_array_equal(found.values, expected.values)
+    np.testing.assert_array_equal(found.self_influence, expected.self_influence)
+
+
+def test_features_longer_than_the_training_set_need_a_ridge() -> None:
+    with pytest.raises(InputError) as caught:
+        check_proj_dim(toy_config(proj_dim=33, lambda_reg=0), 32)
+    assert str(caught.value).startswith(
+        "proj_dim=33: larger than the 32 training examples with lambda_reg=0; "
+    )
+    check_proj_dim(toy_config(proj_dim=32, lambda_reg=0), 32)
+    check_proj_dim(toy_config(proj_dim=33, lambda_reg=0.1), 32)
+
+
+def test_what_a_killed_driver_left_beside_the_shards_is_no_shard(tmp_path: Path) -> None:
+    store = store_features(tmp_path, 0, 20, 9, 8, shard=8)
+    (store.folder / "train" / "tmpab_1" / "0").mkdir(parents=True)
+    assert [len(part) for part in store.features("train")] == [8, 8, 4]
+
+
+def test_a_shard_begun_with_another_batch_size_is_made_anew(tmp_path: Path) -> None:
+    from attribution.models import classifier
+    from attribution.scores.features import _featurize
+
+    data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(proj_dim=16)
+    model = classifier.build("resnet-mini", data.class_names, 0)
+    classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
+    whole, begun = (Store(tmp_path / name, 0) for name in ("whole", "begun"))
+    for store, size, rows in ((whole, 8, range(20)), (begun, 3, range(6)), (begun, 8, range(20))):
+        folder = store.shard("train", 0)
+        _featurize(config, data, tmp_path / "model", 0, "train", rows, size, folder)
+    np.testing.assert_array_equal(*(s.features("train")[0] for s in (whole, begun)))
+    np.testing.assert_array_equal(whole.one_minus_p("train"), begun.one_minus_p("train"))
+
+
+def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def run(config, checkpoint, m, batches, n, folder) -> None:
+        size = len(next(iter(batches))[1])
+        sizes.append(size)
+        if size > most:
+            raise torch.OutOfMemoryError
+        (folder / "0").mkdir(parents=True)
+
+    monkeypatch.setattr(featurization, "run_traker", run)
+    data, config = toy_data(tmp_path / "data", n_train=40), toy_config()
+    for most, expected in ((3, [32, 8, 2]), (32, [32])):
+        sizes.clear()
+        folder = tmp_path / str(most)
+        featurization._featurize(config, data, tmp_path, 0, "train", range(40), 32, folder)
+        assert sizes == expected and (folder / "done").exists()
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        featurization._featurize(
+            config, data, tmp_path, 0, "train", range(40), 32, tmp_path / "none"
+        )
+    assert not (tmp_path / "none" / "done").exists()
+
+
+@pytest.mark.parametrize("asked", [1, 3, 99])
+def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: int) -> None:
+    from attribution.models import classifier
+    from attribution.scores.features import _featurize
+
+    data = toy_data(tmp_path / "data", n_train=12, n_other=6)
+    model = classifier.build("resnet-mini", data.class_names, 0)
+    matrices = sum(p.dim() > 1 for p in model.parameters())
+    classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
+    features = []
+    for num_blocks in (1, asked):
+        config, store = toy_config(proj_dim=16, num_blocks=num_blocks), Store(tmp_path / "s", 0)
+        folder = store.shard("train", 0)
+        _featurize(config, data, tmp_path / "model", 0, "train", range(12), 12, folder)
+        features.append(np.array(store.features("train")[0]))
+    one, several = features
+    blocks = min(asked, matrices)
+    assert one.shape == (12, 16) and several.shape == (12, blocks * 16)
+    # traker divides by the square root of the number of parameters, in both alike.
+    np.testing.assert_allclose(
+        several.reshape(12, blocks, 16).sum(1), one, rtol=1e-4, atol=1e-5 * np.abs(one).max()
+    )
