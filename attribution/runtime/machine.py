@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from attribution.errors import redact
+
 PACKAGES = (
     "torch", "torchvision", "transformers", "datasets", "traker", "mlflow", "numpy", "scikit-learn",
     "cleanlab", "joblib", "ray", "dattri", "captum", "kronfluence",
@@ -40,7 +42,7 @@ def hardware() -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """The same with the command line and the commit: what a run has to record to be repeated."""
-    return hardware() | {"command": sys.argv} | _commit()
+    return hardware() | {"command": [redact(word) for word in sys.argv]} | _commit()
 
 
 def _commit() -> dict[str, Any]:

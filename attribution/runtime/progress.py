@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from attribution.errors import redact
+
 
 @contextmanager
 def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
@@ -19,5 +21,5 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
 
 
 def say(message: str) -> None:
-    """A line for the person at the terminal; results go to stdout, everything else here."""
-    print(message, file=sys.stderr, flush=True)
+    """Write a line to stderr, without credentials; stdout is for results."""
+    print(redact(message), file=sys.stderr, flush=True)

@@ -1,12 +1,15 @@
-"""Files that somebody else may have written: read as data, in no more memory than they take on disk."""
+"""Write files so that they are never half there; read files of unknown origin without running code from them."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import os
+import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -14,11 +17,28 @@ from typing import Any
 import numpy as np
 
 
-def regular(file: Path) -> Path:
-    """The same path, if reading it comes to an end.
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file or folder, which is renamed to `path` when the block succeeds.
+
+    The temporary path has the same file name, in a new hidden folder next to `path`, which
+    cache_folder.discard removes if the process was killed. A file that is already there is replaced.
 
     Raises:
-        OSError: it is not there, or is a folder, a pipe or a device.
+        OSError: the block's, or `path` is a folder that is not empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        unfinished = Path(folder) / path.name
+        yield unfinished
+        os.replace(unfinished, path)
+
+
+def regular(file: Path) -> Path:
+    """Return the path of a regular file: reading anything else may never end.
+
+    Raises:
+        OSError: it is missing, or is a folder, a pipe or a device.
     """
     if not S_ISREG(file.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(file))
@@ -26,21 +46,21 @@ def regular(file: Path) -> Path:
 
 
 def sha256(file: Path) -> str:
-    """The hash of a file's content.
+    """The SHA-256 of a file's content.
 
     Raises:
-        OSError: it cannot be read to its end.
+        OSError: it cannot be read.
     """
     with regular(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not JSON, or nested beyond reason.
+        ValueError: it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(regular(file).read_text(encoding="utf-8"))
@@ -49,12 +69,12 @@ def read_json(file: Path) -> Any:
 
 
 def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """The arrays of these names in an archive of numpy.savez, never unpickled.
+    """The named arrays of an archive made by numpy.savez, without unpickling.
 
-    numpy.load would unpack what is compressed, however much larger that is than the file.
+    Compressed members are refused: numpy.load would unpack them to any size.
 
     Raises:
-        Exception: of many kinds, where the file is anything else.
+        Exception: of many types, if the file is not such an archive.
     """
     with zipfile.ZipFile(regular(file)) as archive:
         return [_member(archive, f"{name}.npy") for name in names]
@@ -62,11 +82,11 @@ def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed, and numpy.savez compresses nothing")
+        raise ValueError(f"{name} is compressed, which numpy.savez never does")
     with archive.open(name) as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def is_bool(array: np.ndarray) -> bool:
-    """Whether it is an array of truth values; a file may hold bytes that are neither."""
+    """Whether an array holds booleans; a damaged file may hold bytes other than 0 and 1."""
     return array.dtype == bool and bool((array.view(np.uint8) <= 1).all())
