@@ -123,7 +123,7 @@ def test_the_results_explain_every_arm() -> None:
 
 
 def test_the_readme_lists_parameters_that_exist() -> None:
-    section = README.split("## Parameters")[1].split("##")[0]
+    section = README.split("## Ten parameters")[1].split("##")[0]
     listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.+?) \|", section, re.MULTILINE)))
     assert len(listed) == 10 and set(listed) <= set(FIELDS)
 
