@@ -1,6 +1,6 @@
 """Looks for known vulnerabilities of the locked packages with pip-audit; exit code 1 where there is one.
 
-    python .ci/audit.py requirements-dev.lock
+    python .ci/audit.py locks/requirements-dev.lock
 
 A finding is excused by a line `ID reason` in audit-excused.txt beside this file. Where the data cannot
 be had, the last line says NOT AUDITED: neither a finding nor a clean bill.

@@ -14,11 +14,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = ("requirements.lock", "requirements-dev.lock")
+LOCKS = ("locks/requirements.lock", "locks/requirements-dev.lock")
 MADE_OF = {
-    "requirements.txt": "requirements.lock",
-    "requirements-ray.txt": "requirements-dev.lock",
-    "requirements-dev.txt": "requirements-dev.lock",
+    "requirements.txt": "locks/requirements.lock",
+    "requirements-ray.txt": "locks/requirements-dev.lock",
+    "requirements-dev.txt": "locks/requirements-dev.lock",
 }
 AUDIT = runpy.run_path(str(ROOT / ".ci" / "audit.py"))
 
