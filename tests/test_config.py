@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attribution.config import (
@@ -394,3 +396,50 @@ def test_two_dashes_are_a_value_like_any_other(word: str) -> None:
     with pytest.raises(InputError, match=f"^{name}=--: "):
         resolve(parse("finetune", [word]))
     assert parse("finetune", ["--model=--"]) == {"model": "--"}
+
+
+TEXTS = (
+    "", " ", ",", "nan", "inf", "-0", "1e400", "0x10", "1_000", "9" * 5000, "digits", "images", "auto",
+    "none", "yes", "../..", "~", "a\nb", "\0", "\x1b[31m", "é😀", "--", "-", "=", "{x}", "%s",
+)  # fmt: skip
+
+
+def fitting_values(field: dataclasses.Field) -> st.SearchStrategy[tuple[str, str]]:
+    """A parameter's name with a value that it may well have."""
+    numbers = {"int": st.integers(1, 50), "float": st.floats(0.01, 0.9)}
+    texts = st.sampled_from(field.metadata.get("choices", ("digits", "0.1", "a/b")))
+    return st.tuples(st.just(field.name), numbers.get(field.type, texts).map(str))
+
+
+FITTING = st.sampled_from(list(FIELDS.values())).flatmap(fitting_values)
+ANY = st.tuples(
+    st.sampled_from([*FIELDS, "help", "epoch", "num-seeds"]),
+    st.sampled_from(TEXTS) | st.text(max_size=12) | (st.integers() | st.floats()).map(str),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    stage=st.sampled_from(list(LATER_RUNS)),
+    pairs=st.lists(FITTING, max_size=2) | st.lists(FITTING | ANY, max_size=4),
+    joined=st.booleans(),
+)
+def test_any_flags_are_a_valid_config_or_one_documented_refusal(
+    stage: str, pairs: list[tuple[str, str]], joined: bool
+) -> None:
+    words = [[f"--{name}={value}"] if joined else [f"--{name}", value] for name, value in pairs]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            config = resolve(parse(stage, sum(words, [])))
+    except InputError as error:
+        assert str(error).isprintable()  # nothing that would steer a terminal
+    except SystemExit as stop:  # argparse: a usage error, or --help
+        assert (stop.code, out.getvalue()) == (2, "") or (stop.code, err.getvalue()) == (0, "")
+    else:
+        for name, field in FIELDS.items():
+            value, bounds = getattr(config, name), field.metadata
+            assert type(value).__name__ in (field.type, field.type.replace("float", "int")), name
+            assert field.type != "float" or math.isfinite(value), name
+            assert value in bounds.get("choices", [value]), name
+            assert bounds.get("at_least", value) <= value <= bounds.get("at_most", value), name
