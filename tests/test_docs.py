@@ -21,9 +21,6 @@ ROOMS = "|".join(path.name for path in (ROOT / "attribution").iterdir() if path.
 COMING = {
     "attribution/stages.py",
     "benchmarks/gpu_check.sh",
-    "locks/requirements.lock",
-    "locks/requirements-dev.lock",
-    "locks",
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
