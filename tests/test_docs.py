@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from attribution.config import FIELDS
-from attribution.experiments.arms import ARMS
+from attribution.config import FIELDS, STAGES, parse, resolve
+from attribution.experiments.arms import ARMS, check_arms
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -71,6 +72,15 @@ def test_every_module_that_a_command_names_exists(page: Path) -> None:
 def test_every_flag_of_a_command_exists(page: Path) -> None:
     for module, arguments in commands(page):
         assert set(re.findall(r"(?<!\S)--(\w+)", arguments)) <= flags(module), (module, arguments)
+
+
+@each_page
+def test_every_command_of_a_script_has_parameters_that_it_accepts(page: Path) -> None:
+    for module, arguments in commands(page):
+        stage = module.removeprefix("scripts.")
+        if stage in STAGES and not re.search(r"\$|--help", arguments):
+            config = resolve(parse(stage, shlex.split(arguments)))
+            check_arms(config.arm_names)
 
 
 @each_page
