@@ -16,7 +16,7 @@ from benchmarks.common import data_settings
 if TYPE_CHECKING:
     from attribution.config import Config
     from attribution.data.dataset import ImageData
-    from attribution.models.ensemble import Checkpoint
+    from attribution.models.checkpoints import Checkpoint
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.data.dataset import load_data
     from attribution.experiments.statistics import noise_ceiling
     from attribution.experiments.subset_bank import build_bank
-    from attribution.models.ensemble import subset_masks
+    from attribution.models.checkpoints import subset_masks
 
     most = max(options.checkpoints)
     config = resolve(data_settings(options) | {"num_models": most})
@@ -192,8 +192,8 @@ def _one_minus_p(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _checkpoints(
     config: Config, data: ImageData, masks: np.ndarray, work: Path
 ) -> list[Checkpoint]:
-    from attribution.models.ensemble import train_checkpoints
-    from attribution.tracking.fingerprint import training_key
+    from attribution.models.checkpoints import train_checkpoints
+    from attribution.models.train import training_key
 
     name = f"{training_key(config, data)[:12]}-{config.subset_fraction:g}"
     return train_checkpoints(config, data, masks, work / name)
@@ -204,7 +204,7 @@ def _epochs_of_one_run(
 ) -> list[Checkpoint]:
     """The first checkpoint's run as it was after each of its last `count` epochs."""
     from attribution.models import classifier
-    from attribution.models.ensemble import Checkpoint
+    from attribution.models.checkpoints import Checkpoint
     from attribution.models.predict import predict
     from attribution.models.train import train
     from attribution.runtime.hashing import derive_seed

@@ -195,9 +195,9 @@ def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.data.dataset import load_data
     from attribution.experiments.statistics import noise_ceiling
     from attribution.experiments.subset_bank import build_bank
-    from attribution.models.ensemble import Ensemble, subset_masks, train_checkpoints
+    from attribution.models.checkpoints import Finetuned, subset_masks, train_checkpoints
+    from attribution.models.train import training_key
     from attribution.runtime.hashing import digest
-    from attribution.tracking.fingerprint import training_key
     from benchmarks.peer_methods import METHODS, Problem
 
     given = {"preset": "digits", "cache_dir": options.cache_dir, "device": "cpu"}
@@ -211,7 +211,7 @@ def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     alone = dataclasses.replace(config, jobs=1)  # one process, as the peers have
     problem = Problem(alone, data, [c.folder for c in checkpoints], work)
     outcomes = in_turn({name: (score_once, (name, problem)) for name in options.methods}, options)
-    judge = Judge(data, Ensemble.of(masks, checkpoints), bank)
+    judge = Judge(data, Finetuned.of(masks, checkpoints).members, bank)
     ours = outcomes.get("ours", Outcome()).scores
     rows = []
     for name, outcome in outcomes.items():

@@ -44,11 +44,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.data.dataset import load_data
     from attribution.experiments.statistics import lds, lds_difference
     from attribution.experiments.subset_bank import build_bank
-    from attribution.models.ensemble import subset_masks, train_checkpoints
+    from attribution.models.checkpoints import subset_masks, train_checkpoints
+    from attribution.models.train import training_key
     from attribution.runtime.device import resolve_device, resolve_precision
     from attribution.runtime.hashing import digest
     from attribution.scores.trak import compute_scores
-    from attribution.tracking.fingerprint import training_key
 
     sizes = {"num_models": options.checkpoints, "proj_dim": options.proj_dim}
     config = resolve(data_settings(options) | sizes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,47 +22,28 @@ def make(config: Config, data: ImageData) -> None:
     import mlflow
     import numpy as np
 
-    from attribution.models import classifier, ensemble
+    from attribution.models import checkpoints
     from attribution.reporting import figures
-    from attribution.runtime import parallel
 
-    parallel.ask(classifier.check, config.model, data.class_names, config.image_size)
-    check_subset_fraction(config, len(data.rows("train")))
+    checkpoints.check(config, data)
     work = stage_folder("finetune", config, data)
-    masks = ensemble.subset_masks(
-        len(data.rows("train")), config.num_models, config.subset_fraction, config.seed
-    )
-    checkpoints = ensemble.train_checkpoints(config, data, masks, work)
+    found = checkpoints.finetune(config, data, work)
 
-    for m, checkpoint in enumerate(checkpoints):
-        mlflow.log_artifacts(str(checkpoint.folder), f"checkpoints/{m:03d}")
+    for m, (folder, history) in enumerate(zip(found.folders, found.histories, strict=True)):
+        mlflow.log_artifacts(str(folder), f"checkpoints/{m:03d}")
         stage_runs.log_series(
             [
                 (f"checkpoint_{m:03d}/{name}", value, int(epoch["epoch"]))
-                for epoch in checkpoint.history
+                for epoch in history
                 for name, value in epoch.items()
                 if name != "epoch"
             ]
         )
-    members = ensemble.Ensemble.of(masks, checkpoints)
-    mlflow.log_metrics(members.metrics(data))
-    with stage_runs.artifact_folder("training") as folder:
-        np.savez(folder / "logits.npz", allow_pickle=False, **members.arrays())
-        data.examples.to_parquet(folder / "examples.parquet", index=False)
-        figures.training_curves([c.history for c in checkpoints], folder / "curves.png")
-
-
-def check_subset_fraction(config: Config, n: int) -> None:
-    """Refuse parts too small to train on, before anything is trained.
-
-    Raises:
-        InputError: fewer than two of n training examples for a checkpoint.
-    """
-    if config.subset_fraction * n < 2:
-        raise InputError(
-            f"subset_fraction={config.subset_fraction:g}: a checkpoint needs 2 of the {n} training "
-            f"examples; use {math.ceil(2000 / n) / 1000:g} or more"
-        )
+    mlflow.log_metrics(found.members.metrics(data))
+    with stage_runs.artifact_folder("training") as results:
+        np.savez(results / "logits.npz", allow_pickle=False, **found.members.arrays())
+        data.examples.to_parquet(results / "examples.parquet", index=False)
+        figures.training_curves(found.histories, results / "curves.png")
 
 
 def show(run_id: str, config: Config) -> None:

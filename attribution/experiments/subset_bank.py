@@ -14,12 +14,12 @@ from attribution.data.dataset import ImageData
 from attribution.errors import InputError, reason
 from attribution.models.predict import margins
 from attribution.models.retrain import Series, retrained_logits
+from attribution.models.train import training_key
 from attribution.runtime.hashing import derive_seed
 from attribution.runtime.npy_blocks import open_matrix
 from attribution.runtime.safe_files import is_bool, read_json
 from attribution.scores.artifact import local_folder
 from attribution.scores.features import TARGETS
-from attribution.tracking.fingerprint import training_key
 
 
 @dataclass(frozen=True)

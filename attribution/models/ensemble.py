@@ -1,115 +1,16 @@
-"""The checkpoints that scores are averaged over: their masks, their training, their joint loss."""
+"""What the checkpoints of an ensemble predict together: losses, probabilities, suspected labels."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError, reason
-from attribution.models import classifier
-from attribution.models.predict import classification_metrics, losses, predict
-from attribution.models.train import train
-from attribution.runtime.device import resolve_device
-from attribution.runtime.hashing import derive_seed
-from attribution.runtime.parallel import (
-    Files,
-    parallel_map,
-    read_folder,
-    resolve_jobs,
-    write_folder,
-)
-from attribution.runtime.progress import progress
-from attribution.runtime.safe_files import is_bool, read_arrays, read_json
-
-
-def subset_masks(n: int, num_models: int, fraction: float, seed: int) -> np.ndarray:
-    """Which training examples each checkpoint sees, (num_models, n) bool, each row floor(f n) many.
-
-    Consecutive checkpoints leave out disjoint parts of one random permutation, as in repeated
-    cross-validation: with fraction 0.5 and an even number of checkpoints every example is out of
-    sample for half of them.
-    """
-    masks = np.ones((num_models, n), dtype=bool)
-    size = n - max(1, math.floor(fraction * n + 1e-9))
-    if size == 0:
-        return masks
-    folds = -(-n // size)  # the last fold wraps around where size does not divide n
-    for m in range(num_models):
-        rng = np.random.default_rng(derive_seed(seed, "subset", m // folds))
-        start = (m % folds) * size
-        left_out = rng.permutation(n).take(range(start, start + size), mode="wrap")
-        masks[m, left_out] = False
-    return masks
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained model on disk with what it said about train and validation."""
-
-    folder: Path
-    history: list[dict[str, float]]
-    train_logits: np.ndarray
-    validation_logits: np.ndarray
-
-
-def train_checkpoints(
-    config: Config, data: ImageData, masks: np.ndarray, work: Path
-) -> list[Checkpoint]:
-    """Train (or pick up from `work`) one checkpoint a row of masks, (num_models, n_train)."""
-    folders = [work / f"{m:03d}" for m in range(len(masks))]
-    missing = [m for m, folder in enumerate(folders) if not _is_whole(folder, data)]
-    tasks = [(derive_seed(config.seed, "checkpoint", m), masks[m]) for m in missing]
-    names = [f"checkpoint {folders[m].name}" for m in missing]
-    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
-    with progress("finetune: checkpoints", len(folders), len(folders) - len(tasks)) as advance:
-        results = parallel_map(_train_checkpoint, tasks, jobs, (config, data), config, names)
-        for index, files in results:
-            write_folder(folders[missing[index]], files)
-            advance()
-    return [_read_checkpoint(folder) for folder in folders]
-
-
-def _train_checkpoint(config: Config, data: ImageData, seed: int, keep: np.ndarray) -> Files:
-    """Train one; what _read_checkpoint reads comes back as content: workers may share no disk."""
-    trained = train(config, data, seed, keep)
-    normalisation = classifier.normalisation(config.model)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        classifier.save(trained.model, folder / "model", config.image_size, *normalisation)
-        (folder / "history.json").write_text(json.dumps(trained.history))
-        logits = {s: predict(config, trained.model, data, s) for s in ("train", "validation")}
-        np.savez(folder / "logits.npz", allow_pickle=False, **logits)
-        return read_folder(folder)
-
-
-def _read_checkpoint(folder: Path) -> Checkpoint:
-    arrays = read_arrays(folder / "logits.npz", ("train", "validation"))
-    return Checkpoint(folder / "model", read_json(folder / "history.json"), *arrays)
-
-
-def _is_whole(folder: Path, data: ImageData) -> bool:
-    """Whether an earlier run finished this checkpoint; what is there and damaged is taken away."""
-    if not folder.exists():
-        return False
-    try:
-        found = _read_checkpoint(folder)
-        classifier.load(found.folder)
-        logits = found.train_logits, found.validation_logits
-        wanted = [(len(data.rows(s)), len(data.class_names)) for s in ("train", "validation")]
-        if [each.shape for each in logits] == wanted and all(np.isfinite(x).all() for x in logits):
-            return True
-    except Exception:  # numpy, json and zipfile raise many kinds on damaged files
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    return False
+from attribution.models.predict import classification_metrics, losses
+from attribution.runtime.safe_files import is_bool, read_arrays
 
 
 @dataclass(frozen=True)
@@ -125,15 +26,6 @@ class Ensemble:
     masks: np.ndarray
     train_logits: np.ndarray
     validation_logits: np.ndarray
-
-    @classmethod
-    def of(cls, masks: np.ndarray, checkpoints: list[Checkpoint]) -> Ensemble:
-        """Stack what the checkpoints said."""
-        return cls(
-            masks,
-            np.stack([c.train_logits for c in checkpoints]),
-            np.stack([c.validation_logits for c in checkpoints]),
-        )
 
     @classmethod
     def load(cls, file: Path) -> Ensemble:

@@ -14,12 +14,11 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.models.predict import predict
-from attribution.models.train import stacking_pays, train, train_stacked
+from attribution.models.train import stacking_pays, train, train_stacked, training_key
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import digest
 from attribution.runtime.parallel import ResultStore, parallel_map, resolve_jobs
 from attribution.runtime.progress import progress, say
-from attribution.tracking.fingerprint import training_key
 
 STACK = 10  # models trained as one, at most
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +22,22 @@ from attribution.models.batches import Batches
 from attribution.models.cuda_graphs import Outputs, Replayed
 from attribution.models.predict import classification_metrics, predict
 from attribution.runtime.device import autocast, resolve_device
-from attribution.runtime.hashing import derive_seed
+from attribution.runtime.hashing import derive_seed, digest
 from attribution.runtime.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Raise it when training would compute something else from the same parameters and data.
+TRAINING_VERSION = 2
+
+
+@lru_cache(maxsize=8)  # it reads every file of a model folder, and one command calls it often
+def training_key(config: Config, data: ImageData) -> str:
+    """Hash what a trained model depends on, apart from its seed and the examples that it sees."""
+    settings = config.group("training") | {"model": classifier.fingerprint(config.model)}
+    return digest(TRAINING_VERSION, settings, data.fingerprint)
 
 
 @dataclass

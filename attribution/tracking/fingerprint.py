@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,23 +16,11 @@ if TYPE_CHECKING:
     from attribution.data.dataset import ImageData
 
 
-# Raised whenever training, or scoring, would compute something else from the same parameters and data.
-TRAINING_VERSION = 2
-
-
+# Raised whenever scoring would compute something else from the same parameters and data.
 ESTIMATOR_VERSION = 5
 
 
 UPSTREAM = {"trak": "finetune", "ablation": "trak", "evaluate": "trak", "explain": "trak"}
-
-
-@lru_cache(maxsize=8)  # it reads the whole of a model folder, and a command asks for it often
-def training_key(config: Config, data: ImageData) -> str:
-    """What decides a trained model beside its seed and the examples that it sees."""
-    from attribution.models import classifier
-
-    settings = config.group("training") | {"model": classifier.fingerprint(config.model)}
-    return digest(TRAINING_VERSION, settings, data.fingerprint)
 
 
 def fingerprint(stage: str, config: Config, data: ImageData) -> str:
@@ -42,6 +29,8 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     A replay's results have fingerprints of their own: it goes on from itself, and from nothing else.
     """
     if stage == "finetune":
+        from attribution.models.train import training_key
+
         replay = [config.replay] if config.replay else []
         return digest(stage, training_key(config, data), config.group("finetune"), *replay)
     upstream = fingerprint(UPSTREAM[stage], config, data)

@@ -14,8 +14,8 @@ from scipy.stats import spearmanr
 from toy import toy_config, toy_data
 
 from attribution.gradients.per_sample import capture
+from attribution.models.checkpoints import train_checkpoints
 from attribution.models.classifier import load
-from attribution.models.ensemble import train_checkpoints
 from attribution.scores.features import TARGETS
 from benchmarks import peer_methods, peers
 from benchmarks.peer_methods import METHODS, Problem

@@ -349,7 +349,7 @@ def test_the_smallest_share_that_is_advised_is_accepted(n: int) -> None:
     from attribution.errors import InputError
     from attribution.experiments.arms import check_fracs
     from attribution.experiments.evaluation import check_alpha
-    from scripts.finetune import check_subset_fraction
+    from attribution.models.checkpoints import check_subset_fraction
 
     checks = [
         lambda share: check_fracs([share], n),

@@ -11,7 +11,7 @@ import pytest
 
 from attribution.config import resolve
 from attribution.data.dataset import ImageData, load_data
-from attribution.models.ensemble import subset_masks, train_checkpoints
+from attribution.models.checkpoints import subset_masks, train_checkpoints
 from attribution.scores.trak import compute_scores
 
 COPIES = 12

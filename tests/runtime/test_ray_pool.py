@@ -22,7 +22,7 @@ from attribution.data.dataset import load_data
 from attribution.errors import InputError
 from attribution.experiments import comparison
 from attribution.experiments.arms import Trial
-from attribution.models import ensemble
+from attribution.models import checkpoints
 from attribution.models import retrain as retraining
 from attribution.runtime import ray_pool
 from attribution.runtime.parallel import parallel_map
@@ -90,24 +90,24 @@ def test_checkpoints_and_features_and_scores_have_the_same_bits_as_local_ones(
     on_ray, tmp_path: Path, monkeypatch
 ) -> None:
     data = toy_data(tmp_path / "driver" / "data", n_train=24, n_other=6)
-    masks = ensemble.subset_masks(24, 3, 0.5, 0)
+    masks = checkpoints.subset_masks(24, 3, 0.5, 0)
     found = {}
     for config in (toy_config(jobs=2, proj_dim=16), on_ray(jobs=2, proj_dim=16)):
         work = tmp_path / "driver" / config.backend
         work.mkdir()
         if config.backend == "ray":
             for module, name in (
-                (ensemble, "_train_checkpoint"),
+                (checkpoints, "_train_checkpoint"),
                 (features, "_featurize_away"),
             ):
                 guarded = far_from(tmp_path / "driver", getattr(module, name))
                 monkeypatch.setattr(module, name, guarded)
-        checkpoints = ensemble.train_checkpoints(config, data, masks, work)
-        scores = trak.compute_scores(config, data, [c.folder for c in checkpoints], work / "trak")
+        trained = checkpoints.train_checkpoints(config, data, masks, work)
+        scores = trak.compute_scores(config, data, [c.folder for c in trained], work / "trak")
         found[config.backend] = [
-            *(c.folder.joinpath("model.safetensors").read_bytes() for c in checkpoints),
-            *(c.train_logits.tobytes() for c in checkpoints),
-            *(str(c.history) for c in checkpoints),
+            *(c.folder.joinpath("model.safetensors").read_bytes() for c in trained),
+            *(c.train_logits.tobytes() for c in trained),
+            *(str(c.history) for c in trained),
             *(f.read_bytes() for f in sorted((work / "trak").rglob("*.mmap"))),
             scores.values.tobytes(),
         ]

@@ -22,7 +22,7 @@ from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
-from attribution.models.ensemble import train_checkpoints
+from attribution.models.checkpoints import train_checkpoints
 from attribution.reporting.terminal import print_explanations
 from attribution.scores import explanation, stored_features
 from attribution.scores.explanation import Explanation, confident_mistakes

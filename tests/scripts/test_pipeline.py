@@ -510,10 +510,10 @@ def test_a_killed_ablation_goes_on_and_ends_the_same(chain, new_place: NewPlace)
 def test_an_interrupted_finetune_goes_on_with_the_next_checkpoint(
     chain, new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from attribution.models import ensemble
+    from attribution.models import checkpoints
 
     undisturbed, first = chain
-    place, original, seeds = new_place("interrupted"), ensemble.train, []
+    place, original, seeds = new_place("interrupted"), checkpoints.train, []
 
     def train(config, data, seed, *rest):
         seeds.append(seed)
@@ -521,7 +521,7 @@ def test_an_interrupted_finetune_goes_on_with_the_next_checkpoint(
             raise KeyboardInterrupt
         return original(config, data, seed, *rest)
 
-    monkeypatch.setattr(ensemble, "train", train)
+    monkeypatch.setattr(checkpoints, "train", train)
     stopped = place.run("trak")
     assert stopped.code == 130 and "the same command goes on" in stopped.err
     assert "Traceback" not in stopped.err
@@ -635,7 +635,7 @@ def planted_checkpoints(tmp_path_factory: pytest.TempPathFactory):
     """Three checkpoints trained on all of the planted data, until they know it by heart."""
     from toy import toy_config
 
-    from attribution.models.ensemble import train_checkpoints
+    from attribution.models.checkpoints import train_checkpoints
 
     folder = tmp_path_factory.mktemp("planted")
     data, right, wrong = planted(folder)

@@ -1,0 +1,196 @@
+"""The checkpoints of the finetune stage: what each one is trained on, their training, their folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from attribution.config import Config
+from attribution.data.dataset import ImageData
+from attribution.errors import InputError
+from attribution.models import classifier
+from attribution.models.ensemble import Ensemble
+from attribution.models.predict import predict
+from attribution.models.train import train
+from attribution.runtime.device import resolve_device
+from attribution.runtime.hashing import derive_seed
+from attribution.runtime.parallel import (
+    Files,
+    ask,
+    parallel_map,
+    read_folder,
+    resolve_jobs,
+    write_folder,
+)
+from attribution.runtime.progress import progress
+from attribution.runtime.safe_files import read_arrays, read_json
+
+
+def check(config: Config, data: ImageData) -> None:
+    """Refuse a model or a subset size that cannot be trained, before any training starts.
+
+    Raises:
+        InputError: the model cannot be built, does not take images of this size, or a checkpoint
+            would see fewer than two training examples.
+    """
+    ask(classifier.check, config.model, data.class_names, config.image_size)
+    check_subset_fraction(config, len(data.rows("train")))
+
+
+def check_subset_fraction(config: Config, n: int) -> None:
+    """Refuse a share that leaves a checkpoint fewer than two of n training examples.
+
+    Raises:
+        InputError: it does.
+    """
+    if config.subset_fraction * n < 2:
+        raise InputError(
+            f"subset_fraction={config.subset_fraction:g}: a checkpoint needs 2 of the {n} training "
+            f"examples; use {math.ceil(2000 / n) / 1000:g} or more"
+        )
+
+
+def subset_masks(n: int, num_models: int, fraction: float, seed: int) -> np.ndarray:
+    """Draw which training examples each checkpoint sees: (num_models, n) bool.
+
+    Every row holds floor(fraction * n) examples, at least one. Consecutive checkpoints leave out
+    disjoint parts of one random permutation, as in repeated cross-validation: with fraction 0.5 and
+    an even number of checkpoints, half of them leave out any given example.
+    """
+    masks = np.ones((num_models, n), dtype=bool)
+    size = n - max(1, math.floor(fraction * n + 1e-9))
+    if size == 0:
+        return masks
+    folds = -(-n // size)  # the last fold wraps around where size does not divide n
+    for m in range(num_models):
+        rng = np.random.default_rng(derive_seed(seed, "subset", m // folds))
+        start = (m % folds) * size
+        left_out = rng.permutation(n).take(range(start, start + size), mode="wrap")
+        masks[m, left_out] = False
+    return masks
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model in a folder, with its logits on the training and validation split."""
+
+    folder: Path
+    history: list[dict[str, float]]
+    train_logits: np.ndarray
+    validation_logits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The result of the finetune stage.
+
+    Attributes:
+        members: masks and logits of all checkpoints.
+        folders: the from_pretrained folder of each checkpoint, in order; empty where not loaded.
+        histories: the metrics of every epoch of each checkpoint; empty where loaded from a run.
+    """
+
+    members: Ensemble
+    folders: list[Path]
+    histories: list[list[dict[str, float]]]
+
+    @classmethod
+    def of(cls, masks: np.ndarray, checkpoints: list[Checkpoint]) -> Finetuned:
+        """Gather checkpoints that were just trained, in the order of masks (M, n_train)."""
+        train_logits = np.stack([c.train_logits for c in checkpoints])
+        validation_logits = np.stack([c.validation_logits for c in checkpoints])
+        members = Ensemble(masks, train_logits, validation_logits)
+        return cls(members, [c.folder for c in checkpoints], [c.history for c in checkpoints])
+
+    @classmethod
+    def load(cls, logits_file: Path, checkpoints: Path | None, num_models: int) -> Finetuned:
+        """Read the result of an earlier run.
+
+        Args:
+            logits_file: the archive of Ensemble.arrays().
+            checkpoints: the folder with the checkpoints 000, 001, ...; None where only the logits
+                are needed.
+
+        Raises:
+            InputError: as Ensemble.load does.
+        """
+        folders = _folders(checkpoints, num_models) if checkpoints else []
+        return cls(Ensemble.load(logits_file), folders, [])
+
+
+def _folders(root: Path, num_models: int) -> list[Path]:
+    return [root / f"{m:03d}" for m in range(num_models)]
+
+
+def finetune(config: Config, data: ImageData, work: Path) -> Finetuned:
+    """Train num_models checkpoints, each on its own random share of the training set.
+
+    Args:
+        work: as of train_checkpoints.
+    """
+    n = len(data.rows("train"))
+    masks = subset_masks(n, config.num_models, config.subset_fraction, config.seed)
+    return Finetuned.of(masks, train_checkpoints(config, data, masks, work))
+
+
+def train_checkpoints(
+    config: Config, data: ImageData, masks: np.ndarray, work: Path
+) -> list[Checkpoint]:
+    """Train a checkpoint for each row of masks (num_models, n_train).
+
+    Args:
+        work: holds a folder for each finished checkpoint; those of an earlier call are not trained
+            again.
+    """
+    folders = _folders(work, len(masks))
+    missing = [m for m, folder in enumerate(folders) if not _is_whole(folder, data)]
+    tasks = [(derive_seed(config.seed, "checkpoint", m), masks[m]) for m in missing]
+    names = [f"checkpoint {folders[m].name}" for m in missing]
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
+    with progress("finetune: checkpoints", len(folders), len(folders) - len(tasks)) as advance:
+        results = parallel_map(_train_checkpoint, tasks, jobs, (config, data), config, names)
+        for index, files in results:
+            write_folder(folders[missing[index]], files)
+            advance()
+    return [_read_checkpoint(folder) for folder in folders]
+
+
+def _train_checkpoint(config: Config, data: ImageData, seed: int, keep: np.ndarray) -> Files:
+    """Train one checkpoint; return its files as bytes, because workers may not share a disk."""
+    trained = train(config, data, seed, keep)
+    normalisation = classifier.normalisation(config.model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        classifier.save(trained.model, folder / "model", config.image_size, *normalisation)
+        (folder / "history.json").write_text(json.dumps(trained.history))
+        logits = {s: predict(config, trained.model, data, s) for s in ("train", "validation")}
+        np.savez(folder / "logits.npz", allow_pickle=False, **logits)
+        return read_folder(folder)
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    arrays = read_arrays(folder / "logits.npz", ("train", "validation"))
+    return Checkpoint(folder / "model", read_json(folder / "history.json"), *arrays)
+
+
+def _is_whole(folder: Path, data: ImageData) -> bool:
+    """Whether a folder holds a finished checkpoint of this data; a damaged folder is deleted."""
+    if not folder.exists():
+        return False
+    try:
+        found = _read_checkpoint(folder)
+        classifier.load(found.folder)
+        logits = found.train_logits, found.validation_logits
+        wanted = [(len(data.rows(s)), len(data.class_names)) for s in ("train", "validation")]
+        if [each.shape for each in logits] == wanted and all(np.isfinite(x).all() for x in logits):
+            return True
+    except Exception:  # numpy, json and zipfile raise many kinds on damaged files
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
