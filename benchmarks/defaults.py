@@ -139,12 +139,13 @@ class _Grid:
     def _layers(self, m: int, k: int, draw: int) -> np.ndarray:
         """Features (n, layers, k) of train and targets under a checkpoint."""
 
+        from attribution.data.dataset import TARGETS
         from attribution.gradients.sketch import Sketch
         from attribution.models import classifier
         from attribution.models.batches import batches_of
         from attribution.runtime.device import resolve_device
         from attribution.runtime.hashing import derive_seed
-        from attribution.scores.features import TARGETS, feature_batch_size
+        from attribution.scores.features import feature_batch_size
 
         key = m, k, draw
         if key not in self._features:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from attribution.config import Config
-from attribution.data.dataset import ImageData
+from attribution.data.dataset import TARGETS, ImageData
 from attribution.gradients.per_sample import capture, margins
 from attribution.models import classifier
 from attribution.models.batches import batches_of
 from attribution.scores import trak
-from attribution.scores.features import TARGETS, make_traker
+from attribution.scores.features import make_traker
 
 QUERY_BATCH = 128  # kronfluence keeps a gradient of each target of a batch
 QUERIES = 1  # targets, in a measure of speed, of the methods that cannot do without any

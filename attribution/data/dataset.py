@@ -25,6 +25,7 @@ from attribution.data.sources import VALIDATION_NAMES, Source, chunks, content_d
 from attribution.errors import InputError
 
 SPLITS = ("train", "validation", "test")
+TARGETS = "validation"  # the split whose margins the scores are about
 LEFT_OUT = "left out"  # the split of training examples that `keep` does not name
 CARVED_SHARE = 0.2
 PATCH_SHARE = {"first class": 0.95, "others": 0.05, "held out": 0.5}

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config
-from attribution.data.dataset import ImageData
+from attribution.data.dataset import TARGETS, ImageData
 from attribution.errors import InputError
 from attribution.experiments.methods import Attribution
 from attribution.experiments.statistics import (
@@ -27,7 +27,6 @@ from attribution.experiments.subset_bank import Bank
 from attribution.models.predict import margins
 from attribution.models.retrain import Series, retrained_logits
 from attribution.runtime.hashing import derive_seed
-from attribution.scores.features import TARGETS
 
 DRAWS = 500
 

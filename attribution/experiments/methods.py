@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from attribution.config import Config, nearest
-from attribution.data.dataset import ImageData
+from attribution.data.dataset import TARGETS, ImageData
 from attribution.errors import InputError
 from attribution.models import classifier
 from attribution.models.batches import batches_of
@@ -19,7 +19,7 @@ from attribution.models.predict import prediction_batch_size
 from attribution.runtime.device import resolve_device
 from attribution.runtime.npy_blocks import open_matrix, row_blocks, row_slices, write_matrix
 from attribution.scores.artifact import Scores
-from attribution.scores.features import TARGETS, Store, featurize
+from attribution.scores.features import Store, featurize
 from attribution.scores.trak import score
 
 

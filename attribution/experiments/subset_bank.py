@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from attribution.config import Config
-from attribution.data.dataset import ImageData
+from attribution.data.dataset import TARGETS, ImageData
 from attribution.errors import InputError, reason
 from attribution.models.predict import margins
 from attribution.models.retrain import Series, retrained_logits
@@ -19,7 +19,6 @@ from attribution.runtime.hashing import derive_seed
 from attribution.runtime.npy_blocks import open_matrix
 from attribution.runtime.safe_files import is_bool, read_json
 from attribution.scores.artifact import local_folder
-from attribution.scores.features import TARGETS
 
 
 @dataclass(frozen=True)

@@ -167,12 +167,15 @@ def write_scores(
     train: pd.DataFrame,
     targets: pd.DataFrame,
     metadata: dict[str, Any],
-) -> None:
+) -> Scores:
     """Write the artifact into a folder; metadata.json, written last, makes it whole.
 
     Args:
         values: (n_train, n_targets), positive = helpful, which is written by blocks; or the file
             that matrices.write_matrix made of it, which the folder gets as its own (linked, or copied).
+
+    Returns:
+        What was written, with the values in the folder and the whole metadata.
 
     Raises:
         InputError: a score is not finite, or the tables do not fit the matrix.
@@ -203,6 +206,7 @@ def write_scores(
         **metadata,
     }
     (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
+    return Scores(open_matrix(file), train, targets, document)
 
 
 def load_scores(source: str | Path) -> Scores:

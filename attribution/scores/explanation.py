@@ -10,13 +10,12 @@ import pandas as pd
 import torch
 
 from attribution.config import Config, nearest
-from attribution.data.dataset import ImageData
+from attribution.data.dataset import TARGETS, ImageData
 from attribution.data.pixel_cache import read_image
 from attribution.errors import InputError
 from attribution.runtime.safe_files import regular
 from attribution.scores import stored_features
 from attribution.scores.artifact import Scores
-from attribution.scores.features import TARGETS
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attribution.config import Config
-from attribution.data.dataset import ImageData
+from attribution.data.dataset import TARGETS, ImageData
 from attribution.models.batches import batches_of
 from attribution.runtime.device import resolve_device, resolve_precision
 from attribution.runtime.hashing import derive_seed
@@ -31,9 +31,6 @@ from attribution.runtime.progress import progress
 if TYPE_CHECKING:
     import torch
     from trak import TRAKer
-
-
-TARGETS = "validation"
 
 
 # Examples of a task: what is featurised at a time, and kept when a run is killed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +26,14 @@ SCHEMA_VERSION = 1
 AUTO_BYTES = 2 << 30
 
 
-def are_wanted(config: Config, stores: list[Store]) -> bool:
+def are_wanted(config: Config, stores: Sequence[Store]) -> bool:
     """Whether parameter `keep_features` asks for them, which auto does of up to 2 GiB."""
     if config.keep_features != "auto":
         return config.keep_features == "yes"
     return sum(2 * part.size for store in stores for part in store.features("train")) <= AUTO_BYTES
 
 
-def write_features(folder: Path, stores: list[Store], config: Config) -> None:
+def write_features(folder: Path, stores: Sequence[Store], config: Config) -> None:
     """Write what load_features reads; the stores have been factorised.
 
     Of each checkpoint the Cholesky factors L of its blocks and the whitened training features

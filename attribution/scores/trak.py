@@ -7,23 +7,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from attribution.config import Config
-from attribution.data.dataset import ImageData
+from attribution.data.dataset import TARGETS, ImageData
 from attribution.errors import InputError
+from attribution.gradients import per_sample
+from attribution.models import classifier
 from attribution.runtime.device import resolve_device
 from attribution.runtime.memory import keep_freed_memory
 from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write_matrix
 from attribution.runtime.progress import progress
-from attribution.scores.features import TARGETS, Store, featurize
-
-if TYPE_CHECKING:
-    import torch
-
-    from attribution.scores.traker_adapters import RidgeScoreComputer
+from attribution.scores.features import Store, featurize
+from attribution.scores.traker_adapters import RidgeScoreComputer
 
 # Of all checkpoints' factors and targets; where they are larger they are read for every block.
 SOLVED_BYTES = 5 << 29
@@ -64,6 +62,19 @@ def check_proj_dim(config: Config, n: int) -> None:
             f"proj_dim={config.proj_dim}: larger than the {n} training examples with lambda_reg=0; "
             f"use lambda_reg above 0, e.g. 0.1, or a proj_dim of at most {n}"
         )
+
+
+def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
+    """Refuse a model without exact per-sample gradients, before checkpoints are trained.
+
+    Raises:
+        InputError: a layer without a gradient rule, or images too small for the model.
+    """
+    model = classifier.build(config.model, class_names, seed=0).eval()
+    classifier.check_image_size(model, config.image_size)
+    if config.projector == "sketch":
+        size = (2, 3, config.image_size, config.image_size)
+        per_sample.check(model, torch.randn(size, generator=torch.Generator().manual_seed(0)))
 
 
 def compute_scores(
@@ -128,10 +139,6 @@ def combine(
     Raises:
         InputError: a singular Gram matrix, or a value that is not finite.
     """
-    import torch
-
-    from attribution.scores.traker_adapters import RidgeScoreComputer
-
     keep_freed_memory()  # the system would zero every block anew
     computer = RidgeScoreComputer(
         torch.float32, device, lambda_reg=lambda_reg, num_blocks=num_blocks
@@ -155,8 +162,6 @@ def combine(
 
 def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
     """Write the Cholesky factors of A = Phi'Phi + lambda I = L L', and the whitened targets."""
-    import torch
-
     gram = computer.gram(map(torch.from_numpy, ahead(row_blocks(*store.features("train")))))
     factors = computer.factor(gram)
     flat = factors.flatten(0, 1)
@@ -169,7 +174,7 @@ def _factorise(store: Store, computer: RidgeScoreComputer) -> None:
     write_matrix(store.targets, blocks, (sum(map(len, targets)), len(flat)))
 
 
-def row_scale(stores: list[Store], weight: str) -> np.ndarray:
+def row_scale(stores: Sequence[Store], weight: str) -> np.ndarray:
     """What the sum over checkpoints is multiplied by, (n_train, 1) float32."""
     scale = np.full((sum(map(len, stores[0].features("train"))), 1), 1 / len(stores), np.float32)
     if weight == "mean":
@@ -194,8 +199,6 @@ def _score_blocks(
         per_example: zeros (n_train, 2), filled in on the way: self-influence, and the alignment with
             held-out examples.
     """
-    import torch
-
     device = computer.device
 
     (length, k), m = open_matrix(stores[0].factor).shape, len(open_matrix(stores[0].targets))

@@ -13,10 +13,10 @@ import torch
 from scipy.stats import spearmanr
 from toy import toy_config, toy_data
 
+from attribution.data.dataset import TARGETS
 from attribution.gradients.per_sample import capture
 from attribution.models.checkpoints import train_checkpoints
 from attribution.models.classifier import load
-from attribution.scores.features import TARGETS
 from benchmarks import peer_methods, peers
 from benchmarks.peer_methods import METHODS, Problem
 

@@ -11,13 +11,14 @@ import transformers
 from test_per_sample import ROUTES, assert_exact, assert_sketch_is, batch, flat, randomise
 from toy import toy_config, toy_data
 
+from attribution.data.dataset import TARGETS
 from attribution.errors import InputError
 from attribution.gradients.per_sample import Shortcuts, capture
 from attribution.gradients.shortcuts import TRIAL, survey
 from attribution.gradients.sketch import FEW, Sketch, dealt
 from attribution.models import classifier
-from attribution.scores.features import TARGETS, featurize
-from scripts.trak import check_gradients
+from attribution.scores.features import featurize
+from attribution.scores.trak import check_gradients
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

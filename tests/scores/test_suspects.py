@@ -238,7 +238,7 @@ def test_a_planted_twin_is_on_the_list_of_the_stage(new_place, tmp_path) -> None
 
 
 def test_scores_without_suspects_are_logged(new_place, monkeypatch) -> None:
-    from attribution.scores import suspects as module
+    from attribution.scores import scored as module
 
     place = new_place("none")
     original = module.suspects

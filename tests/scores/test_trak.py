@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
 
+from attribution.data.dataset import TARGETS
 from attribution.errors import InputError
 from attribution.runtime import npy_blocks as matrices
 from attribution.runtime.npy_blocks import write_matrix
 from attribution.scores import features as featurization
 from attribution.scores import trak
 from attribution.scores.alignment import group_alignment
-from attribution.scores.features import TARGETS, Store
+from attribution.scores.features import Store
 from attribution.scores.trak import check_proj_dim, combine
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,165 @@
+"""The result of the trak stage: scores, their tables, and what they say about the training set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from attribution.config import Config
+from attribution.data.dataset import TARGETS, ImageData
+from attribution.models.ensemble import Ensemble, label_issues, label_quality
+from attribution.runtime.npy_blocks import open_matrix
+from attribution.runtime.progress import say
+from attribution.scores import alignment, stored_features
+from attribution.scores.artifact import Scores, load_scores, write_scores
+from attribution.scores.features import Store, featurize
+from attribution.scores.suspects import suspects
+from attribution.scores.trak import TrakScores, check_proj_dim, score
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a training set, from score_training_set or from the artifacts of an earlier run.
+
+    Attributes:
+        scores: the scores with their tables and metadata; hashes are added when they are written.
+        suspects: the table of suspects.suspects.
+        matrix: .npy file of the scores in the work folder; None for a loaded result.
+        stores: features of each checkpoint in the work folder; empty for a loaded result.
+        seconds: time that features and scores took; 0 for a loaded result.
+    """
+
+    scores: Scores
+    suspects: pd.DataFrame
+    matrix: Path | None = None
+    stores: Sequence[Store] = ()
+    seconds: float = 0.0
+
+    @classmethod
+    def load(cls, scores: Path, suspects: Path) -> Scored:
+        """Read the artifacts of an earlier run.
+
+        Args:
+            scores: folder of the score artifact.
+            suspects: file suspects.csv.
+
+        Raises:
+            InputError: the score artifact is incomplete or damaged.
+        """
+        texts = (
+            "example_id",
+            "file_name",
+            "label",
+            "suggested_label",
+            "reasons",
+            "near_duplicate_of",
+        )
+        table = pd.read_csv(suspects, dtype=dict.fromkeys(texts, str), keep_default_na=False)
+        return cls(load_scores(scores), table)
+
+    def write(self, folder: Path, config: Config) -> Scored:
+        """Write the artifacts `scores` and, if `keep_features` asks for it, `features` into a folder.
+
+        Returns:
+            The same result with the metadata that was written, hashes included.
+        """
+        assert self.matrix is not None
+        own = self.scores
+        written = write_scores(folder / "scores", self.matrix, own.train, own.targets, own.metadata)
+        if stored_features.are_wanted(config, self.stores):
+            stored_features.write_features(folder / "features", self.stores, config)
+        return replace(self, scores=replace(own, metadata=written.metadata))
+
+    def moved(self, folder: Path) -> Scored:
+        """The same result with the matrix read from the score artifact in `folder`, unchecked.
+
+        For use after the work folder is deleted.
+        """
+        return replace(self, scores=replace(self.scores, values=open_matrix(folder / "scores.npy")))
+
+    def metrics(self) -> dict[str, float]:
+        """Time taken, and the share of training examples with negative alignment."""
+        gradients = len(self.stores) * sum(self.scores.values.shape)
+        return {
+            "seconds": self.seconds,
+            "milliseconds_per_gradient": 1000 * self.seconds / gradients,
+            "share_negative_alignment": float((self.scores.train["alignment"] < 0).mean()),
+        }
+
+    def rankings(self) -> dict[str, np.ndarray]:
+        """Rankings of the training examples by doubt, each (n_train,), low = suspect."""
+        train = self.scores.train
+        found = {name: train[name].to_numpy() for name in ("trust", "alignment", "label_quality")}
+        return found | {name: -train[name].to_numpy() for name in ("loss", "self_influence")}
+
+
+def score_training_set(
+    config: Config,
+    data: ImageData,
+    members: Ensemble,
+    checkpoints: Sequence[Path],
+    work: Path,
+    origin: dict[str, Any],
+) -> Scored:
+    """Score every training example by an ensemble, and list the suspects.
+
+    Args:
+        members: masks and logits of the checkpoints.
+        checkpoints: from_pretrained folders, in the order of `members`.
+        work: folder of unfinished features and scores. A second call continues from it.
+        origin: fingerprints, versions and run ids, for the metadata.
+
+    Raises:
+        InputError: see compute_scores.
+    """
+    check_proj_dim(config, len(data.rows("train")))
+    if not members.is_out_of_sample:
+        say("trak: every checkpoint saw some of the examples: their losses are in-sample")
+    held_out = None
+    if members.is_out_of_sample:
+        held_out = alignment.held_out_weights(members.masks, data.labels("train"))
+    start = time.monotonic()
+    stores = featurize(config, data, checkpoints, work)
+    found = score(config, stores, work / "scores.npy", held_out)
+    seconds = time.monotonic() - start
+    targets = data.table(TARGETS).assign(loss=members.validation_loss(data.labels(TARGETS)))
+    train = _train_table(data, members, found, targets)
+    metadata = {
+        "estimator": config.group("trak") | {"num_models": config.num_models},
+        "alignment": {"groups": "label", "group_weights": "exp_loss"},
+        "loss_is_out_of_sample": members.is_out_of_sample,
+        "data_fingerprint": data.fingerprint,
+        **origin,
+    }
+    issues = label_issues(data.labels("train"), members.train_probabilities())
+    listed = suspects(data, train, issues)
+    scores = Scores(found.values, train, targets, metadata)
+    return Scored(scores, listed, found.file, stores, seconds)
+
+
+def _train_table(
+    data: ImageData, members: Ensemble, found: TrakScores, targets: pd.DataFrame
+) -> pd.DataFrame:
+    """The score artifact's table of training examples, one row per row of the scores."""
+    groups = alignment.group_ids(targets, "label")
+    weights = alignment.group_weights(targets["loss"].to_numpy(), groups, "exp_loss")
+    aligned = alignment.group_alignment(found.values, groups, weights)
+    trust = found.held_out
+    if trust is None:
+        trust = alignment.unweighted(aligned, found.row_weight)
+    labels, probabilities = data.labels("train"), members.train_probabilities()
+    return data.table("train").assign(
+        alignment=aligned,
+        row_weight=found.row_weight,
+        trust=trust,
+        self_influence=found.self_influence,
+        loss=members.train_loss(labels),
+        label_quality=label_quality(labels, probabilities),
+        predicted_label=probabilities.argmax(axis=1),
+    )
