@@ -9,7 +9,6 @@ from attribution.cli import outputs
 from attribution.cli.command import main
 from attribution.errors import InputError
 from attribution.reporting import mlflow_notes
-from attribution.runtime.hashing import derive_seed
 from attribution.runtime.progress import say
 from attribution.tracking import stage_runs
 from attribution.tracking.fingerprint import work_folder
@@ -17,15 +16,12 @@ from attribution.tracking.run_lifecycle import current_run, nested_runs, open_ru
 from scripts import trak
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
     from attribution.config import Config
     from attribution.data.dataset import ImageData
-    from attribution.experiments.arms import Evidence
-    from attribution.experiments.comparison import Outcome
+    from attribution.experiments.comparison import Comparison, Outcome
     from attribution.reporting.ablation_html import Removed
-    from attribution.scores.artifact import Scores
 
 NOTED = 40  # arms in the note of a run: MLflow cuts off what is longer than 8,000 characters
 
@@ -34,36 +30,24 @@ def make(config: Config, data: ImageData) -> None:
     """Find or compute scores, retrain every arm over paired seeds, and log the comparison."""
     import mlflow
 
-    from attribution.experiments import arms as removal
     from attribution.experiments import comparison
+    from attribution.experiments.evidence import gather_evidence
     from attribution.reporting import ablation_html
     from attribution.reporting import figures as plots
     from attribution.runtime import machine
-    from attribution.scores import alignment
     from attribution.scores.artifact import load_scores
 
-    lacking = ["groups"] * (config.groups == alignment.AUTO)
-    lacking += ["is_flipped"] * (not data.table("train")["is_flipped"].any())
-    removal.check_arms(config.arm_names, lacking)
-    removal.check_fracs(config.fracs, len(data.rows("train")))
-    alignment.check_groups(data.examples, config.groups)  # refused before any training
+    comparison.check(config, data)
     trak_id = stage_runs.obtain("trak", config, data, trak.make)
     scores = load_scores(stage_runs.artifact_path(trak_id, "scores"))
     evidence = gather_evidence(config, data, scores)
-    seeds = [derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
-    actions = ("remove", "relabel") if config.action == "both" else (config.action,)
-    trials = removal.plan_trials(
-        config.arm_names, config.fracs, evidence, seeds, actions, data.class_names
-    )
     work = work_folder(config, "retrainings")
-    logits = comparison.retrain(config, data, trials, seeds, work)
-    outcomes = comparison.compare(trials, logits, data.labels("test"), test_groups(config, data))
-    table = comparison.comparison_table(outcomes)
+    found = comparison.compare_arms(config, data, scores, evidence, work)
+    table, classes = found.table, found.per_class
     removed = [
-        log_trial(outcome, comparison.verdict(row), data, scores, evidence)
-        for outcome, (_, row) in zip(outcomes, table.iterrows(), strict=True)
+        log_trial(outcome, verdict, data, found)
+        for outcome, verdict in zip(found.outcomes, table["verdict"], strict=True)
     ]
-    classes = comparison.class_effects(outcomes, logits, data.labels("test"), data.class_names)
     stage_runs.log_table(table, "comparison")
     stage_runs.log_table(classes, "per_class")
     with stage_runs.artifact_folder() as folder:
@@ -100,61 +84,11 @@ def known_quality(trak_id: str) -> pd.DataFrame | None:
         return None
 
 
-def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence:
-    """What the arms may look at: alignment under this run's groups and weights, labels, loss."""
-    from attribution.experiments import arms as removal
-    from attribution.scores import alignment
-
-    for table, split in ((scores.train, "train"), (scores.targets, "validation")):
-        if list(table["example_id"]) != list(data.table(split)["example_id"]):
-            raise InputError(f"scores: the {split} table does not have this data set's examples")
-    targets = data.table("validation")  # has the column that `groups` names; the scores may not
-    groups = alignment.group_ids(targets, config.groups, scores.values)
-    losses = scores.targets["loss"].to_numpy()
-    weights = alignment.group_weights(losses, groups, config.group_weights)
-    train, flipped = scores.train, scores.train["is_flipped"].to_numpy()
-    quality, predicted = (
-        train[name].to_numpy() if name in train else None
-        for name in ("label_quality", "predicted_label")
-    )
-    own_groups = None
-    if config.groups != alignment.AUTO:
-        own_groups = alignment.group_ids(data.table("train"), config.groups)
-    aligned = alignment.group_alignment(scores.values, groups, weights)
-    own = {name: getattr(config, name) for name in ("groups", "group_weights")}
-    # Who asks for other groups or weights wants D3M as published.
-    by_default = own == scores.metadata["alignment"]
-    return removal.Evidence(
-        labels=data.labels("train"),
-        alignment=aligned,
-        trust=train["trust"].to_numpy() if by_default else aligned,
-        loss=train["loss"].to_numpy(),
-        label_quality=quality,
-        self_influence=train["self_influence"].to_numpy(),
-        predicted=predicted,
-        groups=own_groups,
-        is_flipped=flipped if flipped.any() else None,
-        true_labels=train["true_label"].to_numpy(),
-    )
-
-
-def test_groups(config: Config, data: ImageData) -> np.ndarray | None:
-    """The group of each test example, where groups are a column that is not the label itself."""
-    from attribution.scores import alignment
-
-    if config.groups in ("label", alignment.AUTO):
-        return None
-    return alignment.group_ids(data.table("test"), config.groups)
-
-
-def log_trial(
-    outcome: Outcome, verdict: str, data: ImageData, scores: Scores, evidence: Evidence
-) -> Removed:
+def log_trial(outcome: Outcome, verdict: str, data: ImageData, found: Comparison) -> Removed:
     """One nested run: what the arm removed (which is returned), per-seed test metrics, their summary."""
     import mlflow
 
     from attribution.experiments import arms as removal
-    from attribution.experiments import comparison
     from attribution.reporting import figures as plots
     from attribution.reporting.ablation_html import Removed
 
@@ -185,16 +119,14 @@ def log_trial(
                 for seed, value in enumerate(values)
             ]
         )
-        mlflow.log_metrics(comparison.summary_metrics(outcome))
-        table = removal.removed_table(trial, scores.train, evidence)
-        flips = int(scores.train["is_flipped"].sum())
-        counts = removal.removal_metrics(table, flips, len(trial.removed))
+        mlflow.log_metrics(outcome.summary)
+        table, counts = found.removed(trial), found.removal_metrics(trial)
         mlflow.log_metrics({stage_runs.metric_name(name): v for name, v in counts.items()})
         # Of `none` too: MLflow's comparison page breaks where one of the runs has no artifact.
         with stage_runs.artifact_folder() as folder:
             table.to_parquet(folder / "removed.parquet", index=False)
             if trial.arm not in ("none", *removal.DRAWN) and trial.action == "remove":
-                removal.kept_table(trial, scores.train).to_csv(folder / "kept.csv", index=False)
+                removal.kept_table(trial, found.train).to_csv(folder / "kept.csv", index=False)
             plots.removed_gallery(data, table, trial.name, folder / "removed.png")
         return Removed(trial.name, trial.arm, trial.action, table, counts)
 

@@ -18,63 +18,34 @@ if TYPE_CHECKING:
 
     from attribution.config import Config
     from attribution.data.dataset import ImageData
-    from attribution.experiments.subset_bank import Bank
 
 
 def make(config: Config, data: ImageData) -> None:
     """Find or compute scores and a bank, judge every method by it, and log table and figure."""
-    import numpy as np
-
-    from attribution.experiments import evaluation, methods
+    from attribution.experiments import evaluation
+    from attribution.experiments.methods import Subject
+    from attribution.experiments.subset_bank import load_bank
     from attribution.reporting import figures
     from attribution.scores.artifact import load_scores
 
-    methods.check_methods(config.method_names)
-    evaluation.check_brittleness(config, len(data.rows("train")))
-    given = known_bank(config, data)  # refused before any training
-    evaluation.check_alpha(config, len(data.rows("train")))
+    evaluation.check(config, data)
+    bank = load_bank(config.bank, config, data) if config.bank else None
     trak_id = stage_runs.obtain("trak", config, data, trak.make)
     finetune_id = finetune.obtain_of(trak_id, config, data)
-    bank = given or new_bank(config, data)
+    checkpoints = finetune.checkpoint_folders(finetune_id, config.num_models)
+    scores = load_scores(stage_runs.artifact_path(trak_id, "scores"))
     work = stage_folder("evaluate", config, data, finetune_id)
-    subject = methods.Subject(
-        config,
-        data,
-        finetune.checkpoint_folders(finetune_id, config.num_models),
-        load_scores(stage_runs.artifact_path(trak_id, "scores")),
-        work,
-    )
-    found = {name: methods.METHODS[name](subject) for name in config.method_names}
-    table = evaluation.judge(found, bank, subject.scores.train["is_flipped"].to_numpy())
-    brittle = None
-    if config.brittleness_targets:
-        nearest = np.concatenate(list(methods.penultimate_similarity(subject, signed=False)))
-        supports = {"trak": subject.scores.values, "nearest of the same label": nearest}
-        retrainings = work_folder(config, "retrainings")
-        brittle = evaluation.brittleness(config, data, supports, retrainings)
-        stage_runs.log_table(brittle, "brittleness")
-    for _, row in table.iterrows():
+    subject = Subject(config, data, checkpoints, scores, work)
+    found = evaluation.evaluate(subject, bank, work_folder(config, "retrainings"))
+    if found.brittleness is not None:
+        stage_runs.log_table(found.brittleness, "brittleness")
+    for _, row in found.table.iterrows():
         log_method(row)
-    stage_runs.log_table(table, "evaluation")
+    stage_runs.log_table(found.table, "evaluation")
     with stage_runs.artifact_folder("bank") as folder:
-        bank.save(folder, config, data)
+        found.bank.save(folder, config, data)
     with stage_runs.artifact_folder() as folder:
-        figures.evaluation(table, brittle, folder / "evaluation.png")
-
-
-def known_bank(config: Config, data: ImageData) -> Bank | None:
-    """The bank that the caller names, if any."""
-    from attribution.experiments.subset_bank import load_bank
-
-    return load_bank(config.bank, config, data) if config.bank else None
-
-
-def new_bank(config: Config, data: ImageData) -> Bank:
-    """A bank of this size; of what an earlier command trained for it nothing is trained again."""
-    from attribution.experiments.subset_bank import build_bank
-
-    work = work_folder(config, "retrainings")
-    return build_bank(config, data, config.num_subsets, config.num_repeats, config.alpha, work)
+        figures.evaluation(found.table, found.brittleness, folder / "evaluation.png")
 
 
 def log_method(row: pd.Series) -> None:

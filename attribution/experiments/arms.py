@@ -8,28 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from attribution.config import nearest
+from attribution.config import Config, nearest
 from attribution.errors import InputError
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What an arm may look at; arrays are (n_train,), in order of position.
-
-    Nothing here comes from the test split. An arm that needs what is None is refused by name.
-    """
-
-    labels: np.ndarray
-    alignment: np.ndarray  # positive = helpful
-    trust: np.ndarray  # low = suspect: what tells wrong labels; the alignment, if of other groups
-    loss: np.ndarray  # ensemble loss in nats, out of sample where the masks allow
-    label_quality: np.ndarray | None = None  # cleanlab's, low = suspect
-    self_influence: np.ndarray | None = None
-    predicted: np.ndarray | None = None  # label that the ensemble predicts, out of sample likewise
-    groups: np.ndarray | None = None  # of each example, where they are not found from scores
-    is_flipped: np.ndarray | None = None  # where labels were flipped on purpose
-    true_labels: np.ndarray | None = None
-
+from attribution.experiments.evidence import Evidence
 
 Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
 
@@ -39,54 +20,57 @@ def _lowest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _rank(values: np.ndarray) -> np.ndarray:
-    """Place of each value among all, 0 the lowest; equal ones in order."""
+    """Rank of each value, 0 for the lowest; equal values in order of position."""
     return np.argsort(np.argsort(values, kind="stable"), kind="stable")
 
 
 def _given(values: np.ndarray | None) -> np.ndarray:
-    """Evidence that an arm NEEDS: check_arms has refused the arm where it is None."""
+    """Evidence that an arm NEEDS; check_arms has refused the arm if it is None."""
     assert values is not None
     return values
 
 
 def none(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Nothing: the baseline."""
+    """No removal: the baseline."""
     return np.empty(0, dtype=np.int64)
 
 
 def random(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """A fresh uniform draw for every seed, so that the draw's own variance counts."""
+    """Random examples, drawn for each seed: the control that other arms are compared with."""
     return rng.choice(len(evidence.labels), count, replace=False)
 
 
 def random_matched(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Random, with as many of each class as `harmful` takes: what its class balance alone does."""
-    wanted = np.bincount(evidence.labels[harmful(evidence, count, rng)])
+    """Random examples with the class counts of harmful: the effect of class balance alone."""
+    per_class = np.bincount(evidence.labels[harmful(evidence, count, rng)])
     return np.concatenate(
         [
             rng.choice(np.flatnonzero(evidence.labels == label), number, replace=False)
-            for label, number in enumerate(wanted)
+            for label, number in enumerate(per_class)
         ]
     )
 
 
 def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Highest alignment: removing these should hurt."""
+    """Highest alignment: the examples whose presence raises accuracy most; removing them should hurt."""
     return np.argsort(evidence.alignment, kind="stable")[::-1][:count]
 
 
 def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Lowest trust: removing these should help. With groups, alignment: D3M (Jain et al. 2024)."""
+    """Lowest trust score: the examples whose presence lowers accuracy most.
+
+    With other than the default groups or weights: lowest alignment, as in D3M (Jain et al. 2024).
+    """
     return _lowest(evidence.trust, count)
 
 
 def negative(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Every example with negative alignment, however many: frac does not apply."""
+    """All examples with negative alignment, however many there are (frac does not apply)."""
     return np.flatnonzero(evidence.alignment < 0)
 
 
 def loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Highest ensemble loss: the cheap baseline that attribution has to earn its place beside."""
+    """Highest ensemble loss: the cheap baseline that attribution has to beat."""
     return _lowest(-evidence.loss, count)
 
 
@@ -96,36 +80,37 @@ def confident(evidence: Evidence, count: int, rng: np.random.Generator) -> np.nd
 
 
 def self_influence(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Highest influence on itself: memorised examples (Feldman and Zhang 2020 use it so)."""
+    """Highest influence on their own prediction: memorised examples (Feldman and Zhang 2020)."""
     return _lowest(-_given(evidence.self_influence), count)
 
 
 def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Both of low trust and of high loss: the `count` that come first in both orders."""
+    """Low trust score and high loss: the examples that come first in both rankings."""
     return _lowest(np.maximum(_rank(evidence.trust), _rank(-evidence.loss)), count)
 
 
 def majority(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """At random from the largest group alone, of those of its label or column."""
+    """Random examples of the largest group, at most all of them."""
     groups = _given(evidence.groups)
     largest = np.flatnonzero(groups == np.bincount(groups).argmax())
     return rng.choice(largest, min(count, len(largest)), replace=False)
 
 
 def balanced(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """At random, one by one from the group that is then largest: balances the groups."""
+    """Random examples, each from the group that is largest at that point: evens out group sizes."""
     groups = _given(evidence.groups)
     shuffled = rng.permutation(len(groups))
-    # An example goes when its group has shrunk to its place in it: the largest places go first.
-    place = np.empty(len(shuffled), dtype=np.int64)
+    # Number the members of each group. The highest numbers of all groups are removed first, so
+    # that larger groups shrink until they are as small as the others.
+    number = np.empty(len(shuffled), dtype=np.int64)
     for group in np.unique(groups):
         rows = shuffled[groups[shuffled] == group]
-        place[rows] = np.arange(len(rows))
-    return shuffled[np.argsort(-place[shuffled], kind="stable")][:count]
+        number[rows] = np.arange(len(rows))
+    return shuffled[np.argsort(-number[shuffled], kind="stable")][:count]
 
 
 def oracle(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Exactly the labels that were flipped on purpose: the ceiling. frac does not apply."""
+    """All examples whose labels were flipped on purpose: the best possible (frac does not apply)."""
     return np.flatnonzero(_given(evidence.is_flipped))
 
 
@@ -138,11 +123,11 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 FRAC_FREE = ("none", "negative", "oracle")  # their size does not depend on frac
 DRAWN = ("random", "random_matched", "majority", "balanced")  # another choice for every seed
-NO_GROUPS = "groups", "groups=auto has none for training examples; use label or a column"
-OLD_SCORES = "the scores do not say; make them anew"
+NO_GROUPS = "groups", "groups=auto gives training examples no group; use label or a column"
+# The field of Evidence that an arm cannot do without, and what to do if it is None.
 NEEDS = {
-    "confident": ("label_quality", OLD_SCORES),
-    "self_influence": ("self_influence", OLD_SCORES),
+    "confident": ("label_quality", "the scores have no label_quality; run trak again"),
+    "self_influence": ("self_influence", "the scores have no self_influence; run trak again"),
     "majority": NO_GROUPS,
     "balanced": NO_GROUPS,
     "oracle": ("is_flipped", "no label was flipped on purpose; use label_noise above 0"),
@@ -151,15 +136,23 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One (arm, frac, action) of the comparison, with what it removes under each seed.
+    """One (arm, frac, action) of the comparison, with the examples that it removes or relabels.
 
-    With the action 'relabel' the examples stay, under `new_labels`.
+    Attributes:
+        frac: the share asked for; the share removed if the arm decides how many.
+        removed: training positions in ascending order, one array per seed.
+        new_labels: labels for those positions, if they are relabelled and not removed.
     """
 
     arm: str
-    frac: float  # as asked for; the share removed where the arm decides it
-    removed: tuple[np.ndarray, ...]  # one array of training positions a seed, ascending
-    new_labels: tuple[np.ndarray, ...] | None = None  # of those positions
+    frac: float
+    removed: tuple[np.ndarray, ...]
+    new_labels: tuple[np.ndarray, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many examples are removed or relabelled, the same under every seed."""
+        return len(self.removed[0])
 
     @property
     def action(self) -> str:
@@ -171,16 +164,20 @@ class Trial:
 
 
 def trial_name(arm: str, action: str, frac: float | None = None) -> str:
-    """What an arm is called in runs, tables and pictures; with its share where that is given."""
-    share = "" if frac is None or arm == "none" else f" {frac:.3g}"
-    return arm + share + " relabelled" * (action == "relabel")
+    """Name of a trial in runs, tables and figures, such as 'harmful 0.05 relabelled'."""
+    name = arm
+    if frac is not None and arm != "none":
+        name += f" {frac:.3g}"
+    if action == "relabel":
+        name += " relabelled"
+    return name
 
 
-def check_arms(arms: list[str], lacking: Sequence[str] = ()) -> None:
-    """Refuse unknown names, and arms that need what is lacking.
+def check_arms(arms: Sequence[str], missing: Sequence[str] = ()) -> None:
+    """Refuse unknown arms, and arms whose evidence is missing.
 
     Args:
-        lacking: fields of Evidence that will be None.
+        missing: fields of Evidence that are None.
 
     Raises:
         InputError: with the nearest valid names, or with what the arm needs.
@@ -189,96 +186,126 @@ def check_arms(arms: list[str], lacking: Sequence[str] = ()) -> None:
         if arm not in ARMS:
             raise InputError(f"arms={arm}: unknown; {nearest(arm, list(ARMS), limit=20)}")
         field, reason = NEEDS.get(arm, ("", ""))
-        if field in lacking:
+        if field in missing:
             raise InputError(f"arms={arm}: {reason}, or leave out the arm")
 
 
-def check_fracs(fracs: Sequence[float], n: int) -> None:
-    """Refuse a share that comes to none of n training examples.
+def check_fracs(fracs: Sequence[float], n_train: int) -> None:
+    """Refuse a share that rounds to no training example.
 
     Raises:
-        InputError: with the smallest that removes one.
+        InputError: with the smallest share that removes one.
     """
-    if round(min(fracs) * n) < 1:
+    if round(min(fracs) * n_train) < 1:
         raise InputError(
-            f"frac={min(fracs):g}: removes none of the {n} training examples; use {1 / n:.2g} or more"
+            f"frac={min(fracs):g}: removes none of the {n_train} training examples; "
+            f"use {1 / n_train:.2g} or more"
         )
 
 
+def actions_of(config: Config) -> tuple[str, ...]:
+    """The actions that parameter `action` stands for."""
+    return ("remove", "relabel") if config.action == "both" else (config.action,)
+
+
+def count_trials(config: Config, n_train: int) -> int:
+    """How many trials plan_trials makes at most, known before the scores are.
+
+    Fewer if two arms remove equally many examples and share a random control.
+    """
+    named = set(config.arm_names) - {"none", "random"}
+    free = len(named.intersection(FRAC_FREE))
+    shares = len({round(frac * n_train) for frac in config.fracs})
+    # Every share has a random control. So has every arm with a size of its own, and the size at
+    # which `majority` has no more examples.
+    chosen = shares * (1 + len(named) - free) + 2 * free + ("majority" in named)
+    return 1 + chosen * len(actions_of(config))
+
+
 def plan_trials(
-    arms: list[str],
-    fracs: list[float],
+    arms: Sequence[str],
+    fracs: Sequence[float],
     evidence: Evidence,
-    seeds: list[int],
+    seeds: Sequence[int],
     actions: Sequence[str] = ("remove",),
     class_names: Sequence[str] = (),
 ) -> list[Trial]:
-    """Every (arm, frac, action) to retrain, each beside `none` and a `random` of its size and action.
+    """List every (arm, frac, action) to retrain, with `none` and a `random` of each size and action.
 
-    `none` and `random` are added where they are not named: without them no difference could be
-    told from chance. An arm whose size does not depend on frac appears once, at its own share.
+    `none` and `random` are added if they are not named: every other arm is compared with them. An
+    arm whose size does not depend on frac appears once, under the share that it removes.
 
     Raises:
-        InputError: an unknown arm, one that lacks its evidence, or a removal that empties a class
-            or removes nothing.
+        InputError: an unknown arm, an arm whose evidence is missing, or a removal that removes
+            nothing or a whole class.
     """
     check_arms(arms, [name for name, value in vars(evidence).items() if value is None])
     for arm in arms:
-        labels = evidence.true_labels if arm == "oracle" else evidence.predicted
-        if "relabel" in actions and arm != "none" and labels is None:
-            raise InputError(f"arms={arm}: to relabel, {OLD_SCORES}, or use action=remove")
+        if "relabel" in actions and arm != "none" and _labels_for(arm, evidence) is None:
+            raise InputError(
+                f"arms={arm}: the scores have no labels to relabel with; run trak again, "
+                "or use action=remove"
+            )
     n = len(evidence.labels)
     check_fracs(fracs, n)
-    shares = {round(frac * n): frac for frac in sorted(fracs)}  # how many, as it was asked for
-    controls = dict(shares)
+    frac_of = {round(frac * n): frac for frac in sorted(fracs)}  # by number of examples
+    controls = dict(frac_of)
     trials: list[Trial] = []
     for arm in dict.fromkeys(arms):
         if arm in ("none", "random"):
             continue
-        for count in [0] if arm in FRAC_FREE else shares:
-            trial = _trial(arm, count, shares.get(count), evidence, seeds)
-            if any(t.arm == arm and t.frac == trial.frac for t in trials):
-                continue  # it had no more to give at a smaller share already
+        for count in [0] if arm in FRAC_FREE else frac_of:
+            trial = _trial(arm, count, frac_of.get(count), evidence, seeds)
+            if any((t.arm, t.frac) == (arm, trial.frac) for t in trials):
+                continue  # the arm had no more examples at a smaller share either
             trials.append(trial)
-            if len(trial.removed[0]):
-                controls.setdefault(len(trial.removed[0]), trial.frac)
-    chosen = [
-        *(_trial("random", count, controls[count], evidence, seeds) for count in sorted(controls)),
-        *trials,
+            if trial.size:
+                controls.setdefault(trial.size, trial.frac)
+    random_trials = [
+        _trial("random", count, controls[count], evidence, seeds) for count in sorted(controls)
     ]
-    trials = [_trial("none", 0, None, evidence, seeds)]
+    planned = [_trial("none", 0, None, evidence, seeds)]
     for action in actions:
-        trials += chosen if action == "remove" else [_relabelled(t, evidence) for t in chosen]
-    for trial in trials:
+        for trial in random_trials + trials:
+            planned.append(trial if action == "remove" else _relabelled(trial, evidence))
+    for trial in planned:
         _check_classes(trial, evidence.labels, class_names)
-    return trials
+    return planned
 
 
-def _trial(arm: str, count: int, frac: float | None, evidence: Evidence, seeds: list[int]) -> Trial:
+def _trial(
+    arm: str, count: int, frac: float | None, evidence: Evidence, seeds: Sequence[int]
+) -> Trial:
+    choose = ARMS[arm]
     removed = tuple(
-        np.sort(ARMS[arm](evidence, count, np.random.default_rng([seed, count]))) for seed in seeds
+        np.sort(choose(evidence, count, np.random.default_rng([seed, count]))) for seed in seeds
     )
-    if frac is None or len(removed[0]) != count:  # the arm decides, or has no more to give
-        frac = len(removed[0]) / len(evidence.labels)
+    size = len(removed[0])
+    if frac is None or size != count:  # the arm decides, or has fewer examples than asked for
+        frac = size / len(evidence.labels)
     return Trial(arm, frac, removed)
 
 
-def _relabelled(trial: Trial, evidence: Evidence) -> Trial:
-    """The same choice with another action: to be seen with the label that the ensemble predicts.
+def _labels_for(arm: str, evidence: Evidence) -> np.ndarray | None:
+    """The labels that an arm relabels with: predicted ones, for the oracle the true ones."""
+    return evidence.true_labels if arm == "oracle" else evidence.predicted
 
-    The oracle knows the true one.
-    """
-    labels = _given(evidence.true_labels if trial.arm == "oracle" else evidence.predicted)
+
+def _relabelled(trial: Trial, evidence: Evidence) -> Trial:
+    labels = _given(_labels_for(trial.arm, evidence))
     return replace(trial, new_labels=tuple(labels[removed] for removed in trial.removed))
 
 
 def _check_classes(trial: Trial, labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Refuse a trial that leaves a class without training examples under any seed."""
     before = np.bincount(labels)
     for s, removed in enumerate(trial.removed):
-        left = before - np.bincount(labels[removed], minlength=len(before))
-        if trial.new_labels is not None:
-            left = left + np.bincount(trial.new_labels[s], minlength=len(before))[: len(before)]
-        emptied = np.flatnonzero((left == 0) & (before > 0))
+        after = labels.copy()
+        if trial.new_labels is None:
+            after = np.delete(after, removed)
+        else:
+            after[removed] = trial.new_labels[s]
+        emptied = np.setdiff1d(labels, after)
         if len(emptied):
             label = int(emptied[0])
             name = class_names[label] if class_names else label
@@ -289,50 +316,52 @@ def _check_classes(trial: Trial, labels: np.ndarray, class_names: Sequence[str])
 
 
 def removed_table(trial: Trial, train: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
-    """One row a removed example with its evidence and `seeds`, how many seeds removed it.
+    """One row per removed example with its evidence and `seeds`, how many seeds removed it.
 
     Args:
         train: the score artifact's table of training examples, in order of position.
     """
     positions, seeds = np.unique(np.concatenate(trial.removed), return_counts=True)
-    own = {name: getattr(evidence, name)[positions] for name in ("alignment", "trust")}
-    table = train.iloc[positions].assign(**own, seeds=seeds)
+    table = train.iloc[positions].assign(
+        alignment=evidence.alignment[positions], trust=evidence.trust[positions], seeds=seeds
+    )
     return table.reset_index(drop=True)
 
 
 def kept_table(trial: Trial, train: pd.DataFrame) -> pd.DataFrame:
-    """The training examples that a trial keeps under its first seed, as parameter `keep` takes them."""
+    """The training examples that a trial keeps under its first seed, as parameter `keep` reads them."""
     kept = np.delete(np.arange(len(train)), trial.removed[0])
     return train.iloc[kept][["example_id", "label_name", "file_name"]]
 
 
 def export_files(
-    arm: str, arms: list[str], fracs: list[float], action: str
+    arm: str, arms: Sequence[str], fracs: Sequence[float], action: str
 ) -> dict[str, float | None]:
-    """The names of the files that parameter `export_arm` asks for, each with its frac if it has one.
+    """Names of the files that parameter `export_arm` writes, each with its frac if that applies.
 
     Raises:
-        InputError: not an arm of this comparison, or one that has no one choice to export.
+        InputError: the arm is not part of this comparison, or does not choose the same examples
+            under every seed.
     """
     if not arm:
         return {}
     if arm not in arms:
         raise InputError(f"export_arm={arm}: not among arms={','.join(arms)}")
     if arm in ("none", *DRAWN):
-        raise InputError(f"export_arm={arm}: makes no one choice of its own; name another arm")
+        raise InputError(f"export_arm={arm}: makes no one choice of examples; name another arm")
     if action == "relabel":
-        raise InputError(f"export_arm={arm}: with action=relabel every example is kept; use remove")
+        raise InputError(f"export_arm={arm}: action=relabel keeps every example; use remove")
     if arm in FRAC_FREE:
         return {f"{arm}.csv": None}
     return {f"{arm}_{frac:g}.csv": frac for frac in fracs}
 
 
-def removal_metrics(table: pd.DataFrame, n_flipped: int, n_seeds: int) -> dict[str, float]:
+def removal_metrics(removed: pd.DataFrame, n_flipped: int, n_seeds: int) -> dict[str, float]:
     """Removals per class (mean over seeds) and, where flips are known, precision and recall."""
-    per_class = table.groupby("label_name")["seeds"].sum() / n_seeds
+    per_class = removed.groupby("label_name")["seeds"].sum() / n_seeds
     metrics = {f"removed/{name}": float(count) for name, count in per_class.items()}
-    if n_flipped and len(table):
-        found = table.loc[table["is_flipped"], "seeds"].sum()
-        metrics["flips_precision"] = float(found / table["seeds"].sum())
+    if n_flipped and len(removed):
+        found = removed.loc[removed["is_flipped"], "seeds"].sum()
+        metrics["flips_precision"] = float(found / removed["seeds"].sum())
         metrics["flips_recall"] = float(found / (n_flipped * n_seeds))
     return metrics

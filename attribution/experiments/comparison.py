@@ -1,4 +1,4 @@
-"""Retrains every trial over paired seeds and sets the results side by side."""
+"""The comparison of arms: retrain every trial over paired seeds and compare the test results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import Trial
+from attribution.errors import InputError
+from attribution.experiments.arms import (
+    Trial,
+    actions_of,
+    check_arms,
+    check_fracs,
+    count_trials,
+    kept_table,
+    plan_trials,
+    removal_metrics,
+    removed_table,
+)
+from attribution.experiments.evidence import Evidence
 from attribution.experiments.statistics import (
     Estimate,
     bootstrap_interval,
@@ -22,11 +34,15 @@ from attribution.experiments.statistics import (
 )
 from attribution.models.predict import classification_metrics
 from attribution.models.retrain import Series, retrained_logits
+from attribution.runtime.hashing import derive_seed
+from attribution.scores.alignment import AUTO, check_groups, group_ids
+from attribution.scores.artifact import Scores
 
 CONTROLS = ("random", "none")
-# Those with p-values; worst_group_accuracy is there where `groups` is a column.
+# Metrics with p-values; worst_group_accuracy exists if `groups` is a column.
 JUDGED = ("accuracy", "worst_group_accuracy")
-# What a person sees without scrolling in MLflow's table view.
+JUDGEMENTS = ("p", "p_holm", "bootstrap_low", "bootstrap_high", "detectable")
+# The columns that MLflow's table view shows without scrolling.
 FIRST_COLUMNS = ["arm", "frac", "accuracy_mean", "accuracy_vs_random", "verdict"]
 CLASS_COLUMNS = [
     "arm", "action", "frac", "label_name", "n_test",
@@ -34,22 +50,158 @@ CLASS_COLUMNS = [
 ]  # fmt: skip
 
 
-def retrain(
-    config: Config, data: ImageData, trials: Sequence[Trial], seeds: list[int], work: Path
-) -> Sequence[np.ndarray]:
-    """Retrain every trial under every seed and read the test split once for each model.
+@dataclass
+class Outcome:
+    """The test results of one trial.
+
+    Attributes:
+        per_seed: metric name to (n_seeds,) values.
+        per_class: (n_classes, n_seeds) accuracy of each class.
+        summary: the figures that MLflow and comparison.csv show, by name. METRIC_mean is the mean
+            over seeds and METRIC_vs_CONTROL the mean paired difference, each with its interval
+            (_ci_low, _ci_high). The differences of JUDGED metrics also have _p, _p_holm (adjusted
+            over all trials with that control), a bootstrap interval (_bootstrap_low,
+            _bootstrap_high), and _detectable (the smallest difference found with 80 % power).
+    """
+
+    trial: Trial
+    per_seed: dict[str, np.ndarray]
+    per_class: np.ndarray
+    summary: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> list[str]:
+        return [name for name in JUDGED if name in self.per_seed]
+
+    def summarise(self) -> None:
+        """Add the mean of every metric."""
+        for metric, values in self.per_seed.items():
+            mean = mean_estimate(values)
+            self.summary[f"{metric}_mean"] = mean.mean
+            self._add_interval(metric, mean)
+
+    def compare_with(self, name: str, control: Outcome) -> None:
+        """Add the differences from a control, paired seed by seed; _p_holm stays open."""
+        found = {
+            metric: paired_difference(values, control.per_seed[metric])
+            for metric, values in self.per_seed.items()
+        }
+        for metric, difference in found.items():
+            self.summary[f"{metric}_vs_{name}"] = difference.mean
+            self._add_interval(f"{metric}_vs_{name}", difference)
+        for metric in self.judged:
+            values = self.per_seed[metric] - control.per_seed[metric]
+            low, high = bootstrap_interval(values)
+            detectable = detectable_effect(float(values.std(ddof=1)), len(values))
+            figures = found[metric].p, np.nan, low, high, detectable
+            for judgement, figure in zip(JUDGEMENTS, figures, strict=True):
+                self.summary[f"{metric}_vs_{name}_{judgement}"] = figure
+
+    def _add_interval(self, name: str, estimate: Estimate) -> None:
+        self.summary[f"{name}_ci_low"] = estimate.ci_low
+        self.summary[f"{name}_ci_high"] = estimate.ci_high
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of the ablation stage.
+
+    Attributes:
+        outcomes: one per trial, `none` first.
+        table: comparison.csv, one row per outcome (see comparison_table).
+        per_class: per_class.csv (see class_effects).
+        train: the score artifact's table of training examples.
+    """
+
+    outcomes: list[Outcome]
+    table: pd.DataFrame
+    per_class: pd.DataFrame
+    train: pd.DataFrame
+    evidence: Evidence
+
+    def removed(self, trial: Trial) -> pd.DataFrame:
+        """The examples that a trial removes (see removed_table)."""
+        return removed_table(trial, self.train, self.evidence)
+
+    def removal_metrics(self, trial: Trial) -> dict[str, float]:
+        """Removals per class, precision and recall of a trial (see arms.removal_metrics)."""
+        n_flipped = int(self.train["is_flipped"].sum())
+        return removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
+
+    def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
+        """The training examples that an arm keeps at a share; None if the arm takes no share.
+
+        Shares that round to the same number of examples are one trial.
+        """
+        trials = [each.trial for each in self.outcomes if each.trial.arm == arm]
+        for trial in trials:
+            is_asked_for = frac is None or trial.size == round(frac * len(self.train))
+            if trial.action == "remove" and is_asked_for:
+                return kept_table(trial, self.train)
+        raise InputError(f"export_arm={arm}: this comparison removes nothing by it at frac={frac}")
+
+
+def check(config: Config, data: ImageData) -> None:
+    """Refuse, before anything is trained, arms, shares and groups that cannot be compared.
+
+    Raises:
+        InputError: names the parameter.
+    """
+    train = data.table("train")
+    missing = []
+    if config.groups == AUTO:
+        missing.append("groups")
+    if not train["is_flipped"].any():
+        missing.append("is_flipped")
+    check_arms(config.arm_names, missing)
+    check_fracs(config.fracs, len(train))
+    check_groups(data.examples, config.groups)
+
+
+def count_retrainings(config: Config, n_train: int) -> int:
+    """How many models the comparison needs at most, trained by an earlier command or not."""
+    return config.num_seeds * count_trials(config, n_train)
+
+
+def compare_arms(
+    config: Config, data: ImageData, scores: Scores, evidence: Evidence, work: Path
+) -> Comparison:
+    """Plan the trials, retrain each over paired seeds, and compare their test results.
 
     Args:
         work: folder of finished retrainings.
+    """
+    seeds = [derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
+    trials = plan_trials(
+        config.arm_names, config.fracs, evidence, seeds, actions_of(config), data.class_names
+    )
+    logits = retrain(config, data, trials, seeds, work)
+    labels = data.labels("test")
+    outcomes = compare(trials, logits, labels, _test_groups(config, data))
+    classes = class_effects(outcomes, labels, data.class_names)
+    return Comparison(outcomes, comparison_table(outcomes), classes, scores.train, evidence)
+
+
+def _test_groups(config: Config, data: ImageData) -> np.ndarray | None:
+    """The group of each test example, if groups are a column other than the label."""
+    if config.groups in ("label", AUTO):
+        return None
+    return group_ids(data.table("test"), config.groups)
+
+
+def retrain(
+    config: Config, data: ImageData, trials: Sequence[Trial], seeds: Sequence[int], work: Path
+) -> Sequence[np.ndarray]:
+    """Retrain every trial under every seed; each model predicts the test split once.
 
     Returns:
-        One array a trial, (n_seeds, n_test, C) float32 test logits.
+        One array per trial, (n_seeds, n_test, C) float32 test logits.
     """
-    wanted = [_series(trial, seeds, data.labels("train")) for trial in trials]
-    return retrained_logits(config, data, wanted, "test", work, "ablation")
+    series = [_series(trial, seeds, data.labels("train")) for trial in trials]
+    return retrained_logits(config, data, series, "test", work, "ablation")
 
 
-def _series(trial: Trial, seeds: list[int], labels: np.ndarray) -> Series:
+def _series(trial: Trial, seeds: Sequence[int], labels: np.ndarray) -> Series:
     if trial.new_labels is None:
         return Series.without(trial.name, seeds, len(labels), trial.removed)
     changed = np.tile(labels, (len(seeds), 1))
@@ -58,196 +210,118 @@ def _series(trial: Trial, seeds: list[int], labels: np.ndarray) -> Series:
     return Series(trial.name, seeds, np.ones(changed.shape, dtype=bool), changed)
 
 
-@dataclass
-class Outcome:
-    """What became of one trial.
-
-    Attributes:
-        per_seed: metric name to (n_seeds,) test values.
-        mean: metric name to the mean over seeds.
-        versus: 'random' or 'none' to metric name to the paired difference from that trial (for
-            'random': the random trial of the same size and action).
-        bootstrap: likewise, of the JUDGED metrics, the bootstrap interval of that difference.
-        detectable: likewise, the smallest difference found with 80 % power, unadjusted.
-        holm: likewise, the p-value adjusted over all trials that are compared with it.
-    """
-
-    trial: Trial
-    per_seed: dict[str, np.ndarray]
-    mean: dict[str, Estimate] = field(default_factory=dict)
-    versus: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    bootstrap: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    detectable: dict[str, dict[str, float]] = field(default_factory=dict)
-    holm: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def judged(self) -> list[str]:
-        return [name for name in JUDGED if name in self.per_seed]
-
-    def against(self, control: Outcome, name: str) -> None:
-        """Compare with a control, seed by seed."""
-        pairs = {metric: (v, control.per_seed[metric]) for metric, v in self.per_seed.items()}
-        self.versus[name] = {metric: paired_difference(*pair) for metric, pair in pairs.items()}
-        judged = {metric: np.subtract(*pairs[metric]) for metric in self.judged}
-        self.bootstrap[name] = {metric: bootstrap_interval(d) for metric, d in judged.items()}
-        self.detectable[name] = {
-            metric: detectable_effect(float(d.std(ddof=1)), len(d)) for metric, d in judged.items()
-        }
-
-
 def compare(
     trials: Sequence[Trial],
     test_logits: Sequence[np.ndarray],
     test_labels: np.ndarray,
     test_groups: np.ndarray | None = None,
 ) -> list[Outcome]:
-    """Paired comparison of every trial with no removal and with random removal of the same size.
+    """Compare every trial with `none` and with the `random` trial of the same size and action.
 
     Args:
-        test_logits: one array a trial, (n_seeds, n_test, C); seeds in the same order.
-        test_groups: (n_test,) whole numbers, where the worst group's accuracy is asked for.
+        test_logits: one array per trial, (n_seeds, n_test, C); seeds in the same order.
+        test_groups: (n_test,) whole numbers, if the worst group's accuracy is wanted.
     """
     outcomes = [
-        Outcome(trial, _per_seed(logits, test_labels, test_groups))
+        _outcome(trial, logits, test_labels, test_groups)
         for trial, logits in zip(trials, test_logits, strict=True)
     ]
-    none = next(o for o in outcomes if o.trial.arm == "none")
-    random = _random_controls(outcomes)
+    (none,) = (each for each in outcomes if each.trial.arm == "none")
     for outcome in outcomes:
-        outcome.mean = {name: mean_estimate(v) for name, v in outcome.per_seed.items()}
-        if not _size(outcome):
-            continue
-        for name, control in (("none", none), ("random", random[_choice(outcome)])):
-            if outcome.trial.arm != name:
-                outcome.against(control, name)
-    for name in CONTROLS:
-        family = [o for o in outcomes if name in o.versus]
-        for metric in outcomes[0].judged:
-            adjusted = holm([o.versus[name][metric].p for o in family])
+        outcome.summarise()
+        if outcome.trial.size and outcome is not none:
+            outcome.compare_with("none", none)
+            if outcome.trial.arm != "random":
+                outcome.compare_with("random", _random_control(outcome, outcomes))
+    for control in CONTROLS:
+        for metric in none.judged:
+            name = f"{metric}_vs_{control}_p"
+            family = [each for each in outcomes if name in each.summary]
+            adjusted = holm([each.summary[name] for each in family])
             for outcome, p in zip(family, adjusted, strict=True):
-                outcome.holm.setdefault(name, {})[metric] = p
+                outcome.summary[f"{name}_holm"] = p
     return outcomes
 
 
-def _random_controls(outcomes: Sequence[Outcome]) -> dict[tuple[int, str], Outcome]:
-    return {_choice(o): o for o in outcomes if o.trial.arm == "random"}
+def _outcome(
+    trial: Trial, logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None
+) -> Outcome:
+    rows = [classification_metrics(each, labels, groups=groups) for each in logits]
+    is_right = logits.argmax(axis=2) == labels
+    return Outcome(
+        trial,
+        {name: np.array([row[name] for row in rows]) for name in rows[0]},
+        np.array([is_right[:, labels == c].mean(axis=1) for c in range(logits.shape[2])]),
+    )
+
+
+def _random_control(outcome: Outcome, outcomes: Sequence[Outcome]) -> Outcome:
+    """The random trial of the same size and action."""
+    wanted = "random", outcome.trial.size, outcome.trial.action
+    (control,) = (
+        each for each in outcomes if (each.trial.arm, each.trial.size, each.trial.action) == wanted
+    )
+    return control
 
 
 def class_effects(
-    outcomes: Sequence[Outcome],
-    test_logits: Sequence[np.ndarray],
-    test_labels: np.ndarray,
-    class_names: Sequence[str],
+    outcomes: Sequence[Outcome], test_labels: np.ndarray, class_names: Sequence[str]
 ) -> pd.DataFrame:
-    """What each trial did to each class's test accuracy, against random removal of as many.
+    """Effect of each trial on each class's test accuracy, compared with its `random` trial.
 
     Returns:
-        One row a trial and class: arm, action, frac, label_name, n_test, and the paired difference
-        `accuracy_vs_random` with its unadjusted 95 % interval.
+        One row per trial and class, with the paired difference `accuracy_vs_random` and its
+        unadjusted 95 % interval.
     """
-    correct = [logits.argmax(axis=2) == test_labels for logits in test_logits]
-    of = {id(outcome): hits for outcome, hits in zip(outcomes, correct, strict=True)}
-    random, rows = _random_controls(outcomes), []
+    rows = []
     for outcome in outcomes:
-        if outcome.trial.arm in CONTROLS or not _size(outcome):
+        trial = outcome.trial
+        if trial.arm in CONTROLS or not trial.size:
             continue
-        pair = of[id(outcome)], of[id(random[_choice(outcome)])]
+        control = _random_control(outcome, outcomes)
         for label, name in enumerate(class_names):
-            own = test_labels == label
-            difference = paired_difference(*(hits[:, own].mean(axis=1) for hits in pair))
-            rows.append(
-                {
-                    "arm": outcome.trial.arm,
-                    "action": outcome.trial.action,
-                    "frac": round(outcome.trial.frac, 6),
-                    "label_name": name,
-                    "n_test": int(own.sum()),
-                    **_named("accuracy_vs_random", difference),
-                }
-            )
+            difference = paired_difference(outcome.per_class[label], control.per_class[label])
+            n_test = int((test_labels == label).sum())
+            cells = difference.mean, difference.ci_low, difference.ci_high
+            rows.append((trial.arm, trial.action, round(trial.frac, 6), name, n_test, *cells))
     return pd.DataFrame(rows, columns=CLASS_COLUMNS)
 
 
-def _size(outcome: Outcome) -> int:
-    return len(outcome.trial.removed[0])
-
-
-def _choice(outcome: Outcome) -> tuple[int, str]:
-    return _size(outcome), outcome.trial.action
-
-
-def _per_seed(
-    logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    rows = [classification_metrics(each, labels, groups=groups) for each in logits]
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-
-def summary_metrics(outcome: Outcome) -> dict[str, float]:
-    """One trial's figures under the names that MLflow shows."""
-    figures: dict[str, float] = {}
-    for metric, estimate in outcome.mean.items():
-        figures |= _named(f"{metric}", estimate, mean_suffix="_mean")
-    for control, differences in outcome.versus.items():
-        for metric, estimate in differences.items():
-            figures |= _named(f"{metric}_vs_{control}", estimate)
-        for metric in outcome.judged:
-            name = f"{metric}_vs_{control}"
-            low, high = outcome.bootstrap[control][metric]
-            figures |= {
-                f"{name}_p": differences[metric].p,
-                f"{name}_p_holm": outcome.holm[control][metric],
-                f"{name}_bootstrap_low": low,
-                f"{name}_bootstrap_high": high,
-                f"{name}_detectable": outcome.detectable[control][metric],
-            }
-    return figures
-
-
-_NOTHING = Estimate(np.nan, np.nan, np.nan, np.nan)
-_JUDGEMENTS = ("p", "p_holm", "bootstrap_low", "bootstrap_high", "detectable")
-
-
-def _named(name: str, estimate: Estimate, mean_suffix: str = "") -> dict[str, float]:
-    return {
-        f"{name}{mean_suffix}": estimate.mean,
-        f"{name}_ci_low": estimate.ci_low,
-        f"{name}_ci_high": estimate.ci_high,
-    }
-
-
 def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """One row a trial: arm, frac, action, n_removed, every summary metric, NaN where none applies."""
+    """One row per trial: arm, frac, action, n_removed, every figure of its summary (or NaN), verdict."""
     table = pd.DataFrame(
         [
             {
-                "arm": o.trial.arm,
-                "frac": round(o.trial.frac, 6),
-                "action": o.trial.action,
-                "n_removed": _size(o),
-                "n_seeds": len(o.trial.removed),
-                **summary_metrics(o),
+                "arm": each.trial.arm,
+                "frac": round(each.trial.frac, 6),
+                "action": each.trial.action,
+                "n_removed": each.trial.size,
+                "n_seeds": len(each.trial.removed),
+                **each.summary,
             }
-            for o in outcomes
+            for each in outcomes
         ]
     )
-    # Every column, also where nothing but baselines is compared.
-    metrics, judged = list(outcomes[0].per_seed), outcomes[0].judged
-    differences = [_named(f"{m}_vs_{c}", _NOTHING) for c in CONTROLS for m in metrics]
-    judgements = [f"{m}_vs_{c}_{kind}" for c in CONTROLS for m in judged for kind in _JUDGEMENTS]
-    columns = dict.fromkeys([*table, *(name for d in differences for name in d), *judgements])
-    table = table.reindex(columns=list(columns))
+    # All columns exist even if nothing but baselines is compared.
+    names = list(table)
+    for control in CONTROLS:
+        for metric in outcomes[0].per_seed:
+            versus = f"{metric}_vs_{control}"
+            names += [versus, f"{versus}_ci_low", f"{versus}_ci_high"]
+        for metric in outcomes[0].judged:
+            names += [f"{metric}_vs_{control}_{judgement}" for judgement in JUDGEMENTS]
+    table = table.reindex(columns=list(dict.fromkeys(names)))
     table["verdict"] = [verdict(row) for _, row in table.iterrows()]
     return table[FIRST_COLUMNS + [name for name in table if name not in FIRST_COLUMNS]]
 
 
 def verdict(row: pd.Series, metric: str = "accuracy") -> str:
-    """What a row's interval against random removal of the same size allows to say.
+    """Verdict on a row of the comparison table, against random removal of the same size.
 
-    An interval that excludes zero is not enough where many arms are compared: the p-value has to
-    stay below 0.05 after Holm's adjustment too.
+    With many arms, an interval that excludes zero is not enough: the p-value after Holm's
+    adjustment also has to be below 0.05.
     """
-    if row["arm"] in ("none", "random"):
+    if row["arm"] in CONTROLS:
         return "baseline"
     if not row["n_removed"]:
         return "removes nothing"

@@ -1,18 +1,26 @@
-"""Is the attribution right? What methods predict, against models that were really retrained."""
+"""Is the attribution right? Predictions of each method, compared with models that were retrained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from statsmodels.stats.proportion import proportion_confint
 
 from attribution.config import Config
 from attribution.data.dataset import TARGETS, ImageData
 from attribution.errors import InputError
-from attribution.experiments.methods import Attribution
+from attribution.experiments.methods import (
+    METHODS,
+    Attribution,
+    Subject,
+    check_methods,
+    penultimate_similarity,
+)
 from attribution.experiments.statistics import (
     detection,
     mean_estimate,
@@ -23,21 +31,97 @@ from attribution.experiments.statistics import (
     slope,
     spearman,
 )
-from attribution.experiments.subset_bank import Bank
+from attribution.experiments.subset_bank import Bank, build_bank
 from attribution.models.predict import margins
 from attribution.models.retrain import Series, retrained_logits
 from attribution.runtime.hashing import derive_seed
 
-DRAWS = 500
+DRAWS = 500  # of the bootstrap over subsets and targets
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of the evaluate stage.
+
+    Attributes:
+        table: evaluation.csv, one row per method (see judge).
+        brittleness: brittleness.csv (see brittleness), or None if it was not asked for.
+        bank: the retrained models that the methods were compared with.
+    """
+
+    table: pd.DataFrame
+    brittleness: pd.DataFrame | None
+    bank: Bank
+
+
+def check(config: Config, data: ImageData) -> None:
+    """Refuse, before anything is trained, parameters that the stage cannot work with.
+
+    Raises:
+        InputError: names the parameter.
+    """
+    n_train = len(data.rows("train"))
+    check_methods(config.method_names)
+    if config.brittleness_targets == 1:
+        raise InputError("brittleness_targets=1: an interval needs at least 2; use 0 to skip it")
+    if config.brittleness_targets and config.brittleness_k >= n_train:
+        raise InputError(
+            f"brittleness_k={config.brittleness_k}: must be below the {n_train} training examples"
+        )
+    check_alpha(config, n_train)
+
+
+def check_alpha(config: Config, n_train: int) -> None:
+    """Refuse subsets that no model can be trained on.
+
+    Raises:
+        InputError: fewer than two training examples in each.
+    """
+    if not config.bank and round(config.alpha * n_train) < 2:
+        raise InputError(
+            f"alpha={config.alpha:g}: a subset needs 2 of the {n_train} training examples; use "
+            f"{2 / n_train:.2g} or more"
+        )
+
+
+def count_retrainings(config: Config) -> tuple[int, int]:
+    """How many models a new bank and the brittleness test need, trained by an earlier command or not.
+
+    Those of the bank see the share `alpha` of the training set; those of the test see nearly all.
+    """
+    bank = 0 if config.bank else config.num_subsets * config.num_repeats
+    targets = config.brittleness_targets
+    # One model of everything, and for each target one without each of three sets of examples.
+    return bank, 1 + 3 * targets if targets else 0
+
+
+def evaluate(subject: Subject, bank: Bank | None, work: Path) -> Evaluation:
+    """Judge every method by a bank and, if asked for, retrain without what supports single targets.
+
+    Args:
+        bank: None builds a new one.
+        work: folder of finished retrainings.
+    """
+    config, data = subject.config, subject.data
+    if bank is None:
+        sizes = config.num_subsets, config.num_repeats, config.alpha
+        bank = build_bank(config, data, *sizes, work)
+    found = {name: METHODS[name](subject) for name in config.method_names}
+    table = judge(found, bank, subject.scores.train["is_flipped"].to_numpy())
+    if not config.brittleness_targets:
+        return Evaluation(table, None, bank)
+    nearest = np.concatenate(list(penultimate_similarity(subject, signed=False)))
+    supports = {"trak": subject.scores.values, "nearest of the same label": nearest}
+    return Evaluation(table, brittleness(config, data, supports, work), bank)
 
 
 def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray) -> pd.DataFrame:
-    """One row a method: LDS, its share of the noise ceiling, calibration, detection of flips.
+    """One row per method: LDS, its share of the noise ceiling, calibration, detection of flips.
 
-    Intervals (95 %) are percentile bootstraps over subsets and targets at once (LDS, ceiling,
-    slope) or over training examples (AUROC), the same draws for every method. What a method does
-    not offer is NaN, as is what is undefined: LDS and slope of scores that predict one margin for
-    every subset. A target whose measured margins are all equal counts in no mean.
+    Intervals (95 %) are percentile bootstraps over subsets and targets at once (LDS, slope) or over
+    training examples (AUROC), with the same draws for every method. A figure that a method does not
+    offer, or that is undefined, is NaN: LDS and slope are undefined if the scores predict one margin
+    for every subset. A target whose measured margins are all equal counts in no mean.
     """
     actual = bank.margins.mean(axis=1)
     predicted = {
@@ -68,59 +152,29 @@ def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray
     return table.reindex(columns=columns + [c for c in table if c not in columns])
 
 
-def check_brittleness(config: Config, n_train: int) -> None:
-    """Refuse, before anything is trained, what `brittleness` could make nothing of.
-
-    Raises:
-        InputError: one target, which has no interval, or more to remove than there is.
-    """
-    if config.brittleness_targets == 1:
-        raise InputError("brittleness_targets=1: an interval needs at least 2; 0 leaves it out")
-    if config.brittleness_targets and config.brittleness_k >= n_train:
-        raise InputError(
-            f"brittleness_k={config.brittleness_k}: must be below the {n_train} training examples"
-        )
-
-
-def check_alpha(config: Config, n_train: int) -> None:
-    """Refuse, before anything is trained, subsets that no model can be trained on.
-
-    Raises:
-        InputError: fewer than two training examples in each.
-    """
-    if not config.bank and round(config.alpha * n_train) < 2:
-        raise InputError(
-            f"alpha={config.alpha:g}: a subset needs 2 of the {n_train} training examples; use "
-            f"{2 / n_train:.2g} or more"
-        )
-
-
 def brittleness(
     config: Config, data: ImageData, supports: Mapping[str, np.ndarray], work: Path
 ) -> pd.DataFrame:
     """Retrain without the k training examples that support a target most; does its prediction flip?
 
-    Targets are drawn at random among those that the same model trained on everything classifies
-    correctly, so that one seed serves both sides of each pair.
+    Targets are drawn at random from those that the model trained on everything classifies correctly.
+    That model and the retrained ones share a seed.
 
     Args:
-        supports: name to (n_train, n_targets) values, of which the highest k of a target's column
-            are removed; 'random' is added.
+        supports: name to (n_train, n_targets) values; the k examples with the highest values in a
+            target's column are removed. 'random' is added.
 
     Returns:
-        One row a choice: share of flipped predictions with a Wilson interval, and the mean change
-        of the margin with Student's t interval, over targets.
+        One row per name: share of flipped predictions with a Wilson interval, and the mean change
+        of the margin with a Student's t interval, over targets.
 
     Raises:
         InputError: the model classifies fewer than two targets correctly.
     """
-    from statsmodels.stats.proportion import proportion_confint
-
-    k, labels = config.brittleness_k, data.labels(TARGETS)
+    k, labels, n = config.brittleness_k, data.labels(TARGETS), len(data.rows("train"))
     seed = derive_seed(config.seed, "brittleness")
-    n = len(data.rows("train"))
-    whole = Series("everything", [seed], np.ones((1, n), dtype=bool))
-    (before,) = retrained_logits(config, data, [whole], TARGETS, work, "brittleness")
+    everything = Series("everything", [seed], np.ones((1, n), dtype=bool))
+    (before,) = retrained_logits(config, data, [everything], TARGETS, work, "brittleness")
     rng = np.random.default_rng(seed)
     correct = np.flatnonzero(before[0].argmax(axis=1) == labels)
     if len(correct) < 2:
@@ -129,19 +183,19 @@ def brittleness(
             "targets correctly, and an interval needs 2; train it longer, or use 0"
         )
     targets = rng.permutation(correct)[: config.brittleness_targets]
-    choices = {
+    removed = {
         name: [np.argsort(-values[:, t], kind="stable")[:k] for t in targets]
         for name, values in supports.items()
     }
-    choices["random"] = [rng.choice(n, k, replace=False) for _ in targets]
+    removed["random"] = [rng.choice(n, k, replace=False) for _ in targets]
     series = [
-        Series.without(f"without {name}", [seed] * len(targets), n, removed)
-        for name, removed in choices.items()
+        Series.without(f"without {name}", [seed] * len(targets), n, positions)
+        for name, positions in removed.items()
     ]
     after = retrained_logits(config, data, series, TARGETS, work, "brittleness")
     old = margins(before[0], labels)[targets]
     rows = []
-    for name, logits in zip(choices, after, strict=True):
+    for name, logits in zip(removed, after, strict=True):
         own = logits[np.arange(len(targets)), targets]
         flips = int((own.argmax(axis=1) != labels[targets]).sum())
         low, high = proportion_confint(flips, len(targets), method="wilson")

@@ -16,14 +16,14 @@ from attribution.config import resolve
 from attribution.errors import InputError
 from attribution.experiments.arms import (
     ARMS,
-    Evidence,
     Trial,
+    count_trials,
     plan_trials,
     removal_metrics,
     removed_table,
 )
+from attribution.experiments.evidence import Evidence, gather_evidence
 from attribution.scores.artifact import Scores
-from scripts.ablation import gather_evidence
 
 SEEDS = [11, 22, 33]
 
@@ -380,6 +380,33 @@ def test_an_unknown_arm_is_refused_with_the_nearest_names() -> None:
 
 def test_the_default_arms_are_all_known() -> None:
     assert set(resolve({}).arm_names) <= set(ARMS)
+
+
+@pytest.mark.parametrize("action", ["remove", "relabel", "both"])
+@pytest.mark.parametrize("frac", ["0.1", "0.1,0.101,0.2"])
+@pytest.mark.parametrize(
+    ("arms", "surplus"),
+    [
+        ("none", 0),
+        ("random", 0),
+        ("none,random,harmful,harmful", 0),
+        ("helpful,loss,negative", 0),
+        ("oracle,balanced,negative", 0),
+        ("majority", 1),  # whose group is large enough here
+    ],
+)
+def test_trials_are_counted_before_the_scores_are_known(arms, surplus, frac, action) -> None:
+    config = toy_config(arms=arms, frac=frac, action=action)
+    actions = ("remove", "relabel") if action == "both" else (action,)
+    # Sizes of their own that no other arm has: 7 flips, 9 with negative alignment.
+    found = replace(full_evidence(60), alignment=evidence(60, n_negative=9).alignment)
+    trials = plan_trials(config.arm_names, config.fracs, found, SEEDS, actions)
+    assert count_trials(config, 60) == len(trials) + surplus * len(actions)
+
+
+def test_the_count_of_trials_is_enough_where_the_majority_is_smaller_than_asked_for() -> None:
+    config = toy_config(arms="majority", frac="0.3,0.6")
+    assert count_trials(config, 40) >= len(plan("majority", config.fracs, full_evidence()))
 
 
 # Relabelling

@@ -15,10 +15,11 @@ from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.experiments.arms import Trial
 from attribution.experiments.comparison import (
+    Comparison,
+    Outcome,
     compare,
     comparison_table,
     retrain,
-    summary_metrics,
     verdict,
 )
 from attribution.models import retrain as retraining
@@ -72,7 +73,12 @@ def accuracy(key: tuple[str, int]) -> np.ndarray:
 @pytest.mark.parametrize("key", CORRECT)
 def test_per_seed_accuracy_and_its_mean_are_the_planted_ones(outcomes, key) -> None:
     np.testing.assert_allclose(outcomes[key].per_seed["accuracy"], accuracy(key))
-    assert outcomes[key].mean["accuracy"].mean == pytest.approx(accuracy(key).mean())
+    assert outcomes[key].summary["accuracy_mean"] == pytest.approx(accuracy(key).mean())
+
+
+def controls(outcome: Outcome) -> set[str]:
+    """What an outcome is compared with."""
+    return {name for name in ("none", "random") if f"accuracy_vs_{name}" in outcome.summary}
 
 
 @pytest.mark.parametrize(
@@ -85,20 +91,20 @@ def test_per_seed_accuracy_and_its_mean_are_the_planted_ones(outcomes, key) -> N
     ],
 )
 def test_an_arm_is_compared_seed_by_seed_with_its_control(outcomes, arm, control, name) -> None:
-    found = outcomes[arm].versus[name]["accuracy"]
+    found, versus = outcomes[arm].summary, f"accuracy_vs_{name}"
     reference = stats.ttest_rel(accuracy(arm), accuracy(control))
     interval = reference.confidence_interval(0.95)
     np.testing.assert_allclose(
-        [found.mean, found.ci_low, found.ci_high, found.p],
+        [found[versus + end] for end in ("", "_ci_low", "_ci_high", "_p")],
         [(accuracy(arm) - accuracy(control)).mean(), interval.low, interval.high, reference.pvalue],
         rtol=1e-7,
     )
 
 
 def test_none_is_compared_with_nothing_and_random_with_none_alone(outcomes) -> None:
-    assert outcomes["none", 0].versus == {}
-    assert set(outcomes["random", 5].versus) == {"none"}
-    assert set(outcomes["loss", 5].versus) == {"none", "random"}
+    assert controls(outcomes["none", 0]) == set()
+    assert controls(outcomes["random", 5]) == {"none"}
+    assert controls(outcomes["loss", 5]) == {"none", "random"}
 
 
 def test_worst_class_accuracy_is_that_of_the_worst_class(outcomes) -> None:
@@ -111,12 +117,12 @@ def test_worst_class_accuracy_is_that_of_the_worst_class(outcomes) -> None:
 
 @pytest.mark.parametrize("name", ["random", "none"])
 def test_p_values_are_adjusted_over_all_trials_with_that_control(outcomes, name: str) -> None:
-    family = [o for o in outcomes.values() if name in o.versus]
-    p_values = [o.versus[name]["accuracy"].p for o in family]
+    family = [o for o in outcomes.values() if name in controls(o)]
+    p_values = [o.summary[f"accuracy_vs_{name}_p"] for o in family]
     running = 0.0
     for step, i in enumerate(np.argsort(p_values)):
         running = max(running, min(1, (len(family) - step) * p_values[i]))
-        assert family[i].holm[name] == {"accuracy": pytest.approx(running)}
+        assert family[i].summary[f"accuracy_vs_{name}_p_holm"] == pytest.approx(running)
 
 
 def test_summary_metrics_have_the_documented_names(outcomes) -> None:
@@ -126,7 +132,7 @@ def test_summary_metrics_have_the_documented_names(outcomes) -> None:
         for m in metrics:
             expected |= {f"{m}_vs_{control}{end}" for end in ("", "_ci_low", "_ci_high")}
         expected |= {f"accuracy_vs_{control}_{judgement}" for judgement in JUDGEMENTS}
-    assert set(summary_metrics(outcomes["harmful", 5])) == expected
+    assert set(outcomes["harmful", 5].summary) == expected
 
 
 @pytest.mark.parametrize("control", [("random", 5), ("none", 0)])
@@ -134,7 +140,7 @@ def test_a_difference_has_its_bootstrap_interval_and_what_it_could_have_shown(
     outcomes, control
 ) -> None:
     difference = accuracy(("harmful", 5)) - accuracy(control)
-    found, name = summary_metrics(outcomes["harmful", 5]), f"accuracy_vs_{control[0]}"
+    found, name = outcomes["harmful", 5].summary, f"accuracy_vs_{control[0]}"
     wide = np.sqrt(N_SEEDS / (N_SEEDS - 1)) * stats.t.ppf(0.975, N_SEEDS - 1)  # few seeds
     level = 1 - 2 * stats.norm.sf(wide)
     reference = stats.bootstrap((difference,), np.mean, confidence_level=level, rng=1)
@@ -149,7 +155,7 @@ def test_a_difference_has_its_bootstrap_interval_and_what_it_could_have_shown(
 
 def test_summary_metrics_are_plain_finite_numbers(outcomes) -> None:
     for outcome in outcomes.values():
-        values = summary_metrics(outcome).values()
+        values = outcome.summary.values()
         assert all(type(v) is float for v in map(float, values)) and np.isfinite([*values]).all()
 
 
@@ -197,8 +203,28 @@ def test_an_arm_that_removes_nothing_is_compared_with_nothing() -> None:
     same = logits_with(CORRECT["none", 0])
     found = compare([trial("none", 0), trial("negative", 0)], [same, same], LABELS)
     table = comparison_table(found)
-    assert not found[1].versus and table["accuracy_vs_random"].isna().all()
+    assert not controls(found[1]) and table["accuracy_vs_random"].isna().all()
     assert [verdict(row) for _, row in table.iterrows()] == ["baseline", "removes nothing"]
+
+
+def test_a_comparison_tells_what_an_arm_keeps_at_every_share_that_was_asked_for() -> None:
+    train = pd.DataFrame({"example_id": [f"id{i}" for i in range(100)], "label_name": "a"})
+    train = train.assign(file_name="")
+    spec = [("none", 0), ("random", 5), ("harmful", 5), ("harmful", 9), ("negative", 9)]
+    trials = [trial(*key) for key in spec] + [relabelled("loss", 5)]
+    outcomes = [Outcome(each, {}, np.empty((0, 0))) for each in trials]
+    found = Comparison(outcomes, pd.DataFrame(), pd.DataFrame(), train, None)
+    for arm_name, frac, size in (
+        ("harmful", 0.05, 5),
+        ("harmful", 0.049, 5),  # rounds to as many examples
+        ("harmful", 0.09, 9),
+        ("negative", None, 9),
+    ):
+        kept = found.kept(arm_name, frac)
+        assert kept["example_id"].tolist() == [f"id{i}" for i in range(size, 100)]
+    for arm_name, frac in (("harmful", 0.2), ("loss", 0.05)):
+        with pytest.raises(InputError, match=f"export_arm={arm_name}"):
+            found.kept(arm_name, frac)
 
 
 # Relabelling and groups
@@ -233,11 +259,10 @@ def both() -> dict:
 @pytest.mark.parametrize("action", ["remove", "relabel"])
 def test_random_is_matched_by_size_and_action(both, action: str) -> None:
     arm, control = (np.array(BOTH[name, 5, action]) / N_TEST for name in ("harmful", "random"))
-    found = both["harmful", 5, action].versus["random"]["accuracy"]
-    assert found.mean == pytest.approx((arm - control).mean())
+    found = both["harmful", 5, action].summary
+    assert found["accuracy_vs_random"] == pytest.approx((arm - control).mean())
     none = np.array(BOTH["none", 0, "remove"]) / N_TEST
-    found = both["harmful", 5, action].versus["none"]["accuracy"]
-    assert found.mean == pytest.approx((arm - none).mean())
+    assert found["accuracy_vs_none"] == pytest.approx((arm - none).mean())
 
 
 def test_the_table_tells_the_actions_apart(both) -> None:
@@ -257,19 +282,19 @@ def test_worst_group_accuracy_is_that_of_the_worst_group(both, key) -> None:
 @pytest.mark.parametrize("control", ["random", "none"])
 @pytest.mark.parametrize("metric", ["accuracy", "worst_group_accuracy"])
 def test_each_judged_metric_is_adjusted_by_itself_over_both_actions(both, control, metric) -> None:
-    family = [o for o in both.values() if control in o.versus]
+    family = [o for o in both.values() if control in controls(o)]
     assert len(family) == {"random": 2, "none": 4}[control]
-    p_values = [o.versus[control][metric].p for o in family]
+    p_values = [o.summary[f"{metric}_vs_{control}_p"] for o in family]
     running = 0.0
     for step, i in enumerate(np.argsort(p_values)):
         running = max(running, min(1, (len(family) - step) * p_values[i]))
-        assert family[i].holm[control][metric] == pytest.approx(running)
+        assert family[i].summary[f"{metric}_vs_{control}_p_holm"] == pytest.approx(running)
 
 
 def test_worst_group_accuracy_is_judged_where_there_are_groups_alone(outcomes, both) -> None:
     judged = {f"worst_group_accuracy_vs_{c}_{k}" for c in ("random", "none") for k in JUDGEMENTS}
-    assert judged <= set(summary_metrics(both["harmful", 5, "relabel"]))
-    assert not judged & set(summary_metrics(outcomes["harmful", 5]))
+    assert judged <= set(both["harmful", 5, "relabel"].summary)
+    assert not judged & set(outcomes["harmful", 5].summary)
     assert judged <= set(comparison_table(list(both.values())))
     assert not judged & set(comparison_table(list(outcomes.values())))
 

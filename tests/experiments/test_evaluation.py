@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from toy import toy_config, toy_data
 
 from attribution.errors import InputError
 from attribution.experiments import methods
-from attribution.experiments.evaluation import brittleness, judge
+from attribution.experiments.evaluation import brittleness, count_retrainings, judge
 from attribution.experiments.methods import Attribution, Subject, check_methods
 from attribution.experiments.statistics import detection, predicted_margins, resampled, slope
 from attribution.experiments.subset_bank import Bank, build_bank, load_bank
@@ -180,6 +181,25 @@ def test_brittleness_needs_two_targets_that_are_right(tmp_path: Path, monkeypatc
     )
     with pytest.raises(InputError, match="classifies 0 targets correctly"):
         brittleness(config, data, {}, tmp_path / "work")
+
+
+def test_retrainings_are_counted_for_the_bank_and_for_brittleness(tmp_path, monkeypatch) -> None:
+    config = toy_config(num_subsets=10, num_repeats=3, brittleness_targets=4, brittleness_k=5)
+    trained: list[int] = []
+
+    def count(config, data, wanted, *given):
+        trained.append(sum(map(len, wanted)))
+        right = 5 * np.eye(2, dtype=np.float32)[data.labels("validation")]
+        return [np.stack([right] * len(each)) for each in wanted]
+
+    for module in ("evaluation", "subset_bank"):
+        monkeypatch.setattr(f"attribution.experiments.{module}.retrained_logits", count)
+    data, supports = toy_data(tmp_path), np.zeros((32, 16))
+    build_bank(config, data, 10, 3, 0.5, tmp_path)
+    brittleness(config, data, {"trak": supports, "nearest": supports}, tmp_path)
+    assert count_retrainings(config) == (trained[0], sum(trained[1:])) == (30, 13)
+    without = replace(config, bank="somewhere", brittleness_targets=0)
+    assert count_retrainings(without) == (0, 0)
 
 
 # The bank on disk

@@ -22,7 +22,7 @@ from scipy import stats
 from toy import toy_config
 
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import Evidence, Trial, removal_metrics, removed_table
+from attribution.experiments.arms import Trial, removal_metrics, removed_table
 from attribution.experiments.comparison import (
     CLASS_COLUMNS,
     Outcome,
@@ -30,6 +30,7 @@ from attribution.experiments.comparison import (
     compare,
     comparison_table,
 )
+from attribution.experiments.evidence import Evidence
 from attribution.reporting import ablation_html
 from attribution.reporting import html as pages
 from attribution.reporting.terminal import power
@@ -225,7 +226,7 @@ def made_page(
     table = comparison_table(outcomes)
     html = ablation_html.page(
         toy_config(dataset=f"somewhere/{NASTY[1]}", action=action),
-        data, table, class_effects(outcomes, logits, labels, names), removed, figures, quality,
+        data, table, class_effects(outcomes, labels, names), removed, figures, quality,
         {"ablation run": "a0", "trak run": "t1", "finetune run": "f2"}, {"torch": NASTY[0]},
     )  # fmt: skip
     return Made(parsed(html), data, trials, logits, removed, table, html)
@@ -437,9 +438,13 @@ def test_class_effects_are_those_of_explicit_loops(tmp_path_factory, seed, class
     spec = [("none", 0), ("random", 2), ("random", 3), ("harmful", 2), ("negative", 3)]
     trials = [Trial(arm, size / 9, (np.arange(size),) * seeds) for arm, size in spec]
     logits = [rng.normal(size=(seeds, len(labels), classes)) for _ in spec]
-    outcomes = [Outcome(trial, {}) for trial in trials]
+    right = [
+        [(each.argmax(2) == labels)[:, labels == c].mean(1) for c in range(classes)]
+        for each in logits
+    ]
+    outcomes = [Outcome(trial, {}, found) for trial, found in zip(trials, right, strict=True)]
     names = [f"c{i}" for i in range(classes)]
-    table = class_effects(outcomes, logits, labels, names)
+    table = class_effects(outcomes, labels, names)
     assert list(table) == CLASS_COLUMNS and len(table) == 2 * classes
     rows = iter(table.to_dict("records"))
     for treated, control in ((3, 1), (4, 2)):
