@@ -1,4 +1,4 @@
-"""Every parameter: its name, default, bounds and help, filled in from a preset; flags become a Config."""
+"""Every parameter of the project: its default, bounds and help, the presets, and flags as a Config."""
 
 from __future__ import annotations
 
@@ -14,25 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attribution.errors import InputError
+from attribution.stages import STAGES
 
-STAGES = ("finetune", "trak", "ablation", "evaluate", "explain")
-# What each stage's result depends on; `execution` changes only where and how fast it is computed.
-STAGE_GROUPS = {
-    "finetune": ("data", "training", "finetune"),
-    "trak": ("data", "training", "finetune", "trak"),
-    "ablation": ("data", "training", "finetune", "trak", "ablation"),
-    "evaluate": ("data", "training", "finetune", "trak", "evaluate"),
-    "explain": ("data", "training", "finetune", "trak", "explain"),
-}
-# What a stage writes beside its run, where a person wants it.
-OUTPUT_GROUPS = {"ablation": ("export", "output"), "explain": ("output",)}
 FOOD_CLASSES = (
     "bruschetta,garlic_bread,grilled_salmon,omelette,pancakes,"
     "pizza,pork_chop,spaghetti_bolognese,spaghetti_carbonara,steak"
 )
 
-# What a command with preset images chooses by its data and model (attribution/cli/auto_settings.py); the values
-# below are those of a caller who resolves parameters without looking at any data.
+# With preset images a command chooses these from the data and the model
+# (attribution/cli/auto_settings.py). The values in PRESETS serve callers that look at no data.
 AUTO = (
     "image_size", "augment", "batch_size", "epochs",
     "learning_rate", "weight_decay", "num_models", "num_seeds",
@@ -119,7 +109,7 @@ def _default_cache_dir() -> str:
 
 
 def option(group: str, help: str, default: Any = None, **bounds: Any) -> Any:
-    """A documented parameter; `bounds` may hold choices, at_least, at_most, above, below."""
+    """A documented parameter; `bounds` may hold choices, at_least, at_most, above and below."""
     metadata = {"group": group, "help": help, **bounds}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -128,71 +118,71 @@ def option(group: str, help: str, default: Any = None, **bounds: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """All parameters of a run; None means that the preset decides."""
+    """All parameters of a command. None means that the preset decides."""
 
     # fmt: off
-    preset: str = option("data", "auto is images where dataset is named, else digits", "auto", choices=("auto", *PRESETS))
+    preset: str = option("data", "a set of defaults; auto is images if a dataset is named, otherwise digits", "auto", choices=("auto", *PRESETS))
     dataset: str = option("data", "digits, a Hub id, or a folder of images in class subfolders")
-    classes: str = option("data", "comma list of the class names to keep, those with a comma in double quotes; empty keeps all")
-    image_size: int = option("data", "side in pixels that every image is resized and cropped to", at_least=1, at_most=4096)
-    label_noise: float = option("data", "share of training labels flipped on purpose, and recorded", at_least=0, below=1)
-    noise_kind: str = option("data", "flips go to any other class alike, or all to the next one in the list", "uniform", choices=("uniform", "pair"))
-    shortcut: str = option("data", "patch paints a coloured square on 95 % of the first class's training images, 5 % of the others', and half of all validation and test images", "none", choices=("none", "patch"))
-    keep: str = option("data", "file with the example_ids of the training examples to keep (a list, or a table such as export_arm writes); empty keeps all", "")
-    data_seed: int = option("data", "seed of the splits and of the planted noise", 0, at_least=0)
-    image_column: str = option("data", "column of the Hub data set that holds the image; empty finds it", "")
-    label_column: str = option("data", "column of the Hub data set that holds the label; empty finds it", "")
-    on_bad_image: str = option("data", "a file that cannot be decoded stops the run, or is skipped and counted", "stop", choices=("stop", "skip"))
+    classes: str = option("data", "comma list of the class names to use (in double quotes if a name contains a comma); empty uses all")
+    image_size: int = option("data", "side in pixels to which every image is resized and cropped", at_least=1, at_most=4096)
+    label_noise: float = option("data", "share of training labels that are flipped on purpose and recorded", at_least=0, below=1)
+    noise_kind: str = option("data", "flips go to any other class (uniform), or to the next class in the list (pair)", "uniform", choices=("uniform", "pair"))
+    shortcut: str = option("data", "patch paints a coloured square on 95 % of the training images of the first class, on 5 % of the others, and on half of all validation and test images", "none", choices=("none", "patch"))
+    keep: str = option("data", "file with the example_ids of the training examples to keep: a list, or a table as export_arm writes it; empty keeps all", "")
+    data_seed: int = option("data", "seed of the splits and of the planted label noise", 0, at_least=0)
+    image_column: str = option("data", "column that holds the images, for data sets in Hub format; empty finds it", "")
+    label_column: str = option("data", "column that holds the labels, for data sets in Hub format; empty finds it", "")
+    on_bad_image: str = option("data", "what to do with a file that cannot be decoded: stop, or skip and count it", "stop", choices=("stop", "skip"))
     augment: str = option("training", "train-time augmentation", choices=("none", "flip", "crop", "flip,crop"))
-    model: str = option("training", "a Hub id, a from_pretrained folder, or resnet-mini (small, from scratch)")
-    epochs: int = option("training", "passes over the training set, at most", at_least=1)
-    learning_rate: float = option("training", "peak of the schedule", above=0)
-    batch_size: int = option("training", "images in a step", at_least=2)
+    model: str = option("training", "a Hub id, a from_pretrained folder, or resnet-mini (small, trained from scratch)")
+    epochs: int = option("training", "most passes over the training set", at_least=1)
+    learning_rate: float = option("training", "highest learning rate of the schedule", above=0)
+    batch_size: int = option("training", "images per training step", at_least=2)
     weight_decay: float = option("training", "AdamW's decoupled weight decay", at_least=0)
-    schedule: str = option("training", "of the learning rate", "one_cycle", choices=("one_cycle", "cosine"))
-    patience: int = option("training", "epochs without a better validation loss before stopping; 0 trains them all", at_least=0)
-    precision: str = option("training", "of training; auto takes bfloat16 autocast where the processor has it", choices=("auto", "float32", "bfloat16"))
+    schedule: str = option("training", "course of the learning rate", "one_cycle", choices=("one_cycle", "cosine"))
+    patience: int = option("training", "stop after this many epochs without a better validation loss; 0 never stops early", at_least=0)
+    precision: str = option("training", "precision of training; auto is bfloat16 autocast if the hardware supports it", choices=("auto", "float32", "bfloat16"))
     num_models: int = option("finetune", "checkpoints in the ensemble", at_least=1)
-    subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn per checkpoint", above=0, at_most=1)
-    seed: int = option("training", "root of every seed beside data_seed", 0, at_least=0)
-    finetune_run_id: str = option("lineage", "score the checkpoints of this run; empty finds or makes it", "")
-    proj_dim: int = option("trak", "length k of a block's projected gradient", at_least=1)
-    num_blocks: int = option("trak", "layers are dealt, in order, into so many blocks, each with a projection and a Gram matrix of its own; 1 is TRAK as published, and all that projector=normal has", at_least=1)
-    projector: str = option("trak", "ours, or traker's vmap gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
-    feature_precision: str = option("trak", "of the gradients' forward and backward pass (what layers add up to is float32); auto as above", choices=("auto", "float32", "bfloat16"))
-    lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the features' Gram matrix", at_least=0)
-    loss_gradient_weight: str = option("trak", "multiply row i of the scores by the mean of 1 - p over checkpoints (mean) or not (none)", "mean", choices=("mean", "none"))
-    keep_features: str = option("trak", "keep what `explain` needs for pictures that are not targets (num_models x n_train x num_blocks x proj_dim x 2 bytes); auto does up to 2 GiB", "auto", choices=("auto", "yes", "no"))
-    replay: str = option("lineage", "repeat the run with this id, reusing nothing, and tell whether the results are identical", "")
-    trak_run_id: str = option("lineage", "take scores from this run; empty finds or makes it", "")
+    subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn anew for each", above=0, at_most=1)
+    seed: int = option("training", "root of every seed except data_seed", 0, at_least=0)
+    finetune_run_id: str = option("lineage", "id of the finetune run whose checkpoints are scored; empty finds or makes one", "")
+    proj_dim: int = option("trak", "length of the projected gradient of each block", at_least=1)
+    num_blocks: int = option("trak", "blocks of consecutive layers; each block has its own projection and Gram matrix. 1 is TRAK as published, and the only choice with projector=normal", at_least=1)
+    projector: str = option("trak", "sketch is ours; normal is traker's own gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
+    feature_precision: str = option("trak", "precision of the forward and backward pass for gradients; auto as for precision", choices=("auto", "float32", "bfloat16"))
+    lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the Gram matrix of the features", at_least=0)
+    loss_gradient_weight: str = option("trak", "mean multiplies row i of the scores by the mean of 1 - p over checkpoints; none does not", "mean", choices=("mean", "none"))
+    keep_features: str = option("trak", "keep the features, which explain needs for new pictures (num_models x n_train x num_blocks x proj_dim x 2 bytes); auto keeps up to 2 GiB", "auto", choices=("auto", "yes", "no"))
+    replay: str = option("lineage", "id of a run to compute again with nothing reused; says whether the results are identical", "")
+    trak_run_id: str = option("lineage", "id of the trak run whose scores are used; empty finds or makes one", "")
     frac: str = option("ablation", "share of the training set to remove: one value or a comma list", "0.05")
-    arms: str = option("ablation", "comma list of removal strategies (docs/results.md describes them)", "none,random,helpful,harmful,negative,loss")
-    action: str = option("ablation", "what is done with the examples that an arm chooses; relabel gives them the ensemble's out-of-sample prediction, both does each", "remove", choices=("remove", "relabel", "both"))
-    num_seeds: int = option("ablation", "paired retrainings of every arm", at_least=2)
-    groups: str = option("ablation", "what makes targets a group: label, a column of the data (of a Hub-format data set; group with shortcut=patch), or auto (each label in two, by its scores)", "label")
-    group_weights: str = option("ablation", "how much a group counts in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
-    num_subsets: int = option("evaluate", "random subsets of the bank that scores are judged by", at_least=10)
-    num_repeats: int = option("evaluate", "models trained on each subset; a noise ceiling needs two", at_least=1)
-    alpha: float = option("evaluate", "share of the training set in a subset", 0.5, above=0, below=1)
-    bank: str = option("evaluate", "a bank to judge by in place of a new one: a folder, or runs:/RUN_ID/bank", "")
-    methods: str = option("evaluate", "comma list of what is judged; ekfac needs kronfluence (requirements-benchmark.txt)", "trak,trak_unweighted,trak_weighted,gradient_dot,gradient_cosine,penultimate,loss,confident,self_influence,random")
-    brittleness_targets: int = option("evaluate", "targets whose most supporting examples are removed; 0 leaves that out", at_least=0)
-    brittleness_k: int = option("evaluate", "how many examples are removed for each of those", 20, at_least=1)
-    target: str = option("explain", "comma list of targets: columns of the scores, by number", "")
-    image: str = option("explain", "a picture to explain the prediction of; needs a trak run with features", "")
-    label: str = option("explain", "class whose margin is explained for that picture; empty takes the predicted one", "")
-    errors: int = option("explain", "so many of the most confident mistakes on targets; without target and image, 0 means 6", 0, at_least=0)
-    num_examples: int = option("explain", "how many helpful, and how many harmful, examples are shown", 6, at_least=1)
-    export_arm: str = option("export", "write which training examples this arm keeps, a file a frac, as `keep` takes it", "")
-    output: str = option("output", "folder where that is saved too (an exported arm: cleaned, if empty)", "")
-    overwrite: str = option("output", "whether files that are there may be replaced; the flag alone means yes", "no", choices=("no", "yes"))
-    keep_checkpoints: str = option("execution", "which checkpoints MLflow still has when the command has ended: all, that with the lowest validation loss, or none; what needs the others later trains them anew", "all", choices=("all", "best", "none"))
+    arms: str = option("ablation", "comma list of removal strategies (README.md explains them)", "none,random,helpful,harmful,negative,loss")
+    action: str = option("ablation", "what happens to the examples that an arm chooses: remove them, relabel them as the ensemble predicts, or both, one after the other", "remove", choices=("remove", "relabel", "both"))
+    num_seeds: int = option("ablation", "paired retrainings of each arm", at_least=2)
+    groups: str = option("ablation", "groups of targets: label, a column of the data set (group with shortcut=patch), or auto (splits each label in two by its scores)", "label")
+    group_weights: str = option("ablation", "weight of each group in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
+    num_subsets: int = option("evaluate", "random subsets of the training set that models are retrained on", at_least=10)
+    num_repeats: int = option("evaluate", "models per subset; a noise ceiling needs at least 2", at_least=1)
+    alpha: float = option("evaluate", "share of the training set in each subset", 0.5, above=0, below=1)
+    bank: str = option("evaluate", "retrained models of an earlier evaluate run to use again: a folder, or runs:/RUN_ID/bank", "")
+    methods: str = option("evaluate", "comma list of the methods to judge; ekfac needs kronfluence (requirements-benchmark.txt)", "trak,trak_unweighted,trak_weighted,gradient_dot,gradient_cosine,penultimate,loss,confident,self_influence,random")
+    brittleness_targets: int = option("evaluate", "single targets whose most helpful examples are removed; 0 skips this part", at_least=0)
+    brittleness_k: int = option("evaluate", "examples that are removed for each of those targets", 20, at_least=1)
+    target: str = option("explain", "comma list of targets (numbers of validation examples)", "")
+    image: str = option("explain", "image file whose prediction is explained; needs a trak run with features", "")
+    label: str = option("explain", "class whose margin is explained for that image; empty takes the predicted class", "")
+    errors: int = option("explain", "explain this many of the most confident mistakes; 0 means 6 if neither target nor image is given", 0, at_least=0)
+    num_examples: int = option("explain", "how many helpful and how many harmful examples are shown", 6, at_least=1)
+    export_arm: str = option("export", "arm whose kept training examples are written to a file per frac, for keep", "")
+    output: str = option("output", "folder to save the report or the explanations in; exported arms go to cleaned if it is empty", "")
+    overwrite: str = option("output", "whether existing files may be replaced; the flag alone means yes", "no", choices=("no", "yes"))
+    keep_checkpoints: str = option("execution", "checkpoints to keep in MLflow once the command has ended: all, the best on validation, or none. Applies to checkpoints that this command has made", "all", choices=("all", "best", "none"))
     device: str = option("execution", "auto, cpu, or cuda", "auto")
-    jobs: int = option("execution", "tasks at a time; 0 is one a core (one on a GPU), with ray all that the cluster has room for", 0, at_least=0)
-    backend: str = option("execution", "where tasks run: processes of this machine, or a Ray cluster (requirements-ray.txt)", "local", choices=("local", "ray"))
-    ray_address: str = option("execution", "host:port of a running cluster, or auto; empty takes RAY_ADDRESS, or starts one on this machine", "")
-    gpus_per_task: float = option("execution", "GPUs that a task reserves with backend=ray and device=cuda; 0.25 puts four tasks on a GPU", 1.0, at_least=0)
-    cache_dir: str = option("execution", "decoded pixels and unfinished work", _default_cache_dir)
+    jobs: int = option("execution", "tasks at the same time; 0 is one per core, one on a GPU, and with ray as many as the cluster has room for", 0, at_least=0)
+    backend: str = option("execution", "where tasks run: processes on this machine, or a Ray cluster (requirements-ray.txt)", "local", choices=("local", "ray"))
+    ray_address: str = option("execution", "host:port of a running Ray cluster, or auto; empty takes RAY_ADDRESS, or starts a cluster on this machine", "")
+    gpus_per_task: float = option("execution", "GPUs per task with backend=ray and device=cuda; 0.25 puts four tasks on a GPU", 1.0, at_least=0)
+    cache_dir: str = option("execution", "folder for decoded images and unfinished work", _default_cache_dir)
     # fmt: on
 
     @property
@@ -231,23 +221,24 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
 def split_list(text: str) -> list[str]:
-    """'a, b' as ['a', 'b'], '"a, b"' as ['a, b']; an empty text as no items."""
+    """Split a comma list: 'a, b' is ['a', 'b'], '"a, b"' is ['a, b'], an empty text no items."""
     items = re.finditer(r'\s*"([^"]*)"\s*(?=,|\Z)|[^,]+', text)
     return [item for each in items if (item := (each[1] or each[0]).strip())]
 
 
 def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
-    """The valid names closest to a mistyped one, for an error message."""
+    """The valid names closest to a mistyped one, as the end of an error message."""
     close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
     names = close or list(valid)[:limit]
-    more = "" if close or len(valid) <= limit else f", … ({len(valid)} in all)"
+    more = "" if close or len(valid) <= limit else f", … ({len(valid)} in total)"
     return ("did you mean " if close else "valid: ") + ", ".join(map(str, names)) + more
 
 
 def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The parameters that the caller gave, by name; argparse ends the process on an unknown flag."""
-    groups = (*STAGE_GROUPS[stage], *OUTPUT_GROUPS.get(stage, ()), "lineage", "execution")
-    unknown = {f"{later}_run_id" for later in STAGES[STAGES.index(stage) :]}
+    """The parameters that the caller gave, by name. An unknown flag ends the process (exit code 2)."""
+    groups = (*STAGES[stage].all_groups, *STAGES[stage].outputs, "lineage", "execution")
+    names = list(STAGES)
+    unknown = {f"{later}_run_id" for later in names[names.index(stage) :]}
     command = f"python -m scripts.{stage}"
     parser = _Parser(command, f"{command} [--NAME VALUE ...]", allow_abbrev=False)
     sections = {group: parser.add_argument_group(group) for group in groups}
@@ -263,13 +254,13 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
     words = sys.argv[1:] if argv is None else argv
     found = vars(parser.parse_known([_underscored(word) for word in words]))
-    # Of --name=-- argparse makes an empty list.
+    # argparse turns --name=-- into an empty list.
     texts = {name: text if isinstance(text, str) else "--" for name, text in found.items()}
     return {name: convert(name, text) for name, text in texts.items()}
 
 
 def _underscored(word: str) -> str:
-    """--num-seeds=3 as --num_seeds=3: people type either."""
+    """Accept --num-seeds=3 for --num_seeds=3: people type both."""
     flag, equals, value = word.partition("=")
     return (
         flag.replace("-", "_").replace("__", "--", 1) + equals + value if word[:2] == "--" else word
@@ -303,12 +294,12 @@ def _help(f: dataclasses.Field) -> str:
 
 
 def default_of(f: dataclasses.Field) -> Any:
-    """What a field is where nobody says."""
+    """Default value of a field."""
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def convert(name: str, text: str) -> Any:
-    """A flag's text as the type of its parameter.
+    """Convert the text of a flag to the type of its parameter.
 
     Raises:
         InputError: the text is not a number where one is needed.
@@ -322,12 +313,12 @@ def convert(name: str, text: str) -> Any:
 
 
 def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> Config:
-    """Fill in what the caller left out, then check every value.
+    """Fill in the parameters that the caller left out, then check every value.
 
     Args:
-        given: the caller's own values by name.
-        inherited: values of an upstream run; they win over the preset, and a given value that
-            contradicts one is refused, since the upstream result was made with the other.
+        given: values that the caller gave, by name.
+        inherited: values of a run that is built on. They win over the preset; a given value that
+            contradicts one is refused, since the run was made with the other value.
 
     Raises:
         InputError: an unknown preset, a value out of bounds, or a contradiction.

@@ -1,6 +1,7 @@
 """The exception for input that the user can correct, and how texts from elsewhere appear in messages."""
 
 import re
+from pathlib import Path
 
 # A secret of a URL, between `start` and what follows it.
 _SECRETS = [
@@ -39,3 +40,15 @@ def printable(text: str) -> str:
 def reason(error: BaseException) -> str:
     """The message of another library's error, shortened to one line, without credentials."""
     return redact(" ".join(str(error).split()))[:160] or type(error).__name__
+
+
+class StoreFailure(Exception):
+    """The tracking store or a disk failed.
+
+    Attributes:
+        kept: the folder with the work that is finished.
+    """
+
+    def __init__(self, reason: str, kept: Path) -> None:
+        super().__init__(reason)
+        self.kept = kept

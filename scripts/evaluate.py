@@ -2,82 +2,126 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from attribution.cli.main import main
 
-from attribution.cli.command import main
-from attribution.reporting import mlflow_notes
+if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
+    main("evaluate")
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from attribution.cli.plan import Estimate, retraining_estimate
+from attribution.config import Config
+from attribution.data.dataset import ImageData
+from attribution.experiments import evaluation
+from attribution.experiments.evaluation import Evaluation
+from attribution.experiments.methods import FEATURISING, METHODS, Subject
+from attribution.experiments.subset_bank import Bank, load_bank
+from attribution.reporting import figures, terminal
+from attribution.reporting.mlflow_notes import first_line
 from attribution.runtime.progress import say
-from attribution.tracking import stage_runs
-from attribution.tracking.fingerprint import stage_folder, work_folder
-from attribution.tracking.run_lifecycle import open_run
-from scripts import finetune, trak
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from attribution.config import Config
-    from attribution.data.dataset import ImageData
+from attribution.tracking.artifacts import artifact_path, has_artifact
+from attribution.tracking.job import Job, Upstream
+from attribution.tracking.record import Record
+from attribution.tracking.stage_runs import NOTE
+from scripts.finetune import warn_of_other_checkpoints
 
 
-def make(config: Config, data: ImageData) -> None:
-    """Find or compute scores and a bank, judge every method by it, and log table and figure."""
-    from attribution.experiments import evaluation
-    from attribution.experiments.methods import Subject
-    from attribution.experiments.subset_bank import load_bank
-    from attribution.reporting import figures
-    from attribution.scores.artifact import load_scores
-
+def check(config: Config, data: ImageData) -> None:
+    """Refuse methods, subsets and banks that cannot be judged by, before anything is trained."""
     evaluation.check(config, data)
-    bank = load_bank(config.bank, config, data) if config.bank else None
-    trak_id = stage_runs.obtain("trak", config, data, trak.make)
-    finetune_id = finetune.obtain_of(trak_id, config, data)
-    checkpoints = finetune.checkpoint_folders(finetune_id, config.num_models)
-    scores = load_scores(stage_runs.artifact_path(trak_id, "scores"))
-    work = stage_folder("evaluate", config, data, finetune_id)
-    subject = Subject(config, data, checkpoints, scores, work)
-    found = evaluation.evaluate(subject, bank, work_folder(config, "retrainings"))
-    if found.brittleness is not None:
-        stage_runs.log_table(found.brittleness, "brittleness")
-    for _, row in found.table.iterrows():
-        log_method(row)
-    stage_runs.log_table(found.table, "evaluation")
-    with stage_runs.artifact_folder("bank") as folder:
-        found.bank.save(folder, config, data)
-    with stage_runs.artifact_folder() as folder:
-        figures.evaluation(found.table, found.brittleness, folder / "evaluation.png")
+    _named_bank(config, data)
 
 
-def log_method(row: pd.Series) -> None:
-    """One nested run a method, so that they can be picked and compared in MLflow."""
-    import mlflow
-    import pandas as pd
+def _named_bank(config: Config, data: ImageData) -> Bank | None:
+    """The bank that the caller names, if any."""
+    return load_bank(config.bank, config, data) if config.bank else None
 
-    from attribution.experiments import methods
 
+def estimate(config: Config, data: ImageData) -> Estimate:
+    """How many models are retrained, at most, and how much is written."""
+    n, targets = (len(data.rows(split)) for split in ("train", "validation"))
+    bank, brittle = evaluation.count_retrainings(config)
+    size = (bank * config.alpha + brittle) * n / max(1, bank + brittle)
+    kept = bank * targets * (4 * len(data.class_names) + 8)
+    matrices = sum(name not in ("loss", "confident", "random") for name in config.method_names)
+    work, gradients = kept + matrices * 4 * n * targets, 0
+    if FEATURISING.intersection(config.method_names):
+        gradients = config.num_models * (n + targets)
+        length = config.proj_dim * config.num_blocks
+        work += 4 * config.num_models * length * (n + 2 * targets + config.proj_dim)
+    return retraining_estimate(config, bank + brittle, round(size), gradients, work, kept)
+
+
+def run(job: Job) -> Evaluation:
+    """Retrain models on random subsets, and judge every method by them."""
+    warn_of_other_checkpoints(job)
+    subject = Subject(
+        job.config,
+        job.data,
+        job.result("finetune").folders,
+        job.result("trak").scores,
+        work=job.stage_folder("evaluate", job.upstream["finetune"].run_id),
+    )
+    return evaluation.evaluate(subject, _named_bank(job.config, job.data), job.retrainings)
+
+
+def record(job: Job, result: Evaluation) -> Record:
+    """The tables, the bank, and a nested run for each method."""
+
+    def write(folder: Path) -> None:
+        (folder / "bank").mkdir()
+        result.bank.save(folder / "bank", job.config, job.data)
+        figure = figures.evaluation(result.table, result.brittleness)
+        figures.save(figure, folder / "evaluation.png")
+
+    tables = {"evaluation": result.table, "brittleness": result.brittleness}
+    return Record(
+        tables={name: table for name, table in tables.items() if table is not None},
+        write=write,
+        children=[_method(row) for _, row in result.table.iterrows()],
+    )
+
+
+def _method(row: pd.Series) -> Record:
+    """The nested run of one method."""
     name = row["method"]
-    with open_run(run_name=name, nested=True):
-        note = mlflow_notes.first_line(methods.METHODS[name])
-        mlflow.set_tags({"stage": "evaluate_method", "method": name, mlflow_notes.NOTE: note})
-        mlflow.log_param("method", name)
-        mlflow.log_metrics(
-            {key: float(v) for key, v in row.items() if key != "method" and pd.notna(v)}
-        )
+    figures = row.drop("method").dropna().astype(float)
+    return Record(
+        name=name,
+        tags={"stage": "evaluate_method", "method": name, NOTE: first_line(METHODS[name])},
+        params={"method": name},
+        metrics=figures.to_dict(),
+    )
 
 
-def show(run_id: str, config: Config) -> None:
-    """Print the table of methods, and what the removal for single targets did."""
-    import pandas as pd
+@dataclass(frozen=True)
+class EarlierEvaluation:
+    """An evaluation that an earlier command made, as far as it is shown again."""
 
-    from attribution.errors import InputError
-    from attribution.reporting import terminal
-
-    terminal.print_evaluation(pd.read_csv(stage_runs.artifact_path(run_id, "evaluation.csv")))
-    with suppress(InputError):  # none was asked for
-        terminal.print_brittleness(pd.read_csv(stage_runs.artifact_path(run_id, "brittleness.csv")))
-    print(f"evaluate run: {run_id}")
-    say(f"bank: runs:/{run_id}/bank   # --bank takes it for other scores of the same data")
+    table: pd.DataFrame
+    brittleness: pd.DataFrame | None
 
 
-if __name__ == "__main__":
-    main("evaluate", make, show)
+def load(run_id: str, config: Config, data: ImageData) -> EarlierEvaluation:
+    """The result of an earlier run."""
+    brittle = None
+    if has_artifact(run_id, "brittleness.csv"):
+        brittle = pd.read_csv(artifact_path(run_id, "brittleness.csv"))
+    return EarlierEvaluation(pd.read_csv(artifact_path(run_id, "evaluation.csv")), brittle)
+
+
+def outputs(config: Config) -> list[Path]:
+    """The files that `show` writes outside MLflow: none."""
+    return []
+
+
+def show(done: Upstream, config: Config, data: ImageData) -> None:
+    """Print the table of methods, and what removal did to single targets."""
+    terminal.print_evaluation(done.result.table)
+    if done.result.brittleness is not None:
+        terminal.print_brittleness(done.result.brittleness)
+    print(f"evaluate run: {done.run_id}")
+    say(f"bank: runs:/{done.run_id}/bank   # --bank takes it for other scores of the same data")

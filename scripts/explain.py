@@ -2,107 +2,110 @@
 
 from __future__ import annotations
 
+from attribution.cli.main import main
+
+if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
+    main("explain")
+
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from attribution.cli import outputs
-from attribution.cli.command import main
+import pandas as pd
+
+from attribution.cli.outputs import refuse_existing, save
+from attribution.cli.plan import Estimate
+from attribution.config import Config
+from attribution.data.dataset import ImageData
 from attribution.errors import InputError
+from attribution.models.ensemble import Ensemble
+from attribution.reporting import figures, html, terminal
 from attribution.runtime.progress import say
-from attribution.tracking import stage_runs
-from scripts import finetune, trak
+from attribution.scores import explanation
+from attribution.scores.explanation import Explanation
+from attribution.scores.stored_features import StoredFeatures, load_features
+from attribution.tracking.artifacts import address, artifact_names, artifact_path
+from attribution.tracking.job import Job, Upstream
+from attribution.tracking.names import file_name
+from attribution.tracking.record import Record
+from scripts.finetune import LOGITS, warn_of_other_checkpoints
 
-if TYPE_CHECKING:
-    from attribution.config import Config
-    from attribution.data.dataset import ImageData
-    from attribution.scores.explanation import Explanation
-
-DEFAULT_ERRORS = 6
-
-
-def make(config: Config, data: ImageData) -> None:
-    """Find or compute scores, and log a gallery for everything that is to be explained."""
-    import mlflow
-    import pandas as pd
-
-    from attribution.reporting import figures
-    from attribution.reporting import html as pages
-    from attribution.scores import explanation
-
-    explanation.check(config, data)  # refused before any training
-    trak_id = stage_runs.obtain("trak", config, data, trak.make)
-    finetune_id = stage_runs.run_tags(trak_id)["finetune_run_id"]
-    if config.image:  # which needs the checkpoints themselves
-        finetune_id = finetune.obtain_of(trak_id, config, data)
-    mlflow.set_tag("finetune_run_id", finetune_id)
-    found = explain(config, data, trak_id, finetune_id)
-    with stage_runs.artifact_folder() as folder:
-        for each in found:
-            name = stage_runs.file_name(Path(each.name).stem)
-            figures.explanation(data, each, folder / f"explanation-{name}.png")
-        run_ids = {"trak run": trak_id, "finetune run": finetune_id}
-        page = pages.explanations(data, found, run_ids)
-        (folder / "explanation.html").write_text(page, encoding="utf-8")
-    table = pd.concat([each.table() for each in found], ignore_index=True)
-    stage_runs.log_table(table, "explanation")
+SAVED = (".html", ".png", ".csv")
 
 
-def explain(config: Config, data: ImageData, trak_id: str, finetune_id: str) -> list[Explanation]:
-    """The picture, the targets, and the most confident mistakes that were asked for."""
-    from attribution.models.ensemble import Ensemble
-    from attribution.scores import explanation
-    from attribution.scores.artifact import load_scores
-    from attribution.scores.stored_features import load_features
+def check(config: Config, data: ImageData) -> None:
+    """Refuse targets, labels and pictures that cannot be explained, before anything is trained."""
+    explanation.check(config, data)
 
-    scores = load_scores(stage_runs.artifact_path(trak_id, "scores"))
-    found, targets = [], list(dict.fromkeys(config.target_numbers))
-    if config.image:
-        try:
-            folder = stage_runs.artifact_path(trak_id, "features")
-        except InputError:
-            raise InputError(
-                f"trak_run_id={trak_id}: has no stored features, which image needs; make the scores "
-                "with keep_features=yes"
-            ) from None
-        checkpoints = finetune.checkpoint_folders(finetune_id, config.num_models)
-        stored = load_features(folder)
-        found.append(explanation.explain_picture(config, data, scores, stored, checkpoints))
-    members = Ensemble.load(stage_runs.artifact_path(finetune_id, "training/logits.npz"))
-    probabilities = members.validation_probabilities()
-    errors = config.errors or DEFAULT_ERRORS * (not (found or targets))
-    labels = data.labels("validation")
-    mistakes = explanation.confident_mistakes(probabilities, labels, errors)
-    targets += [target for target in mistakes if target not in targets]
-    if not (found or targets):
-        raise InputError(f"errors={errors}: the ensemble makes no mistake on targets; use target=0")
-    return found + explanation.explain_targets(
-        data, scores, probabilities, targets, config.num_examples
+
+def estimate(config: Config, data: ImageData) -> Estimate:
+    """Hardly any work."""
+    return Estimate("the examples behind each prediction")
+
+
+def run(job: Job) -> list[Explanation]:
+    """Find the training examples that raised and lowered each margin most."""
+    config, data, scores = job.config, job.data, job.result("trak").scores
+    members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS))
+    if not config.image:
+        return explanation.explain(config, data, scores, members)
+    warn_of_other_checkpoints(job)
+    stored = _stored_features(job.upstream["trak"])
+    return explanation.explain(
+        config, data, scores, members, stored, job.result("finetune").folders
     )
 
 
-def show(run_id: str, config: Config) -> None:
-    """Print what was found, save it where asked, and say where the page is."""
-    import pandas as pd
+def _stored_features(trak: Upstream) -> StoredFeatures:
+    try:
+        return load_features(trak.file("features"))
+    except InputError as error:
+        raise InputError(
+            f"trak_run_id={trak.run_id}: has no stored features, which image needs; make the "
+            f"scores with keep_features=yes ({error})"
+        ) from None
 
-    from attribution.reporting import terminal
 
-    file = stage_runs.artifact_path(run_id, "explanation.csv")
+def record(job: Job, result: list[Explanation]) -> Record:
+    """A page, a table, and a figure for each prediction."""
+
+    def write(folder: Path) -> None:
+        for each in result:
+            file = folder / f"explanation-{file_name(Path(each.name).stem)}.png"
+            figures.save(figures.explanation(job.data, each), file)
+        run_ids = {f"{stage} run": run_id for stage, run_id in job.run_ids.items()}
+        page = html.explanations(job.data, result, run_ids)
+        (folder / "explanation.html").write_text(page, encoding="utf-8")
+
+    return Record(tables={"explanation": _table(result)}, write=write)
+
+
+def _table(result: list[Explanation]) -> pd.DataFrame:
+    return pd.concat([each.table() for each in result], ignore_index=True)
+
+
+def load(run_id: str, config: Config, data: ImageData) -> pd.DataFrame:
+    """The table of an earlier run."""
     words = ("explained", "explained_label", "predicted", "file_name", "example_id", "label_name")
-    table = pd.read_csv(file, dtype=dict.fromkeys(words, str), keep_default_na=False)
-    terminal.print_explanations(table)
-    page = stage_runs.artifact_path(run_id, "explanation.html")
-    if config.output:
-        saved = outputs.save_artifacts(run_id, config, (".html", ".png", ".csv"))
-        page = saved / page.name
-    print(f"explain run: {run_id}")
-    say(f"next: open {page}")
+    file = artifact_path(run_id, "explanation.csv")
+    return pd.read_csv(file, dtype=dict.fromkeys(words, str), keep_default_na=False)
 
 
-def files(config: Config) -> list[Path]:
-    """What `show` saves."""
+def outputs(config: Config) -> list[Path]:
+    """The files that `show` writes outside MLflow, beside the figures."""
     names = ("explanation.html", "explanation.csv") if config.output else ()
     return [Path(config.output).expanduser() / name for name in names]
 
 
-if __name__ == "__main__":
-    main("explain", make, show, files)
+def show(done: Upstream, config: Config, data: ImageData) -> None:
+    """Print what was found, save it if asked to, and say where the page is."""
+    result = done.result
+    terminal.print_explanations(result if isinstance(result, pd.DataFrame) else _table(result))
+    page = address(done.run_id, "explanation.html")
+    if config.output:
+        folder = Path(config.output).expanduser()
+        names = [name for name in artifact_names(done.run_id) if name.endswith(SAVED)]
+        refuse_existing([folder / name for name in names], config)
+        for name in names:
+            save(done.file(name), folder / name)
+        page = str(folder / "explanation.html")
+    print(f"explain run: {done.run_id}")
+    say(f"next: open {page}")

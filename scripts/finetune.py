@@ -2,98 +2,120 @@
 
 from __future__ import annotations
 
-import dataclasses
+from attribution.cli.main import main
+
+if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
+    main("finetune")
+
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from attribution.cli.command import main
+import numpy as np
+
+from attribution.cli.plan import Estimate
+from attribution.config import Config
+from attribution.data.dataset import ImageData
 from attribution.errors import InputError
+from attribution.models import checkpoints
+from attribution.models.checkpoints import Finetuned
+from attribution.models.classifier import parameter_count
+from attribution.models.ensemble import Ensemble
+from attribution.reporting import figures
+from attribution.runtime.parallel import ask
 from attribution.runtime.progress import say
-from attribution.tracking import stage_runs
-from attribution.tracking.fingerprint import stage_folder
+from attribution.tracking.artifacts import artifact_path
+from attribution.tracking.job import Job, Upstream
+from attribution.tracking.record import Record
 
-if TYPE_CHECKING:
-    from attribution.config import Config
-    from attribution.data.dataset import ImageData
+LOGITS = "training/logits.npz"
 
 
-def make(config: Config, data: ImageData) -> None:
-    """Train every checkpoint and log weights, masks, logits and curves to the active run."""
-    import mlflow
-    import numpy as np
-
-    from attribution.models import checkpoints
-    from attribution.reporting import figures
-
+def check(config: Config, data: ImageData) -> None:
+    """Refuse what cannot be trained, before anything is."""
     checkpoints.check(config, data)
-    work = stage_folder("finetune", config, data)
-    found = checkpoints.finetune(config, data, work)
-
-    for m, (folder, history) in enumerate(zip(found.folders, found.histories, strict=True)):
-        mlflow.log_artifacts(str(folder), f"checkpoints/{m:03d}")
-        stage_runs.log_series(
-            [
-                (f"checkpoint_{m:03d}/{name}", value, int(epoch["epoch"]))
-                for epoch in history
-                for name, value in epoch.items()
-                if name != "epoch"
-            ]
-        )
-    mlflow.log_metrics(found.members.metrics(data))
-    with stage_runs.artifact_folder("training") as results:
-        np.savez(results / "logits.npz", allow_pickle=False, **found.members.arrays())
-        data.examples.to_parquet(results / "examples.parquet", index=False)
-        figures.training_curves(found.histories, results / "curves.png")
 
 
-def show(run_id: str, config: Config) -> None:
-    """Print the ensemble's validation metrics and what to type next."""
-    import mlflow
+def estimate(config: Config, data: ImageData) -> Estimate:
+    """How much is trained, and written."""
+    n, targets = (len(data.rows(split)) for split in ("train", "validation"))
+    share = max(1, round(config.subset_fraction * n))
+    most = "at most " if config.patience else ""
+    weights = 4 * ask(parameter_count, config.model, len(data.class_names))
+    logits = 8 * (n + targets) * len(data.class_names)
+    size = config.num_models * (weights + logits)
+    return Estimate(
+        f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images",
+        trained=config.num_models * config.epochs * share,
+        tasks=config.num_models,
+        work=size,
+        kept=size,
+    )
 
-    metrics = mlflow.get_run(run_id).data.metrics
+
+def run(job: Job) -> Finetuned:
+    """Draw each checkpoint's part of the training set, then train the checkpoints."""
+    config, n = job.config, len(job.data.rows("train"))
+    masks = checkpoints.subset_masks(n, config.num_models, config.subset_fraction, config.seed)
+    work = job.stage_folder("finetune")
+    return Finetuned.of(masks, checkpoints.train_checkpoints(config, job.data, masks, work))
+
+
+def record(job: Job, result: Finetuned) -> Record:
+    """Weights, masks, logits and learning curves."""
+
+    def write(folder: Path) -> None:
+        training = folder / "training"
+        training.mkdir()
+        np.savez(training / "logits.npz", allow_pickle=False, **result.members.arrays())
+        job.data.examples.to_parquet(training / "examples.parquet", index=False)
+        figures.save(figures.training_curves(result.histories), training / "curves.png")
+
+    return Record(
+        metrics=result.members.metrics(job.data),
+        series=[
+            (f"checkpoint_{m:03d}/{name}", value, int(epoch["epoch"]))
+            for m, history in enumerate(result.histories)
+            for epoch in history
+            for name, value in epoch.items()
+            if name != "epoch"
+        ],
+        folders={f"checkpoints/{m:03d}": folder for m, folder in enumerate(result.folders)},
+        write=write,
+    )
+
+
+def load(run_id: str, config: Config, data: ImageData) -> Finetuned:
+    """The result of an earlier run."""
+    logits, folder = (artifact_path(run_id, p) for p in (LOGITS, "checkpoints"))
+    return Finetuned.load(logits, folder, config.num_models)
+
+
+def outputs(config: Config) -> list[Path]:
+    """The files that `show` writes outside MLflow: none."""
+    return []
+
+
+def show(done: Upstream, config: Config, data: ImageData) -> None:
+    """Print the ensemble's validation metrics and the next command."""
+    metrics = done.result.members.metrics(data)
     for name in ("validation_accuracy_mean", "ensemble_validation_accuracy"):
         print(f"{name}: {metrics[name]:.4f}")
-    print(f"finetune run: {run_id}")
-    say(f"next: python -m scripts.trak --finetune_run_id {run_id}")
+    print(f"finetune run: {done.run_id}")
+    say(f"next: python -m scripts.trak --finetune_run_id {done.run_id}")
 
 
-def obtain_of(trak_id: str, config: Config, data: ImageData) -> str:
-    """The run whose checkpoints a trak run scored; where they are gone, one that trains them anew.
-
-    The active run is tagged with it. Others than then, as under another number of jobs, are told. A
-    run that the caller names is taken at their word.
-    """
-    own = stage_runs.run_tags(trak_id)["finetune_run_id"]
-    if not config.finetune_run_id and stage_runs.is_whole("finetune", own, config):
-        config = dataclasses.replace(config, finetune_run_id=own)
-    found = stage_runs.obtain("finetune", config, data, make)
-    if found != own and not _are_alike(own, found):
-        say(
-            f"finetune: the checkpoints of run {found} are others than those that trak run {trak_id} "
-            "scored (another jobs or device?): what follows is of both"
-        )
-    return found
-
-
-def _are_alike(*run_ids: str) -> bool:
-    """Whether the checkpoints of two runs say the same of every training example, as far as is kept."""
-    import numpy as np
-
-    from attribution.models.ensemble import Ensemble
-
+def warn_of_other_checkpoints(job: Job) -> None:
+    """Say so if the checkpoints in hand are not those that the trak run scored."""
+    scored = job.result("trak").scores.metadata["finetune_run_id"]
+    used = job.upstream["finetune"]
+    if used.run_id == scored:
+        return
     try:
-        files = [stage_runs.artifact_path(run_id, "training/logits.npz") for run_id in run_ids]
-        then, now = (Ensemble.load(file).train_logits for file in files)
-    except InputError:
-        return False
-    return np.array_equal(then, now)
-
-
-def checkpoint_folders(run_id: str, num_models: int) -> list[Path]:
-    """The from_pretrained folders of a finetune run, in order."""
-    root = stage_runs.artifact_path(run_id, "checkpoints")
-    return [root / f"{m:03d}" for m in range(num_models)]
-
-
-if __name__ == "__main__":
-    main("finetune", make, show)
+        logits = Ensemble.load(artifact_path(scored, LOGITS)).train_logits
+        if np.array_equal(logits, used.result.members.train_logits):
+            return
+    except InputError:  # nothing is left to compare with
+        pass
+    say(
+        f"finetune: the checkpoints of run {used.run_id} differ from those that trak run "
+        f"{job.upstream['trak'].run_id} scored (another jobs or device?): the results mix both"
+    )

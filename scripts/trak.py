@@ -2,67 +2,102 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from attribution.cli.main import main
 
-from attribution.cli.command import main
+if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
+    main("trak")
+
+from pathlib import Path
+
+from attribution.cli.plan import Estimate
+from attribution.config import Config
+from attribution.data.dataset import ImageData
+from attribution.experiments.statistics import detection_metrics
+from attribution.reporting import figures
 from attribution.runtime.progress import say
-from attribution.tracking import stage_runs
-from attribution.tracking.fingerprint import ESTIMATOR_VERSION, fingerprint, stage_folder
-from scripts import finetune
+from attribution.scores import scored, stored_features
+from attribution.scores.scored import Scored
+from attribution.tracking.artifacts import artifact_path
+from attribution.tracking.fingerprint import ESTIMATOR_VERSION, fingerprint
+from attribution.tracking.job import Job, Upstream
+from attribution.tracking.record import Record
 
-if TYPE_CHECKING:
-    from attribution.config import Config
-    from attribution.data.dataset import ImageData
+
+def check(config: Config, data: ImageData) -> None:
+    """Refuse settings and models that cannot be scored, before anything is trained."""
+    scored.check(config, data)
 
 
-def make(config: Config, data: ImageData) -> None:
-    """Find or train the checkpoints, score them, and log the score artifact to the active run."""
-    import mlflow
+def estimate(config: Config, data: ImageData) -> Estimate:
+    """How many gradients are computed, and how much is written."""
+    n, targets = (len(data.rows(split)) for split in ("train", "validation"))
+    length, models = config.proj_dim * config.num_blocks, config.num_models
+    scores, stored = 4 * n * targets, 2 * models * n * length
+    # Features of both splits, then each checkpoint's factors and whitened targets.
+    work = 4 * models * length * (n + 2 * targets + config.proj_dim)
+    wants = {"yes": True, "no": False, "auto": stored <= stored_features.AUTO_BYTES}
+    images = models * (n + targets)
+    return Estimate(
+        f"{images:,} gradients and their scores",
+        gradients=images,
+        tasks=2 * models,
+        work=work + scores,
+        kept=scores + (stored if wants[config.keep_features] else 0),
+    )
 
-    from attribution.experiments import statistics
-    from attribution.models.ensemble import Ensemble
-    from attribution.reporting import figures
-    from attribution.runtime import parallel
-    from attribution.scores.scored import score_training_set
-    from attribution.scores.trak import check_gradients, check_proj_dim
 
-    check_proj_dim(config, len(data.rows("train")))
-    parallel.ask(check_gradients, config, data.class_names)
-    finetune_id = stage_runs.obtain("finetune", config, data, finetune.make)
-    members = Ensemble.load(stage_runs.artifact_path(finetune_id, "training/logits.npz"))
-    folders = finetune.checkpoint_folders(finetune_id, config.num_models)
-    # What others' checkpoints left is not gone on with.
-    work = stage_folder("trak", config, data, finetune_id)
+def run(job: Job) -> Scored:
+    """Project the gradients of every example under each checkpoint, and combine them to scores."""
+    finetuned, run_id = job.result("finetune"), job.upstream["finetune"].run_id
     origin = {
         "estimator_version": ESTIMATOR_VERSION,
-        "fingerprint": fingerprint("trak", config, data),
-        "finetune_run_id": finetune_id,
+        "fingerprint": fingerprint("trak", job.config, job.data),
+        "finetune_run_id": run_id,
     }
-    scored = score_training_set(config, data, members, folders, work, origin)
-    with stage_runs.artifact_folder() as folder:
-        scores = scored.write(folder, config).scores
-        figures.score_gallery(data, scores, folder / "scores" / "gallery.png")
-    stage_runs.log_table(scored.suspects, "suspects")
-    is_flipped = scores.train["is_flipped"].to_numpy()
-    mlflow.log_metrics(scored.metrics())
-    mlflow.log_metrics(statistics.detection_metrics(is_flipped, scored.rankings()))
+    # Unfinished features of other checkpoints are of no use.
+    work = job.stage_folder("trak", run_id)
+    return scored.score_training_set(
+        job.config, job.data, finetuned.members, finetuned.folders, work, origin
+    )
 
 
-def show(run_id: str, config: Config) -> None:
-    """Print where the scores are, how to read them, and what to type next."""
-    import mlflow
-    import pandas as pd
+def record(job: Job, result: Scored) -> Record:
+    """The score artifact, a gallery, the suspects, and how well known flips are found."""
 
-    metrics = mlflow.get_run(run_id).data.metrics
+    def write(folder: Path) -> None:
+        result.write(folder, job.config)
+        gallery = figures.score_gallery(job.data, result.scores)
+        figures.save(gallery, folder / "scores" / "gallery.png")
+
+    is_flipped = result.scores.train["is_flipped"].to_numpy()
+    return Record(
+        metrics=result.metrics() | detection_metrics(is_flipped, result.rankings()),
+        tables={"suspects": result.suspects},
+        write=write,
+    )
+
+
+def load(run_id: str, config: Config, data: ImageData) -> Scored:
+    """The result of an earlier run."""
+    return Scored.load(artifact_path(run_id, "scores"), artifact_path(run_id, "suspects.csv"))
+
+
+def outputs(config: Config) -> list[Path]:
+    """The files that `show` writes outside MLflow: none."""
+    return []
+
+
+def show(done: Upstream, config: Config, data: ImageData) -> None:
+    """Print where the scores are, how to read them, and the next command."""
+    result: Scored = done.result
+    train = result.scores.train
+    metrics = detection_metrics(train["is_flipped"].to_numpy(), result.rankings())
+    metrics["share_negative_alignment"] = float((train["alignment"] < 0).mean())
     for name in ("flips_auroc_trust", "flips_auroc_loss", "share_negative_alignment"):
         if name in metrics:
             print(f"{name}: {metrics[name]:.4f}")
-    table = pd.read_csv(stage_runs.artifact_path(run_id, "suspects.csv"))
-    print(f"suspects.csv: {len(table)} training examples to look at, the most doubtful first")
-    print(f"trak run: {run_id}")
-    print(f'scores: attribution.load_scores("runs:/{run_id}/scores")')
-    say(f"next: python -m scripts.ablation --trak_run_id {run_id} --frac 0.05")
-
-
-if __name__ == "__main__":
-    main("trak", make, show)
+    count = len(result.suspects)
+    print(f"suspects.csv: {count} training examples to check, the most doubtful first")
+    print(f"trak run: {done.run_id}")
+    print(f'scores: attribution.load_scores("runs:/{done.run_id}/scores")')
+    say(f"next: python -m scripts.ablation --trak_run_id {done.run_id} --frac 0.05")

@@ -134,24 +134,18 @@ class Place:
 
     def argv(self, stage: str, **given: Any) -> list[str]:
         """Flags of a small run on the tiny images; None leaves a parameter out."""
-        from attribution.config import FIELDS, STAGE_GROUPS
+        from attribution.config import FIELDS
+        from attribution.stages import STAGES
 
-        groups = (*STAGE_GROUPS[stage], "execution")
+        groups = (*STAGES[stage].all_groups, "execution")
         small = {k: v for k, v in self.small.items() if FIELDS[k].metadata["group"] in groups}
         values = {"dataset": self.dataset, **small, **given}
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
     def run(self, stage: str, **given: Any) -> Result:
         """The stage's command in this process, as `python -m scripts.STAGE` would run it."""
-        import importlib
+        from attribution.cli.main import run_command
 
-        from attribution.cli.command import run_entry_point
-
-        module = importlib.import_module(f"scripts.{stage}")
-        files = {"ablation": "exports", "explain": "files"}.get(
-            stage
-        )  # what it saves beside its run
-        saved = [getattr(module, files)] if files else []
         out, err, code = io.StringIO(), io.StringIO(), 0
         with (
             self.active(),
@@ -160,9 +154,8 @@ class Place:
         ):
             before = {run.info.run_id for run in self.runs()}
             try:
-                argv = self.argv(stage, **given)
-                run_entry_point(stage, module.make, module.show, argv, *saved)
-            except SystemExit as stop:
+                code = run_command(stage, self.argv(stage, **given))
+            except SystemExit as stop:  # argparse
                 code = stop.code
             new = [run for run in self.runs() if run.info.run_id not in before]
         return Result(code, out.getvalue(), err.getvalue(), new)

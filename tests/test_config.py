@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 
 from attribution.config import (
     FIELDS,
-    OUTPUT_GROUPS,
     PRESETS,
-    STAGE_GROUPS,
     Config,
     convert,
     nearest,
@@ -27,6 +25,7 @@ from attribution.config import (
     split_list,
 )
 from attribution.errors import InputError
+from attribution.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "mlflow", "pandas", "sklearn", "datasets")
@@ -261,17 +260,17 @@ LATER_RUNS = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGE_GROUPS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_cannot_be_told_to_build_on_itself_or_a_later_one(stage: str) -> None:
     for name in LATER_RUNS[stage]:
         with pytest.raises(SystemExit):
             parse(stage, [f"--{name}", "x"])
 
 
-@pytest.mark.parametrize("stage", STAGE_GROUPS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_parameter_of_a_stage_has_a_flag_that_is_read_with_its_type(stage: str) -> None:
     samples = {"int": ("7", 7), "float": ("0.25", 0.25), "str": ("x", "x")}
-    groups = (*STAGE_GROUPS[stage], *OUTPUT_GROUPS.get(stage, ()), "lineage", "execution")
+    groups = (*STAGES[stage].all_groups, *STAGES[stage].outputs, "lineage", "execution")
     for f in FIELDS.values():
         if f.metadata["group"] in groups and f.name not in LATER_RUNS[stage]:
             text, value = samples[f.type]
@@ -369,7 +368,7 @@ def test_a_bad_value_exits_with_2_and_one_line_before_any_heavy_import() -> None
     assert loaded == set()
 
 
-@pytest.mark.parametrize("stage", STAGE_GROUPS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_help_of_an_entry_point_exits_with_0(stage: str) -> None:
     done = python("-m", f"scripts.{stage}", "--help")
     assert done.returncode == 0 and "--dataset" in done.stdout

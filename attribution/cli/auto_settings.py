@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 
 from attribution.config import Config
+from attribution.data.dataset import Listing
+from attribution.data.pixel_cache import decode_image
+from attribution.data.sources import content
+from attribution.models import classifier
 
-SAMPLE = 128  # images looked at for their size and colour
-SCRATCH_STEPS, FINE_TUNING_STEPS = 1500, 300
+SAMPLE = 128  # images whose size and colour are looked at
+SCRATCH_STEPS, FINE_TUNING_STEPS = 1500, 300  # training steps to aim for
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class Facts:
         n_train: training examples.
         side: median shorter side of a sample of the images, in pixels.
         is_grey: whether that sample has no colour.
-        own_size: image size that the pretrained model asks for; None trains from scratch.
-        has_gpu: moves one choice alone, the image size of a pretrained model.
-        flops: of one image's forward pass at an image size; None where the model refuses the size.
+        own_size: image size of the pretrained model; None if the model is trained from scratch.
+        has_gpu: allows larger images for a pretrained model.
+        flops: operations of one image's forward pass at an image size; None if the model refuses it.
     """
 
     n_train: int
@@ -38,7 +42,7 @@ class Facts:
 
 
 def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
-    """A value for every setting that is not known; those that are known count in the others'."""
+    """A value for every open setting; known settings influence the others."""
     scratch, values = facts.own_size is None, dict(known)
 
     def settle(name: str, rule: Callable[[], Any]) -> Any:
@@ -47,7 +51,7 @@ def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
         return values[name]
 
     size = settle("image_size", lambda: image_size(facts))
-    # A photograph may be mirrored; what has no colour is often writing, which may not.
+    # Photographs may be mirrored. Images without colour are often writing, which may not.
     settle("augment", lambda: "crop" if facts.is_grey else "flip,crop")
     power_of_two = 2 ** int(math.log2(math.sqrt(facts.n_train)))
     batch = settle("batch_size", lambda: max(16, min(128, power_of_two)))
@@ -57,7 +61,7 @@ def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
     settle("learning_rate", lambda: 3e-3 if scratch else 2e-4)
     settle("weight_decay", lambda: 5e-4 if scratch else 0.01)
 
-    def work() -> float:  # of one training; 1e12 are some 12 s of resnet-mini on an idle core
+    def work() -> float:  # operations of one training; an idle core does about 1e11 a second
         return 3 * (facts.flops(size) or 0) * facts.n_train * epochs
 
     settle("num_models", lambda: 10 if work() < 3e13 else 4)
@@ -66,7 +70,7 @@ def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def image_size(facts: Facts) -> int:
-    """The sample's side in steps of 16 from 32 to 64; a pretrained model's own, 64 without a GPU."""
+    """The sample's side, rounded to 16, from 32 to 64; a pretrained model's own size on a GPU."""
     by_data = max(32, 16 * round(facts.side / 16))
     if facts.own_size is None:
         return min(by_data, 64)
@@ -74,27 +78,22 @@ def image_size(facts: Facts) -> int:
     return size if facts.flops(size) is not None else facts.own_size
 
 
-def gather(config: Config, listing: Any) -> Facts:
-    """Look at a sample of the images (the same for the same data) and at the model's config."""
-    from attribution.data.pixel_cache import decode_image
-    from attribution.data.sources import content
-    from attribution.models import classifier
-
+def gather(config: Config, listing: Listing) -> Facts:
+    """Look at a sample of the images (always the same one) and at the model's config."""
     sides, colours = [], []
     for cell in listing.source.cells(listing.table["row"].to_numpy()[:SAMPLE]):
         try:
             image = listing.source.open(io.BytesIO(content(cell)))
             sides.append(min(image.size))
             colours.append(int(np.ptp(decode_image(image, 16), axis=2).max()))
-        except Exception:  # told when all are decoded
+        except Exception:  # reported later, when all images are decoded
             continue
+    from_scratch = config.model in classifier.MINI_CONFIGS
     return Facts(
         n_train=listing.n_train(config.data_seed),
         side=round(float(np.median(sides or [64]))),
         is_grey=float(np.median(colours or [255])) <= 16,
-        own_size=None
-        if config.model in classifier.MINI_CONFIGS
-        else classifier.own_image_size(config.model),
+        own_size=None if from_scratch else classifier.own_image_size(config.model),
         has_gpu=config.device.startswith("cuda"),
         flops=lambda size: classifier.forward_flops(config.model, size),
     )

@@ -1,246 +1,213 @@
-"""The life of one command: its flags, its run, what it reuses or makes, and how it ends."""
+"""One command from its parameters to its result: upstream stages are reused or made, then its own."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import os
-import shlex
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator, Set
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
+import mlflow
+
+from attribution.cli import plan
 from attribution.cli.outputs import refuse_existing
-from attribution.config import (
-    AUTO,
-    FIELDS,
-    STAGE_GROUPS,
-    Config,
-    convert,
-    default_of,
-    parse,
-    resolve,
-)
-from attribution.errors import InputError
-from attribution.runtime.cache_folder import discard
+from attribution.cli.settings import cache_of, prepare
+from attribution.config import Config
+from attribution.data.dataset import ImageData
+from attribution.errors import InputError, StoreFailure
+from attribution.runtime.cache_folder import alone, discard
+from attribution.runtime.parallel import ask
 from attribution.runtime.progress import say
-from attribution.runtime.signals import end, ended_by_signals
+from attribution.stages import STAGES, Stage
 from attribution.tracking import stage_runs
+from attribution.tracking.artifacts import delete_artifacts
 from attribution.tracking.database import failure, open_store
 from attribution.tracking.fingerprint import fingerprint, stage_folder, work_folder
+from attribution.tracking.job import Job, Upstream
+from attribution.tracking.record import log_record
+from attribution.tracking.replay import report_replay
 from attribution.tracking.run_lifecycle import (
     current_run,
     end_dead_runs,
     end_run,
+    is_alive,
     open_run,
     signature,
 )
 
-if TYPE_CHECKING:
-    from attribution.cli.plan import Chain
-    from attribution.data.dataset import ImageData, Listing
 
+@dataclass
+class Command:
+    """One command under way.
 
-def main(
-    stage: str,
-    make: stage_runs.Make,
-    show: Callable[[str, Config], None],
-    files: Callable[[Config], Iterable[Path]] = lambda config: (),
-) -> NoReturn:
-    """run_entry_point for this process's own arguments, and its quick end."""
-    run_entry_point(stage, make, show, sys.argv[1:], files, early=True)
-    _end_workers()
-    end(0)
-
-
-def run_entry_point(
-    stage: str,
-    make: stage_runs.Make,
-    show: Callable[[str, Config], None],
-    argv: Any = None,
-    files: Callable[[Config], Iterable[Path]] = lambda config: (),
-    early: bool = False,
-) -> None:
-    """The life of one command: parse, open the run, reuse or make, show, and exit.
-
-    Exit codes: 2 bad input, 1 a store or disk that failed (or a replay that differs), 128 + the
-    signal's number when stopped by one.
-
-    Args:
-        make: computes the stage and logs it to the active run.
-        show: prints the result of the run with this id, and saves what was asked for.
-        files: what `show` will save, and is refused where it is there.
-        early: start workers before it is known what there is for them to do.
+    Attributes:
+        stage: the stage that was asked for.
+        made: the stages that this command has computed, by name.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    with ended_by_signals() as asked:
-        try:
-            given = parse(stage, argv)  # what is wrong with a flag is said before the slow imports
-            if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
-                resolve(given)
-            if early:
-                _start_workers(stage, given)
-            _quiet()
-            run_id, config = _find_or_make(stage, make, files, given)
-            show(run_id, config)
-            if config.replay and not _is_identical(config.replay, run_id):
-                sys.exit(1)
-        except (KeyboardInterrupt, Exception) as error:
-            if asked or isinstance(error, KeyboardInterrupt):
-                _stop(asked)
-            _end_workers()
-            if isinstance(error, InputError):
-                say(f"error: {error}")
-                sys.exit(2)
-            reason = failure(error)
-            if not reason:
-                raise
-            say(f"error: {reason}")
-            command = shlex.join(["python", "-m", f"scripts.{stage}", *argv])
-            kept = _cache(given) / ("replays" if given.get("replay") else "work")
-            say(f"what is finished is kept in {kept}; this goes on and sends it: {command}")
-            sys.exit(1)
 
+    stage: Stage
+    config: Config
+    data: ImageData
+    made: dict[str, Upstream] = field(default_factory=dict)
 
-def _stop(asked: list[int]) -> NoReturn:
-    say("stopped; the same command goes on from what is finished")
-    _end_workers()
-    if asked:
-        end(128 + asked[0])
-    sys.exit(128 + signal.SIGINT)
+    def find_or_make(self, run: Any) -> Upstream:
+        """The stage's result: that of a finished run, or computed and logged to this run."""
+        name = self.stage.name
+        with stage_runs.making(name, self.config, self.data) as found:
+            if found:
+                stage_runs.mark_reused(name, found)
+                return self._load(name, found)
+            stage_runs.describe(name, self.config, self.data)
+            runs = self._look_up()
+            self._prepare({stage: run_id for stage, run_id in runs.items() if run_id}, runs)
+            upstream: dict[str, Upstream] = {}
+            for stage, run_id in runs.items():
+                upstream[stage] = (
+                    self._reuse(stage, run_id) if run_id else self._obtain(stage, upstream)
+                )
+            done = self._make(self.stage, upstream)
+            # FINISHED before the lock is released, so that a waiting process finds it.
+            end_run(run)
+        return done
 
+    def _look_up(self) -> dict[str, str | None]:
+        """The run to reuse for each upstream stage, in the order of computation; None: compute it."""
+        found: dict[str, str | None] = {}
+        self._look_up_for(self.stage, found)
+        return {name: found[name] for name in STAGES if name in found}
 
-def _start_workers(stage: str, given: dict[str, Any]) -> None:
-    """Have workers import while this process does, where there is a core for them and probably work."""
-    known = ("backend", "jobs", "device", "num_models")
-    config = resolve({name: given[name] for name in known if name in given})
-    if config.backend != "local" or stage == "explain" or config.jobs == 1 or _may_use_gpu(config):
-        return
-    from attribution.runtime import parallel
+    def _look_up_for(self, stage: Stage, found: dict[str, str | None]) -> None:
+        for name in stage.needed(self.config):
+            if name not in found:
+                found[name] = (
+                    getattr(self.config, f"{name}_run_id")
+                    or self._scored_by(found.get("trak"), name)
+                    or stage_runs.find_finished(name, self.config, self.data)
+                )
+                if not found[name]:
+                    self._look_up_for(STAGES[name], found)
 
-    jobs = parallel.resolve_jobs(config.jobs, "cpu", config.num_models)
-    if jobs > 1 and parallel.resolve_jobs(0, "cpu", 2) > 1:
-        parallel.start_workers(jobs, _warm_up)
+    def _scored_by(self, trak_id: str | None, name: str) -> str | None:
+        """The finetune run whose checkpoints a trak run scored, if they are still there."""
+        if not trak_id or name != "finetune":
+            return None
+        own = stage_runs.run_tags(trak_id)["finetune_run_id"]
+        return own if stage_runs.is_whole(name, own, self.config) else None
 
+    def _prepare(self, reused: dict[str, str], runs: dict[str, str | None]) -> None:
+        """Refuse what cannot work, then print the plan."""
+        names = [self.stage.name, *(name for name in reversed(runs) if name not in reused)]
+        scripts = {name: STAGES[name].script() for name in names}
+        for script in scripts.values():
+            script.check(self.config, self.data)
+        estimates = {n: script.estimate(self.config, self.data) for n, script in scripts.items()}
+        plan.check_disk(estimates, self.config, current_run().artifact_uri)
+        seconds = ask(plan.seconds_of, estimates, self.config, self.data.class_names)
+        for line in plan.describe(estimates, reused, seconds, self.config):
+            say(line)
 
-def _may_use_gpu(config: Config) -> bool:
-    """Without a look by torch, which takes seconds to import."""
-    return config.device != "cpu" and (config.device != "auto" or Path("/dev/nvidiactl").exists())
+    def _reuse(self, name: str, run_id: str) -> Upstream:
+        say(f"{name}: reusing run {run_id}")
+        return self._load(name, run_id)
 
+    def _load(self, name: str, run_id: str) -> Upstream:
+        if not _is_in_use(run_id, Path(self.config.cache_dir)):
+            # A killed command may have left it behind after the run was FINISHED.
+            discard(stage_folder(name, self.config, self.data))
+        return Upstream(run_id, STAGES[name].script().load(run_id, self.config, self.data))
 
-def _warm_up() -> None:
-    from attribution.models import classifier
+    def _obtain(self, name: str, upstream: dict[str, Upstream]) -> Upstream:
+        """Compute an upstream stage in a run of its own, unless another process was first."""
+        with stage_runs.making(name, self.config, self.data) as found:
+            if found:
+                return self._reuse(name, found)
+            tags = signature(Path(self.config.cache_dir))
+            with open_run(run_name=name, nested=True, tags=tags) as run:
+                # Other commands will build on it too, so it does not belong to this one's run.
+                mlflow.MlflowClient().delete_tag(run.info.run_id, "mlflow.parentRunId")
+                stage_runs.describe(name, self.config, self.data)
+                return self._make(STAGES[name], upstream)
 
-    classifier.warm_up()
+    def _make(self, stage: Stage, upstream: dict[str, Upstream]) -> Upstream:
+        """Compute a stage and log its result to the active run."""
+        run = current_run()
+        job = Job(self.config, self.data, upstream, run.run_id, run.experiment_id)
+        mlflow.set_tags({f"{name}_run_id": run_id for name, run_id in job.run_ids.items()})
+        script = stage.script()
+        result = script.run(job)
+        log_record(script.record(job, result))
+        stage_runs.log_environment()
+        self.made[stage.name] = done = Upstream(run.run_id, result)
+        return done
 
+    def tidy(self, done: Upstream) -> None:
+        """Delete what is no longer needed: unfinished work, and checkpoints if asked to."""
+        if self.config.replay:
+            discard(work_folder(self.config))
+        for name in self.made:
+            discard(stage_folder(name, self.config, self.data))
+        if self.config.keep_checkpoints != "all":
+            self._drop_checkpoints(done)
 
-def _end_workers() -> None:
-    parallel = sys.modules.get("attribution.runtime.parallel")  # numpy takes its time
-    if parallel:
-        parallel.end_workers()
-
-
-def _find_or_make(
-    stage: str,
-    make: stage_runs.Make,
-    files: Callable[[Config], Iterable[Path]],
-    given: dict[str, Any],
-) -> tuple[str, Config]:
-    """The id of the run that holds the result, and the resolved parameters."""
-    with _entry_run(stage, given) as run:
-        config, data = _prepare(stage, given)
-        refuse_existing(files(config), config)
-        with stage_runs.making(stage, config, data) as run_id:
-            if run_id:
-                stage_runs.mark_reused(stage, run_id)
-            else:
-                run_id = run.info.run_id
-                stage_runs.describe(stage, config, data)
-                _make(stage, config, data, make)
-                # FINISHED while this process alone may make it: a waiting one then finds it.
-                end_run(run)
-            # Not before the run is FINISHED: a kill in between would lose both.
-            discard(work_folder(config) if config.replay else stage_folder(stage, config, data))
-    if config.keep_checkpoints != "all":
-        _drop_checkpoints(config, data, stage_runs.finetune_run(run_id))
-    return run_id, config
-
-
-def _make(stage: str, config: Config, data: ImageData, make: stage_runs.Make) -> None:
-    """Say what will be done, and do it, in the active run."""
-    from attribution.cli import plan
-    from attribution.runtime.device import resolve_device
-    from attribution.runtime.parallel import resolve_jobs
-
-    chain = plan.find_chain(stage, config, data)
-    _say_plan(
-        chain, config, data, resolve_jobs(config.jobs, resolve_device(config.device).type, 1 << 30)
-    )
-    make(config, data)
-    stage_runs.log_environment()
-
-
-def _drop_checkpoints(config: Config, data: ImageData, run_id: str) -> None:
-    """Delete the artifacts of all checkpoints, or of all but the one with the lowest validation loss."""
-    from attribution.models.ensemble import Ensemble
-
-    members = Ensemble.load(stage_runs.artifact_path(run_id, "training/logits.npz"))
-    best = members.best(data.labels("validation"))
-    dropped = [
-        m for m in range(len(members.masks)) if config.keep_checkpoints == "none" or m != best
-    ]
-    gone = stage_runs.delete_artifacts(run_id, [f"checkpoints/{m:03d}" for m in dropped])
-    if gone:
+    def _drop_checkpoints(self, done: Upstream) -> None:
+        """Delete the checkpoints that this command made: all, or all but the best on validation."""
+        if "finetune" not in self.made:
+            own = stage_runs.lineage(done.run_id)["finetune"]
+            say(f"finetune: run {own} was made by an earlier command; its checkpoints are kept")
+            return
+        run_id, members = self.made["finetune"].run_id, self.made["finetune"].result.members
+        best = members.best(self.data.labels("validation"))
+        keeps_best = self.config.keep_checkpoints == "best"
+        dropped = [m for m in range(len(members.masks)) if not (keeps_best and m == best)]
+        key = fingerprint("finetune", self.config, self.data)[:16]
+        with alone(Path(self.config.cache_dir), key, "finetune: another process uses it; waiting"):
+            gone = delete_artifacts(run_id, [f"checkpoints/{m:03d}" for m in dropped])
         say(f"finetune: {gone} checkpoints of run {run_id} deleted (keep_checkpoints)")
 
 
-def _cache(given: dict[str, Any]) -> Path:
-    return Path(given.get("cache_dir") or default_of(FIELDS["cache_dir"])).expanduser()
+def run(stage: Stage, given: dict[str, Any]) -> int:
+    """Carry out a command whose flags were parsed, and return its exit code.
+
+    Raises:
+        InputError: the parameters or the data cannot work.
+        StoreFailure: the tracking store or a disk failed.
+    """
+    _quiet()
+    try:
+        return _run(stage, given)
+    except Exception as error:
+        reason = failure(error)
+        if not reason:
+            raise
+        kept = cache_of(given) / ("replays" if given.get("replay") else "work")
+        raise StoreFailure(reason, kept) from error
 
 
-def _is_identical(original: str, run_id: str) -> bool:
-    from attribution.tracking import replay
-
-    return replay.show(original, run_id)
-
-
-def _say_plan(chain: Chain, config: Config, data: ImageData, jobs: int) -> None:
-    from attribution.cli import disk, plan
-
-    found = plan.make_plan(chain, config, data)
-    disk.check_disk(found.need, config, current_run().artifact_uri)
-    for line in plan.describe(found, jobs):
-        say(line)
-
-
-def _quiet() -> None:
-    """Silence what a user of this project can do nothing about."""
-    import warnings
-
-    import mlflow  # noqa: F401  (it sets its own levels on import)
-
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-    warnings.filterwarnings("ignore")
-    for name in ("mlflow", "alembic", "datasets", "TRAK", "STORE", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # What these log as an error is raised too, and told in a line of our own.
-    for name in ("PIL", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+def _run(stage: Stage, given: dict[str, Any]) -> int:
+    with _own_run(stage, given) as run:
+        config, data = prepare(stage, given)
+        script = stage.script()
+        refuse_existing(script.outputs(config), config)
+        command = Command(stage, config, data)
+        done = command.find_or_make(run)
+    command.tidy(done)
+    script.show(done, config, data)
+    if config.replay and not report_replay(config.replay, done.run_id):
+        return 1
+    return 0
 
 
 @contextmanager
-def _entry_run(stage: str, given: dict[str, Any]) -> Iterator[Any]:
-    import mlflow
-
-    cache = _cache(given)
+def _own_run(stage: Stage, given: dict[str, Any]) -> Iterator[Any]:
+    """The run of the command itself, in an open tracking store."""
+    cache = cache_of(given)
     open_store(cache)
-    with open_run(tags={"stage": stage, **signature(cache)}) as run:
-        stage_runs.name_run(stage)
+    with open_run(tags={"stage": stage.name, **signature(cache)}) as run:
+        stage_runs.name_run(stage.name)
         end_dead_runs(cache)
         try:
             yield run
@@ -249,114 +216,19 @@ def _entry_run(stage: str, given: dict[str, Any]) -> Iterator[Any]:
             raise
 
 
-def _prepare(stage: str, given: dict[str, Any]) -> tuple[Config, ImageData]:
-    """Resolve the parameters against the runs built on, and load the data."""
-    run_ids = {name: given.get(f"{name}_run_id") for name in ("trak", "finetune")}
-    inherited: dict[str, Any] = {}
-    if given.get("replay"):
-        inherited = _inherit(stage, given["replay"], "replay")
-        # Threads decide last bits; who names other ones asks for another comparison.
-        executed = ("jobs", "device", "backend", "gpus_per_task", "ray_address", "keep_checkpoints")
-        inherited |= {k: given[k] for k in executed if k in given}
-    for upstream, run_id in run_ids.items():
-        if run_id:
-            inherited = {**_inherit(upstream, run_id), **inherited}
-    # "auto" says nothing that could contradict the run built on.
-    asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
-    config = _resolve_hardware(stage, resolve(asked, inherited))
-    from attribution.data.dataset import LEFT_OUT, list_data, load_data
-
-    listing = list_data(config)
-    if config.preset == "images":
-        config = _settle(stage, config, listing, asked.keys() | inherited.keys())
-    data = load_data(config, listing)
-    if config.replay and stage_runs.run_tags(config.replay)["data_fingerprint"] != data.fingerprint:
-        raise InputError(f"replay={config.replay}: dataset={config.dataset} has changed since")
-    for upstream, run_id in run_ids.items():
-        if run_id and stage_runs.run_tags(run_id).get("fingerprint") != fingerprint(
-            upstream, config, data
-        ):
-            raise InputError(
-                f"{upstream}_run_id={run_id}: was made from other data, another model, or another "
-                f"version of this project than dataset={config.dataset} gives now; leave it out"
-            )
-    counts = ", ".join(f"{len(data.rows(s))} {s}" for s in ("train", "validation", "test"))
-    flips = int(data.table("train")["is_flipped"].sum())
-    say(
-        f"data: {config.dataset}, {len(data.class_names)} classes, {counts}, {flips} labels flipped"
-    )
-    for note, count in (("undecodable files skipped", len(data.skipped)),
-                        ("copies of test or validation images dropped", data.dropped_duplicates),
-                        ("training examples left out by keep", len(data.rows(LEFT_OUT)))):  # fmt: skip
-        if count:
-            say(f"data: {count} {note}")
-    return config, data
+def _is_in_use(run_id: str, cache: Path) -> bool:
+    """Whether the process that made a run may still use its work folder."""
+    tags = stage_runs.run_tags(run_id)
+    is_ours = tags.get("made_in") == signature(cache)["made_in"]
+    return not is_ours or is_alive(int(tags.get("process", 0)))
 
 
-def _settle(stage: str, config: Config, listing: Listing, known: Set[str]) -> Config:
-    """Choose by the data what neither the caller nor the run built on has said, and tell."""
-    from attribution.cli import auto_settings
-
-    groups = STAGE_GROUPS[stage]
-    names = [n for n in AUTO if n not in known and FIELDS[n].metadata["group"] in groups]
-    if not names:
-        return config
-    facts = auto_settings.gather(config, listing)
-    chosen = auto_settings.choose(facts, {n: getattr(config, n) for n in AUTO if n not in names})
-    config = dataclasses.replace(config, **chosen)
-    steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
-    source = f"median side {facts.side}"
-    if facts.own_size:
-        capped = ", without a GPU at most 64" * (config.image_size < facts.own_size)
-        source = f"the model's own is {facts.own_size}{capped * (not facts.has_gpu)}"
-    remarks = {"image_size": f" ({source})", "epochs": f" ({steps:,} steps)"}
-    said = "" if "model" in known else f"model {config.model}, "
-    said += ", ".join(f"{name} {value}{remarks.get(name, '')}" for name, value in chosen.items())
-    say(f"auto: {said}")
-    return config
-
-
-def _resolve_hardware(stage: str, config: Config) -> Config:
-    from attribution.runtime.device import resolve_device, resolve_precision
-
-    device = resolve_device(config.device)
-    resolved: dict[str, Any] = {}
-    for name in ("precision", "feature_precision"):
-        if config.trak_run_id and (name == "feature_precision" or stage == "explain"):
-            continue  # the scores are there, and what they were made with needs no such hardware
-        dtype = resolve_precision(getattr(config, name), device, name)
-        resolved[name] = str(dtype).removeprefix("torch.")
-    # traker's own gradients know no autocast.
-    if config.projector == "normal" and not config.trak_run_id:
-        if config.feature_precision == "bfloat16":
-            raise InputError("feature_precision=bfloat16: projector=normal is float32 only")
-        resolved |= {"feature_precision": "float32", "num_blocks": 1}
-    return dataclasses.replace(config, device=str(device), **resolved)
-
-
-def _inherit(stage: str, run_id: str, parameter: str = "") -> dict[str, Any]:
-    """The parameters that an upstream run, or one to be replayed, was made with.
-
-    Raises:
-        InputError: no such run, of another stage, or not FINISHED.
-    """
-    import mlflow
-
-    name = parameter or f"{stage}_run_id"
-    groups = (*STAGE_GROUPS[stage], *(["execution"] if parameter == "replay" else []))
-    try:
-        run = mlflow.get_run(run_id)
-    except mlflow.exceptions.MlflowException:
-        raise InputError(f"{name}={run_id}: no such run in {mlflow.get_tracking_uri()}") from None
-    found = run.data.tags.get("stage")
-    if found != stage:
-        raise InputError(f"{name}={run_id}: is a run of stage {found}, not {stage}")
-    if run.info.status != "FINISHED":
-        raise InputError(f"{name}={run_id}: is {run.info.status}, not FINISHED")
-    if "fingerprint" not in run.data.tags:
-        other = run.data.tags.get("reused_run_id")
-        raise InputError(f"{name}={run_id}: only points to run {other}; name that one")
-    names = Config.__dataclass_fields__.keys() & run.data.params.keys()
-    wanted = {n for n in names - {"cache_dir"} if FIELDS[n].metadata["group"] in groups}
-    resolved = {n: run.data.tags.get(f"resolved.{n}", run.data.params[n]) for n in wanted}
-    return {n: convert(n, text) for n, text in resolved.items()}
+def _quiet() -> None:
+    """Silence warnings that a user of this project can do nothing about."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    warnings.filterwarnings("ignore")
+    for name in ("mlflow", "alembic", "datasets", "TRAK", "STORE", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Their errors are raised too, and then reported in a line of our own.
+    for name in ("PIL", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,19 +1,26 @@
-"""Files that a person asked for beside the run: whole or not at all, and nothing is replaced unasked."""
+"""Files that a person asked for outside MLflow: never half-written, never replaced unasked."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pandas as pd
 
 from attribution.config import Config
 from attribution.errors import InputError
-from attribution.tracking.stage_runs import artifact_path
+from attribution.runtime.safe_files import atomic
 
 
 def refuse_existing(files: Iterable[Path], config: Config) -> None:
-    """Raise InputError where one of these files is there and may not be replaced, or cannot be made."""
+    """Refuse files that exist and may not be replaced, or that cannot be made.
+
+    Raises:
+        InputError: with the file, and what to do.
+    """
     for file in files:
         if file.exists() and config.overwrite == "no":
             raise InputError(f"output={file}: exists; name another folder, or add --overwrite")
@@ -24,31 +31,31 @@ def refuse_existing(files: Iterable[Path], config: Config) -> None:
             raise InputError(f"output={config.output}: {nearest} cannot be written to")
 
 
-def save_artifacts(run_id: str, config: Config, suffixes: tuple[str, ...]) -> Path:
-    """Copy a run's uppermost artifacts of these kinds into the folder `output`; returns it.
+def save(source: Path, file: Path) -> None:
+    """Copy a file to where a person wants it.
 
     Raises:
-        InputError: one of them is there and may not be replaced; then none is copied.
+        InputError: it cannot be written.
     """
-    import mlflow
-
-    folder = Path(config.output).expanduser()
-    listed = mlflow.MlflowClient().list_artifacts(run_id)
-    names = [item.path for item in listed if item.path.endswith(suffixes)]
-    refuse_existing([folder / name for name in names], config)
-    for name in names:
-        save(artifact_path(run_id, name), folder / name)
-    return folder
+    with _saving(file) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
-def save(source: Path, file: Path) -> None:
-    """Copy a file to where a person wants it, whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+def save_table(table: pd.DataFrame, file: Path) -> None:
+    """Write a table as .csv.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with _saving(file) as unfinished:
+        table.to_csv(unfinished, index=False)
+
+
+@contextmanager
+def _saving(file: Path) -> Iterator[Path]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, unfinished)
-        os.replace(unfinished, file)
+        with atomic(file) as unfinished:
+            yield unfinished
     except OSError as error:
         raise InputError(f"output={file}: cannot be written ({error.strerror})") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -1,153 +1,172 @@
-"""What a command will compute, what it reuses, and about how long that takes on this machine."""
+"""What a command will compute, about how long that takes, and whether the disks have room for it."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from attribution.cli.disk import Need, gibibytes, total_need
 from attribution.config import Config
-from attribution.data.dataset import ImageData
-from attribution.experiments.arms import FRAC_FREE
-from attribution.experiments.methods import FEATURISING
+from attribution.errors import InputError
 from attribution.models.classifier import forward_flops
 from attribution.models.train import seconds_per_example, stacking_pays
 from attribution.runtime.device import resolve_device
-from attribution.runtime.parallel import ask, resolve_jobs
-from attribution.tracking.fingerprint import UPSTREAM
-from attribution.tracking.stage_runs import find_finished
+from attribution.runtime.parallel import resolve_jobs
+from attribution.stages import STAGES
+from attribution.tracking.artifacts import local_root
 
-# Relative to a training step of one model, its kernels called one by one, as measured on two AVX-512
-# cores and on an H200, which is waiting for calls then (docs/performance.md):
+# Relative to a training step of one model whose kernels are called one by one. Measured on two
+# AVX-512 cores and on an H200, which then waits for the calls (docs/performance.md).
 FEATURE_COST = {"cpu": 1.6, "cuda": 0.25}  # of an example, sketched and scored
 TRAINING_GAIN = {"cpu": 1.0, "cuda": 1.5}
 STACK_GAIN = {"cpu": 1.34, "cuda": 11.0}  # of small models that are trained as one
 START_UP = 12.0  # seconds of a stage: worker processes import torch, artifacts are written
 OVERHEAD = 1.3  # of a step: its data, the optimizer, and workers that share caches and memory
+TABLES = 1.05  # tables, figures and file headers, relative to the matrices
+SPARE = 100 << 20  # bytes left free for others
 
 
 @dataclass(frozen=True)
-class Step:
-    """One stage of the plan; `seconds` is None where nothing is known of the machines it runs on."""
+class Estimate:
+    """What one stage will do.
 
-    stage: str
+    Attributes:
+        what: in words.
+        trained: training steps, counted in images.
+        gradients: images whose gradients are computed.
+        tasks: how many can run at the same time.
+        retrains: whether small models are trained in stacks.
+        work: bytes in cache_dir while the stage runs.
+        kept: bytes of the run's artifacts.
+    """
+
     what: str
-    seconds: float | None
+    trained: float = 0.0
+    gradients: int = 0
+    tasks: int = 1
+    retrains: bool = False
+    work: int = 0
+    kept: int = 0
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The stages that a command will compute, first to last, after the one that it reuses, if any."""
-
-    stages: list[str]
-    reused: Step | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be computed, first to last, after what is reused, if anything is."""
-
-    steps: list[Step]
-    need: Need
-
-
-def find_chain(stage: str, config: Config, data: ImageData) -> Chain:
-    """What this command will compute; what is finished ends the chain."""
-    stages, reused = [stage], None
-    while (upstream := UPSTREAM.get(stages[0])) and not reused:
-        run_id = getattr(config, f"{upstream}_run_id") or find_finished(upstream, config, data)
-        if run_id:
-            reused = Step(upstream, f"reuses run {run_id}", 0.0)
-        else:
-            stages.insert(0, upstream)
-    return Chain(stages, reused)
-
-
-def make_plan(chain: Chain, config: Config, data: ImageData) -> Plan:
-    """How long the stages of a chain will take, and what room they need."""
-    rate = 0.0 if chain.stages == ["explain"] else _rate(config, data)
-    steps = [_step(name, config, data, rate) for name in chain.stages]
-    need = total_need(chain.stages, config, data)
-    return Plan([chain.reused, *steps] if chain.reused else steps, need)
-
-
-def _step(stage: str, config: Config, data: ImageData, rate: float | None) -> Step:
-    n, targets = len(data.rows("train")), len(data.rows("validation"))
-    share = max(1, round(config.subset_fraction * n))
-    device = resolve_device(config.device).type
-    gain = STACK_GAIN[device] if stacking_pays(config) else TRAINING_GAIN[device]
-    most = "at most " * bool(config.patience)
-    work: float
-    if stage == "finetune":
-        what = f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images"
-        work = config.num_models * config.epochs * share / TRAINING_GAIN[device]
-    elif stage == "trak":
-        images = config.num_models * (n + targets)
-        what, work = f"{images:,} gradients and their scores", images * FEATURE_COST[device]
-    elif stage == "explain":
-        what, work = "the examples behind each prediction", 0.0
-    else:
-        count, size = _retrainings(stage, config, n)
-        what = f"up to {count} models, {most}{config.epochs} epochs of {size:,} images"
-        work = count * config.epochs * size / gain
-        if stage == "evaluate" and FEATURISING.intersection(config.method_names):
-            work += config.num_models * (n + targets) * FEATURE_COST[device]
-    return Step(stage, what, None if rate is None else work * rate + START_UP * (work > 0))
-
-
-def _retrainings(stage: str, config: Config, n: int) -> tuple[int, int]:
-    """How many models are retrained, and on about how many examples each."""
-    if stage == "evaluate":
-        brittle = 1 + 3 * config.brittleness_targets if config.brittleness_targets else 0
-        bank = 0 if config.bank else config.num_subsets * config.num_repeats
-        size = (bank * config.alpha + brittle) / max(1, bank + brittle)
-        return bank + brittle, round(size * n)
-    free = [arm for arm in config.arm_names if arm in FRAC_FREE and arm != "none"]
-    arms = [arm for arm in config.arm_names if arm not in (*FRAC_FREE, "random")]
-    trials = (len(arms) + 1) * len(config.fracs) + 2 * len(free)  # each free one has its own random
-    actions = 2 if config.action == "both" else 1
-    return config.num_seeds * (1 + trials * actions), n
-
-
-def _rate(config: Config, data: ImageData) -> float | None:
-    """Seconds of one example's training step, all workers together; None where it is not known."""
-    if config.backend == "ray":  # other machines' business
-        return None
-    seconds = ask(_seconds, config, data.class_names)
-    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, 1 << 30)
-    return OVERHEAD * seconds / jobs if seconds else None
-
-
-def _seconds(config: Config, class_names: tuple[str, ...]) -> float | None:
-    flops = forward_flops(config.model, config.image_size)
-    if not flops:  # refused in a moment
-        return None
-    return seconds_per_example(config, class_names, flops)
-
-
-def describe(plan: Plan, jobs: int) -> list[str]:
-    """The plan as lines for a terminal."""
-    steps = plan.steps
-    width = max(len(step.stage) for step in steps)
-    lines = []
-    for step in steps:
-        seconds = f"   about {duration(step.seconds)}" if step.seconds else ""
-        lines.append(f"  {step.stage:<{width}}  {step.what}{seconds}")
-    known = [step.seconds for step in steps if step.seconds is not None]
-    if len(known) == len(steps) and len([s for s in known if s]) > 1:
-        total = f"in all about {duration(sum(known))}, {jobs} tasks at a time"
-        lines.append(f"  {total}, less what an earlier command finished")
-    most, kept = plan.need.work + plan.need.artifacts, plan.need.artifacts
-    lines.append(
-        f"  disk: about {gibibytes(most)} while it runs, {gibibytes(kept)} of them for good"
+def retraining_estimate(
+    config: Config, models: int, size: int, gradients: int = 0, work: int = 0, kept: int = 0
+) -> Estimate:
+    """The estimate of a stage that retrains at most so many models on about `size` images each."""
+    most = "at most " if config.patience else ""
+    return Estimate(
+        f"up to {models} models, {most}{config.epochs} epochs of {size:,} images",
+        models * config.epochs * size,
+        gradients,
+        tasks=max(1, models),
+        retrains=True,
+        work=work,
+        kept=kept,
     )
-    return ["plan:", *lines]
+
+
+def seconds_of(
+    estimates: Mapping[str, Estimate], config: Config, class_names: tuple[str, ...]
+) -> dict[str, float]:
+    """How many seconds each stage will take; empty where the machines are not known (Ray)."""
+    images = sum(e.trained + e.gradients for e in estimates.values())
+    if config.backend == "ray" or not images:
+        return {}
+    device = resolve_device(config.device).type
+    flops = forward_flops(config.model, config.image_size)
+    if not flops:  # the model refuses the image size, which is reported in a moment
+        return {}
+    step = OVERHEAD * seconds_per_example(config, class_names, flops)
+    found = {}
+    for stage, estimate in estimates.items():
+        gain = TRAINING_GAIN[device]
+        if estimate.retrains and stacking_pays(config):
+            gain = STACK_GAIN[device]
+        images = estimate.trained / gain + estimate.gradients * FEATURE_COST[device]
+        jobs = resolve_jobs(config.jobs, device, estimate.tasks)
+        found[stage] = images * step / jobs + (START_UP if images else 0.0)
+    return found
+
+
+def describe(
+    estimates: Mapping[str, Estimate],
+    reused: Mapping[str, str],
+    seconds: Mapping[str, float],
+    config: Config,
+) -> list[str]:
+    """The plan as lines for a terminal.
+
+    Args:
+        estimates: of the stages that will be computed.
+        reused: run ids of the stages that will be reused.
+        seconds: as seconds_of gives them.
+    """
+    width = max(map(len, [*estimates, *reused]))
+    lines = ["plan:"]
+    for stage in STAGES:
+        if stage in reused:
+            lines.append(f"  {stage:<{width}}  reuses run {reused[stage]}")
+        elif stage in estimates:
+            about = f"   about {duration(seconds[stage])}" if seconds.get(stage) else ""
+            lines.append(f"  {stage:<{width}}  {estimates[stage].what}{about}")
+    if len([value for value in seconds.values() if value]) > 1:
+        device = resolve_device(config.device).type
+        jobs = resolve_jobs(config.jobs, device, max(e.tasks for e in estimates.values()))
+        workers = f"{jobs} workers" if jobs > 1 else "1 worker"
+        total = duration(sum(seconds.values()))
+        lines.append(f"  Total: about {total} with {workers} (cached results are skipped)")
+    most, kept = disk_need(estimates)
+    lines.append(f"  Disk: about {bytes_text(most)} while it runs, {bytes_text(kept)} of it kept")
+    return lines
+
+
+def disk_need(estimates: Mapping[str, Estimate]) -> tuple[int, int]:
+    """Bytes while the stages run one after the other, and bytes that are kept."""
+    kept = sum(estimate.kept for estimate in estimates.values())
+    return sum(estimate.work for estimate in estimates.values()) + kept, kept
+
+
+def check_disk(estimates: Mapping[str, Estimate], config: Config, artifact_uri: str) -> None:
+    """Refuse a command whose files will not fit on the disks of this machine.
+
+    Raises:
+        InputError: a disk has less room than the files that will lie on it at the same time.
+    """
+    most, kept = disk_need(estimates)
+    copied = max((estimate.kept for estimate in estimates.values()), default=0)
+    wanted = [(Path(config.cache_dir), most - kept), (Path(tempfile.gettempdir()), copied)]
+    artifacts = local_root(artifact_uri)
+    if artifacts:
+        wanted.append((artifacts, kept))
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for folder, size in wanted:
+        there = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+        disks.setdefault(os.stat(there).st_dev, []).append((there, size))
+    for parts in disks.values():
+        total = TABLES * sum(size for _, size in parts)
+        free = shutil.disk_usage(parts[0][0]).free
+        if total + SPARE > free:
+            where = " and ".join(dict.fromkeys(str(folder) for folder, _ in parts))
+            raise InputError(
+                f"cache_dir={config.cache_dir}: about {bytes_text(total)} are needed in {where}, "
+                f"but only {bytes_text(free)} are free; make room, name a cache_dir on another "
+                "disk, lower proj_dim, num_blocks or num_models, or use keep_features=no"
+            )
 
 
 def duration(seconds: float) -> str:
-    """'40 s', '3 min', '2 h 10 min', rounded as befits an estimate."""
+    """'40 s', '3 min' or '2 h 10 min', rounded as an estimate should be."""
     if seconds < 90:
         return f"{max(10, 10 * round(seconds / 10))} s"
     minutes = round(seconds / 60)
     if minutes < 90:
         return f"{minutes} min"
     return f"{minutes // 60} h {10 * round(minutes % 60 / 10):.0f} min"
+
+
+def bytes_text(size: float) -> str:
+    """'1.2 GiB' or '35 MiB'."""
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.0f} MiB"

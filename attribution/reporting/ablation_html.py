@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import CONTROLS, JUDGED, verdict
-from attribution.reporting import html as pages
-from attribution.reporting import terminal
+from attribution.experiments.arms import Trial, trial_name
+from attribution.experiments.comparison import CONTROLS, JUDGED, Comparison, verdict
+from attribution.reporting import html, terminal
 
 GALLERY = 24  # examples shown of an arm
 CLASSES = 30  # at most; of more those with the largest differences are shown
@@ -33,38 +31,31 @@ ORDER = {
 
 
 @dataclass(frozen=True)
-class Removed:
-    """What one trial chose: the table of its examples, and counts under MLflow's names."""
+class Report:
+    """What the page is made of.
 
-    name: str
-    arm: str
-    action: str
-    table: pd.DataFrame
-    metrics: dict[str, float]
-
-
-def page(
-    config: Config,
-    data: ImageData,
-    table: pd.DataFrame,
-    classes: pd.DataFrame,
-    removed: Sequence[Removed],
-    figures: dict[str, Path],
-    quality: pd.DataFrame | None,
-    run_ids: dict[str, str],
-    versions: dict[str, Any],
-) -> str:
-    """The whole page.
-
-    Args:
-        table: from comparison.comparison_table.
-        classes: from comparison.class_effects.
-        removed: of every trial that removes something.
-        figures: 'comparison' and, where more than one share was tried, 'curves'.
+    Attributes:
+        comparison: the result of the ablation stage.
+        figures: files of the figures 'comparison' and, if more than one share was tried, 'curves'.
         quality: the table of `evaluate` for the same scores, if there is one.
+        run_ids: of this run and of those that it was built on, by name ('trak run').
+        versions: from machine.hardware.
     """
-    embedded = {name: pages.embedded(path.read_bytes()) for name, path in figures.items()}
-    return pages.render(
+
+    config: Config
+    data: ImageData
+    comparison: Comparison
+    figures: dict[str, Path]
+    quality: pd.DataFrame | None
+    run_ids: dict[str, str]
+    versions: dict[str, Any]
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    config, data, table = report.config, report.data, report.comparison.table
+    embedded = {name: html.embedded(path.read_bytes()) for name, path in report.figures.items()}
+    return html.render(
         "report",
         dataset=Path(config.dataset).name,
         sentences=sentences(config, data, table),
@@ -72,12 +63,12 @@ def page(
         power=terminal.power(table),
         figure=embedded["comparison"],
         curves=embedded.get("curves"),
-        classes=_classes(classes),
-        arms=_arms(data, [each for each in removed if each.arm not in CONTROLS]),
-        quality=_quality(quality) if quality is not None else None,
-        run_ids=run_ids,
+        classes=_classes(report.comparison.per_class),
+        arms=_arms(data, report.comparison),
+        quality=_quality(report.quality) if report.quality is not None else None,
+        run_ids=report.run_ids,
         settings=config.group("data", "training", "finetune", "trak", "ablation"),
-        versions=versions,
+        versions=report.versions,
         n_seeds=int(table["n_seeds"].iloc[0]),
         n_test=len(data.rows("test")),
     )
@@ -175,30 +166,39 @@ def _classes(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _arms(data: ImageData, removed: Sequence[Removed]) -> list[dict[str, Any]]:
-    """Of every trial its counts, and of every arm one gallery: a larger share begins with the same."""
-    first = {(each.arm, each.action): each for each in reversed(removed)}
-    return [_arm(data, each, each is first[each.arm, each.action]) for each in removed]
+def _arms(data: ImageData, comparison: Comparison) -> list[dict[str, Any]]:
+    """The counts of every trial, and one gallery for each arm: a larger share begins with the same."""
+    shown: set[tuple[str, str]] = set()
+    found = []
+    for outcome in comparison.outcomes:
+        trial = outcome.trial
+        if trial.arm not in CONTROLS:
+            found.append(_arm(data, comparison, trial, (trial.arm, trial.action) not in shown))
+            shown.add((trial.arm, trial.action))
+    return found
 
 
-def _arm(data: ImageData, removed: Removed, with_gallery: bool) -> dict[str, Any]:
-    value, rises = ORDER.get(removed.arm, ("alignment", True))
+def _arm(
+    data: ImageData, comparison: Comparison, trial: Trial, with_gallery: bool
+) -> dict[str, Any]:
+    removed, metrics = comparison.removed(trial), comparison.removal_metrics(trial)
+    value, rises = ORDER.get(trial.arm, ("alignment", True))
     count = GALLERY if with_gallery else 0
-    shown = removed.table.sort_values(value, ascending=rises, kind="stable").head(count)
+    shown = removed.sort_values(value, ascending=rises, kind="stable").head(count)
     per_class = {
         name.removeprefix("removed/"): mean
-        for name, mean in removed.metrics.items()
+        for name, mean in metrics.items()
         if name.startswith("removed/")
     }
     return {
-        "name": removed.name,
+        "name": trial.name,
         "count": round(sum(per_class.values())),
-        "different": len(removed.table),  # more, where every seed has a draw of its own
+        "different": len(removed),  # more than count, where every seed has a draw of its own
         "value": value.replace("_", " "),
-        "precision": removed.metrics.get("flips_precision"),
-        "recall": removed.metrics.get("flips_recall"),
+        "precision": metrics.get("flips_precision"),
+        "recall": metrics.get("flips_recall"),
         "per_class": sorted(per_class.items(), key=lambda item: -item[1]),
-        "tiles": pages.tiles(data, shown, value),
+        "tiles": html.tiles(data, shown, value),
     }
 
 

@@ -10,6 +10,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from attribution.data.dataset import ImageData
 from attribution.experiments.arms import trial_name
@@ -17,22 +20,19 @@ from attribution.experiments.comparison import verdict
 from attribution.scores.artifact import Scores
 from attribution.scores.explanation import Explanation
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-
+DPI = 110
 HELPFUL, HARMFUL, NEUTRAL = "#1b7837", "#b2182b", "#4d4d4d"
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG."""
+    figure.savefig(path, dpi=DPI)
 
 
-def training_curves(histories: Sequence[list[dict[str, float]]], path: Path) -> None:
+def training_curves(histories: Sequence[list[dict[str, float]]]) -> Figure:
     """Training and validation loss, and validation accuracy, of every checkpoint by epoch."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for history in histories:
         epochs = [epoch["epoch"] + 1 for epoch in history]
         for name, colour in (("train_loss", NEUTRAL), ("validation_log_loss", HARMFUL)):
@@ -41,7 +41,7 @@ def training_curves(histories: Sequence[list[dict[str, float]]], path: Path) -> 
         right.plot(epochs, accuracy, color=HELPFUL, alpha=0.5)
     left.set(xlabel="epoch", ylabel="loss (nats)", title="training (grey), validation (red)")
     right.set(xlabel="epoch", ylabel="accuracy", title="validation accuracy")
-    _save(figure, path)
+    return figure
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class _Tile:
     colour: str
 
 
-def _gallery(lines: Sequence[Sequence[_Tile | None]], title: str, path: Path) -> None:
+def _gallery(lines: Sequence[Sequence[_Tile | None]], title: str) -> Figure:
     """Lines of tiles from left to right; None leaves a place empty.
 
     On one pair of axes: a pair for each tile takes four times as long.
     """
     width, height = 1.15 * max([6, *map(len, lines)]), 1.4 * max(1, len(lines))  # inches
-    figure = plt.figure(figsize=(width, height + 0.3))
+    figure = Figure(figsize=(width, height + 0.3))
     axes = figure.add_axes((0, 0, 1, height / (height + 0.3)))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
@@ -72,8 +72,7 @@ def _gallery(lines: Sequence[Sequence[_Tile | None]], title: str, path: Path) ->
         text = left + 0.475, top - 0.05, _plain(tile.caption)
         axes.text(*text, fontsize=7, ha="center", va="bottom", **look)
     figure.suptitle(_plain(title), fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def _tiles(data: ImageData, table: pd.DataFrame, column: str, colour: str = "") -> list[_Tile]:
@@ -94,9 +93,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def score_gallery(
-    data: ImageData, scores: Scores, path: Path, targets: int = 6, k: int = 4
-) -> None:
+def score_gallery(data: ImageData, scores: Scores, targets: int = 6, k: int = 4) -> Figure:
     """For some targets spread over the classes: the most helpful and most harmful examples."""
     chosen = list(scores.targets.groupby("label").head(1).head(targets).index)
     shown = scores.select(chosen)
@@ -107,10 +104,10 @@ def score_gallery(
         for rows, colour in ((shown.top(i, k), HELPFUL), (shown.bottom(i, k), HARMFUL)):
             line += [*_tiles(data, rows, "score", colour), *[None] * (k - len(rows))]
         lines.append(line)
-    _gallery(lines, "green: raises the target's margin, red: lowers it", path)
+    return _gallery(lines, "green: raises the target's margin, red: lowers it")
 
 
-def explanation(data: ImageData, found: Explanation, path: Path) -> None:
+def explanation(data: ImageData, found: Explanation) -> Figure:
     """What was predicted, with the examples that raised (above) and lowered (below) its margin."""
     own = f"{found.predicted} {found.probability:.2f}"
     if not found.is_right:
@@ -121,7 +118,7 @@ def explanation(data: ImageData, found: Explanation, path: Path) -> None:
         [None, *_tiles(data, found.harmful, "score", HARMFUL)],
     ]
     title = f"{found.name}: green raised the margin of {found.label}, red lowered it"
-    _gallery(lines, title, path)
+    return _gallery(lines, title)
 
 
 def _caption(row: Any, value: float) -> str:
@@ -129,40 +126,38 @@ def _caption(row: Any, value: float) -> str:
     return f"{row.label_name}{flipped}\n{value:+.3g}"
 
 
-def removed_gallery(
-    data: ImageData, removed: pd.DataFrame, title: str, path: Path, limit: int = 48
-) -> None:
+def removed_gallery(data: ImageData, removed: pd.DataFrame, title: str, limit: int = 48) -> Figure:
     """The first removed examples by alignment (lowest first); a red frame marks a known flip."""
     shown = removed.sort_values("alignment", kind="stable").head(limit)
     tiles = _tiles(data, shown, "alignment")
     lines = [tiles[i : i + 12] for i in range(0, len(tiles), 12)]
     more = f", the first {limit} of {len(removed)}" if len(removed) > limit else ""
-    _gallery(lines, f"removed by {title}{more}; label and alignment", path)
+    return _gallery(lines, f"removed by {title}{more}; label and alignment")
 
 
-def comparison(table: pd.DataFrame, path: Path) -> None:
+def comparison(table: pd.DataFrame) -> Figure:
     """Left: mean test accuracy of each trial. Right: its paired difference from random removal."""
     names = [trial_name(row.arm, row.action, row.frac) for row in table.itertuples()]
     y = np.arange(len(table))[::-1]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 1.2 + 0.38 * len(table)), sharey=True, constrained_layout=True
-    )
+    figure = Figure(figsize=(10, 1.2 + 0.38 * len(table)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     _intervals(left, table, y, "accuracy_mean", "accuracy")
     _intervals(right, table, y, "accuracy_vs_random", "accuracy_vs_random")
     right.axvline(0, color=NEUTRAL, linewidth=0.8)
     left.set_yticks(y, [_plain(name) for name in names])
     left.set(xlabel="test accuracy (mean, 95 % interval over seeds)")
     right.set(xlabel="difference from random removal of as many (paired, 95 %)")
-    _save(figure, path)
+    return figure
 
 
-def removal_curves(table: pd.DataFrame, path: Path) -> None:
+def removal_curves(table: pd.DataFrame) -> Figure:
     """Mean test accuracy of each arm by the share that it acts on, with 95 % intervals."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
     none = table[table["arm"] == "none"].iloc[0]
     axes.axhline(none["accuracy_mean"], color=NEUTRAL, linewidth=0.8, label="none")
     axes.axhspan(none["accuracy_ci_low"], none["accuracy_ci_high"], color=NEUTRAL, alpha=0.12)
-    colours = plt.get_cmap("tab20")(range(20))
+    colours = matplotlib.colormaps["tab20"](range(20))
     acted = table[table["n_removed"] > 0]
     for i, ((arm, action), rows) in enumerate(acted.groupby(["arm", "action"], sort=False)):
         rows = rows.sort_values("frac")
@@ -175,10 +170,10 @@ def removal_curves(table: pd.DataFrame, path: Path) -> None:
         )  # fmt: skip
     axes.set(xlabel="% of the training set acted on", ylabel="test accuracy (mean, 95 % interval)")
     axes.legend(fontsize=7, ncols=2)
-    _save(figure, path)
+    return figure
 
 
-def _intervals(axes: plt.Axes, table: pd.DataFrame, y: np.ndarray, mean: str, stem: str) -> None:
+def _intervals(axes: Axes, table: pd.DataFrame, y: np.ndarray, mean: str, stem: str) -> None:
     low, high = table[f"{stem}_ci_low"], table[f"{stem}_ci_high"]
     colours = {"better than random": HELPFUL, "worse than random": HARMFUL}
     for i, (_, row) in enumerate(table.iterrows()):
@@ -187,16 +182,14 @@ def _intervals(axes: plt.Axes, table: pd.DataFrame, y: np.ndarray, mean: str, st
         axes.plot(table[mean].iloc[i], y[i], "o", color=colour)
 
 
-def evaluation(table: pd.DataFrame, brittle: pd.DataFrame | None, path: Path) -> None:
+def evaluation(table: pd.DataFrame, brittle: pd.DataFrame | None) -> Figure:
     """LDS beside its ceiling, AUROC for planted flips, and how far targets fell, by method."""
     panels = [("lds", "linear datamodeling score (LDS)")]
     if "auroc" in table:
         panels.append(("auroc", "AUROC for planted flips"))
     count = len(panels) + (brittle is not None)
-    figure, grid = plt.subplots(
-        1, count, figsize=(4.6 * count, 1.4 + 0.32 * len(table)), squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
+    figure = Figure(figsize=(4.6 * count, 1.4 + 0.32 * len(table)), layout="constrained")
+    grid = figure.subplots(1, count, squeeze=False)
     for axes, (name, label) in zip(grid[0], panels, strict=False):
         _bars(axes, table[table[name].notna()], "method", name, label)
     ceiling = table["noise_ceiling"].iloc[0]
@@ -206,10 +199,10 @@ def evaluation(table: pd.DataFrame, brittle: pd.DataFrame | None, path: Path) ->
     if brittle is not None:
         label = f"change of the margin without {brittle['k'].iloc[0]} examples"
         _bars(grid[0][-1], brittle, "removed", "margin_change", label)
-    _save(figure, path)
+    return figure
 
 
-def _bars(axes: plt.Axes, rows: pd.DataFrame, name: str, figure: str, label: str) -> None:
+def _bars(axes: Axes, rows: pd.DataFrame, name: str, figure: str, label: str) -> None:
     y = np.arange(len(rows))[::-1]
     errors = rows[figure] - rows[f"{figure}_ci_low"], rows[f"{figure}_ci_high"] - rows[figure]
     axes.barh(y, rows[figure], xerr=np.maximum(errors, 0), color=NEUTRAL, alpha=0.6, capsize=2)

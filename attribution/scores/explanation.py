@@ -13,9 +13,12 @@ from attribution.config import Config, nearest
 from attribution.data.dataset import TARGETS, ImageData
 from attribution.data.pixel_cache import read_image
 from attribution.errors import InputError
+from attribution.models.ensemble import Ensemble
 from attribution.runtime.safe_files import regular
 from attribution.scores import stored_features
 from attribution.scores.artifact import Scores
+
+DEFAULT_ERRORS = 6  # mistakes that are explained if nothing is named
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,35 @@ def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int
     predicted = probabilities.argmax(1)
     order = np.argsort(-probabilities.max(1), kind="stable")
     return [int(i) for i in order if predicted[i] != labels[i]][:count]
+
+
+def explain(
+    config: Config,
+    data: ImageData,
+    scores: Scores,
+    members: Ensemble,
+    stored: stored_features.StoredFeatures | None = None,
+    checkpoints: list[Path] | None = None,
+) -> list[Explanation]:
+    """Explain the picture, the targets and the most confident mistakes that the parameters name.
+
+    Args:
+        members: of the ensemble that was scored.
+        stored, checkpoints: features and folders of the ensemble, for parameter `image` alone.
+
+    Raises:
+        InputError: nothing was named, and the ensemble makes no mistake on targets.
+    """
+    found, targets = [], list(dict.fromkeys(config.target_numbers))
+    if stored and checkpoints:
+        found.append(explain_picture(config, data, scores, stored, checkpoints))
+    probabilities = members.validation_probabilities()
+    errors = config.errors or (0 if found or targets else DEFAULT_ERRORS)
+    mistakes = confident_mistakes(probabilities, data.labels(TARGETS), errors)
+    targets += [target for target in mistakes if target not in targets]
+    if not (found or targets):
+        raise InputError(f"errors={errors}: the ensemble makes no mistake on targets; use target=0")
+    return found + explain_targets(data, scores, probabilities, targets, config.num_examples)
 
 
 def explain_targets(

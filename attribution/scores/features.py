@@ -8,12 +8,18 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from trak import TRAKer
+from trak.gradient_computers import FunctionalGradientComputer
+from trak.projectors import BasicProjector, ProjectionType
 
 from attribution.config import Config
 from attribution.data.dataset import TARGETS, ImageData
+from attribution.gradients import per_sample
+from attribution.gradients.sketch import dealt
+from attribution.models import classifier
 from attribution.models.batches import batches_of
 from attribution.runtime.device import resolve_device, resolve_precision
 from attribution.runtime.hashing import derive_seed
@@ -27,11 +33,7 @@ from attribution.runtime.parallel import (
     write_folder,
 )
 from attribution.runtime.progress import progress
-
-if TYPE_CHECKING:
-    import torch
-    from trak import TRAKer
-
+from attribution.scores import traker_adapters
 
 # Examples of a task: what is featurised at a time, and kept when a run is killed.
 SHARD_ROWS = 4096
@@ -142,6 +144,20 @@ def _featurize_all(
             advance()
 
 
+def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
+    """Refuse a model whose per-sample gradients cannot be computed.
+
+    Raises:
+        InputError: it does not take images of this size, or its gradients fail the check.
+    """
+    model = classifier.build(config.model, class_names, seed=0).eval()
+    classifier.check_image_size(model, config.image_size)
+    if config.projector == "sketch":
+        size = (2, 3, config.image_size, config.image_size)
+        images = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        per_sample.check(model, images)
+
+
 def feature_batch_size(image_size: int, device_type: str) -> int:
     """Images a batch: large enough to be fast, small enough that activations fit in memory."""
     if device_type == "cuda":  # where a batch has two thousand launches, whatever its size
@@ -179,8 +195,6 @@ def _featurize(
     `size` images a batch change the last bit of the features, and nothing else. Where they do not fit
     into a GPU's memory, a batch has a quarter of them.
     """
-    import torch
-
     keep_freed_memory()
     while True:
         # A shard is whole or made anew: traker's store cannot go on with batches of another size.
@@ -229,15 +243,6 @@ def make_traker(
 
     Returns the TRAKer and the checkpoint's state dictionary.
     """
-    import torch
-    from trak import TRAKer
-    from trak.gradient_computers import FunctionalGradientComputer
-    from trak.projectors import BasicProjector, ProjectionType
-
-    from attribution.gradients.sketch import dealt
-    from attribution.models import classifier
-    from attribution.scores import traker_adapters
-
     logging.getLogger("TRAK").setLevel(logging.ERROR)
     model = classifier.load(checkpoint)
     classifier.place(model, device, config.image_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from attribution.config import Config
 from attribution.data.dataset import TARGETS, ImageData
 from attribution.models.ensemble import Ensemble, label_issues, label_quality
 from attribution.runtime.npy_blocks import open_matrix
+from attribution.runtime.parallel import ask
 from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
-from attribution.scores.features import Store, featurize
+from attribution.scores.features import Store, check_gradients, featurize
 from attribution.scores.suspects import suspects
 from attribution.scores.trak import TrakScores, check_proj_dim, score
 
@@ -38,7 +39,7 @@ class Scored:
     scores: Scores
     suspects: pd.DataFrame
     matrix: Path | None = None
-    stores: Sequence[Store] = ()
+    stores: list[Store] = field(default_factory=list)
     seconds: float = 0.0
 
     @classmethod
@@ -97,6 +98,16 @@ class Scored:
         train = self.scores.train
         found = {name: train[name].to_numpy() for name in ("trust", "alignment", "label_quality")}
         return found | {name: -train[name].to_numpy() for name in ("loss", "self_influence")}
+
+
+def check(config: Config, data: ImageData) -> None:
+    """Refuse settings and models that cannot be scored, before anything is trained.
+
+    Raises:
+        InputError: see check_proj_dim and check_gradients.
+    """
+    check_proj_dim(config, len(data.rows("train")))
+    ask(check_gradients, config, data.class_names)
 
 
 def score_training_set(

@@ -1,4 +1,4 @@
-"""The tracking store: opened by one command at a time, made whole or not at all, and its failures told."""
+"""The MLflow tracking store: opened by one process at a time, created whole, its failures explained."""
 
 from __future__ import annotations
 
@@ -10,75 +10,77 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attribution.errors import InputError
+import mlflow
+from mlflow.exceptions import MlflowException
+from requests import RequestException
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from attribution.errors import InputError, redact
 from attribution.runtime.cache_folder import alone
 
-# Of an OSError: what the machine lacks, and not the code.
-LACKING = (
+# OSErrors that are the machine's fault, not the code's.
+MACHINE_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
-# MLflow's codes for what the code did wrong.
+# MLflow's codes for mistakes of the caller's code.
 OWN_MISTAKES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-# As words: a port or a run's id may hold the digits too.
+# Whole words: a port or a run's id may contain these digits too.
 REFUSED = re.compile(r"\b(401|403|UNAUTHENTICATED|PERMISSION_DENIED)\b")
 
 
 def open_store(cache: Path) -> None:
-    """Reach the store, and make its database if that is new.
+    """Reach the tracking store, and create its database if there is none.
 
-    Two processes that make one database collide, and one that is killed in the middle leaves what
-    MLflow can no longer open: so one at a time, under another name until it is whole.
+    Two processes that create one database at the same time collide, and a process that is killed
+    half-way leaves a database that MLflow cannot open. So one process at a time creates it, under
+    another name until it is complete.
 
     Raises:
-        InputError: it is of a kind that MLflow has retired, or cache_dir cannot be written.
+        InputError: the store is of a kind that MLflow has retired, its address is malformed, or
+            cache_dir cannot be written.
     """
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
     uri = mlflow.get_tracking_uri()
+    shown = f"MLFLOW_TRACKING_URI={uri}"
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise InputError(
-            f"MLFLOW_TRACKING_URI={uri}: MLflow has retired its file store; move the old mlruns "
-            "folder away or set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
+            f"{shown}: MLflow has retired its file store; move the old mlruns folder away or set "
+            "MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
         )
     waiting = "another process is opening the tracking store; waiting"
     with _writing(f"cache_dir={cache}"), alone(cache, "store", waiting):
         file = _database(uri)
         if file and not file.exists():
-            with _writing(f"MLFLOW_TRACKING_URI={uri}"):
-                _make(file)
+            with _writing(shown):
+                _create(file)
     try:
         mlflow.MlflowClient().search_experiments(max_results=1)
     except MlflowException as error:
         if "UnicodeError" in str(error) or "InvalidURL" in str(error):
-            raise InputError(f"MLFLOW_TRACKING_URI={uri}: not an address") from None
+            raise InputError(f"{shown}: not an address") from None
         raise
 
 
 @contextmanager
 def _writing(place: str) -> Iterator[None]:
-    """Name the place that cannot be written; what the machine lacks is told elsewhere."""
+    """Name the place that cannot be written; errors of the machine pass through."""
     try:
         yield
     except OSError as error:
-        if error.errno in LACKING:
+        if error.errno in MACHINE_ERRORS:
             raise
         raise InputError(f"{place}: cannot be written ({error.strerror or error})") from None
 
 
 def _database(uri: str) -> Path | None:
-    """The file of an sqlite store."""
-    from sqlalchemy.engine import make_url
-
+    """The file of an sqlite store; None for other stores."""
     if not uri.startswith("sqlite:"):
         return None
     name = make_url(uri).database
     return Path(name) if name and name != ":memory:" else None
 
 
-def _make(file: Path) -> None:
-    import mlflow
-
+def _create(file: Path) -> None:
     unfinished = file.with_name(f"{file.name}.unfinished")
     for left in file.parent.glob(f"{glob.escape(unfinished.name)}*"):  # its journal too
         left.unlink()
@@ -88,14 +90,10 @@ def _make(file: Path) -> None:
 
 
 def failure(error: BaseException) -> str:
-    """What the tracking store or the machine failed at, in a line; empty where it is neither."""
-    import mlflow
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    text = " ".join(str(error).split())
+    """One line about what the tracking store or the machine failed at; empty for other errors."""
+    text = redact(" ".join(str(error).split()))
     text = re.sub(r"^\(raised as a result of .*?\) | \[SQL: .*", "", text)[:300]  # SQLAlchemy's
-    if isinstance(error, (mlflow.exceptions.MlflowException, RequestException, SQLAlchemyError)):
+    if isinstance(error, (MlflowException, RequestException, SQLAlchemyError)):
         if getattr(error, "error_code", "") in OWN_MISTAKES:
             return ""
         if REFUSED.search(text):
@@ -103,7 +101,7 @@ def failure(error: BaseException) -> str:
                 "the server refuses the credentials; set MLFLOW_TRACKING_USERNAME and "
                 f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN ({text[:120]})"
             )
-        return f"MLFLOW_TRACKING_URI={mlflow.get_tracking_uri()}: {text}"
-    if isinstance(error, OSError) and error.errno in LACKING:
+        return redact(f"MLFLOW_TRACKING_URI={mlflow.get_tracking_uri()}: {text}")
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
         return text
     return ""

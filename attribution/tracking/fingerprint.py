@@ -1,50 +1,56 @@
-"""What a stage's result depends on, as a hash, and the folder of its unfinished work."""
+"""Fingerprints: hashes of all that a stage's result depends on; and folders for unfinished work."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from attribution.config import Config
+from attribution.data.dataset import ImageData
 from attribution.errors import InputError
+from attribution.models.train import training_key
 from attribution.runtime.cache_folder import cache_folder
 from attribution.runtime.hashing import digest
 from attribution.runtime.safe_files import sha256
+from attribution.stages import STAGES
 
-if TYPE_CHECKING:
-    from attribution.data.dataset import ImageData
-
-
-# Raised whenever scoring would compute something else from the same parameters and data.
+# Raise it when the same parameters and data would give other scores, or another result made from
+# scores. TRAINING_VERSION in attribution/models does the same for trained models.
 ESTIMATOR_VERSION = 5
-
-
-UPSTREAM = {"trak": "finetune", "ablation": "trak", "evaluate": "trak", "explain": "trak"}
 
 
 def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     """Hash of all that a stage's result depends on, its upstream stages included.
 
-    A replay's results have fingerprints of their own: it goes on from itself, and from nothing else.
-    """
-    if stage == "finetune":
-        from attribution.models.train import training_key
+    A replay has fingerprints of its own, so that it continues its own unfinished work and reuses
+    nothing else.
 
+    Raises:
+        InputError: a file that a parameter names cannot be read.
+    """
+    if not STAGES[stage].upstream:
         replay = [config.replay] if config.replay else []
-        return digest(stage, training_key(config, data), config.group("finetune"), *replay)
-    upstream = fingerprint(UPSTREAM[stage], config, data)
+        return digest(stage, training_key(config, data), config.group(stage), *replay)
+    upstream = fingerprint(STAGES[stage].upstream[0], config, data)
     settings = config.group(stage)
-    if stage == "ablation" and config.groups in data.examples:
-        settings["groups"] = [config.groups, digest(*data.examples[config.groups])]
-    if stage == "explain" and config.image:
-        settings["image"] = [Path(config.image).name, _content("image", config.image)]  # both shown
-    if stage == "evaluate" and config.bank and not config.bank.startswith("runs:"):
-        with suppress(InputError):  # load_bank says what is wrong with it
-            settings["bank"] = [
-                _content("bank", config.bank, file) for file in ("masks.npy", "margins.npy")
-            ]
+    settings |= _contents(settings, data)
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
+
+
+def _contents(settings: dict[str, Any], data: ImageData) -> dict[str, Any]:
+    """What stands for those of these parameters that name something whose content counts."""
+    found: dict[str, Any] = {}
+    column, image, bank = (settings.get(name, "") for name in ("groups", "image", "bank"))
+    if column in data.examples:
+        found["groups"] = [column, digest(*data.examples[column])]
+    if image:
+        found["image"] = [Path(image).name, _content("image", image)]  # the result shows both
+    if bank and not bank.startswith("runs:"):
+        with suppress(InputError):  # load_bank explains what is wrong with it
+            files = ("masks.npy", "margins.npy")
+            found["bank"] = [_content("bank", bank, file) for file in files]
+    return found
 
 
 def _content(parameter: str, value: str, *parts: str) -> str:
@@ -55,7 +61,7 @@ def _content(parameter: str, value: str, *parts: str) -> str:
 
 
 def work_folder(config: Config, *parts: str) -> Path:
-    """A folder for unfinished work under cache_dir, a replay's its own.
+    """A folder for unfinished work under cache_dir; a replay has its own.
 
     Raises:
         InputError: it cannot be written.
@@ -64,10 +70,6 @@ def work_folder(config: Config, *parts: str) -> Path:
     return cache_folder(config, *top, *parts)
 
 
-def stage_folder(stage: str, config: Config, data: ImageData, *parts: str) -> Path:
-    """The work folder of one stage of a command, which goes when the stage's run is FINISHED.
-
-    Args:
-        parts: of a folder in it.
-    """
-    return work_folder(config, fingerprint(stage, config, data)[:16], *parts)
+def stage_folder(stage: str, config: Config, data: ImageData) -> Path:
+    """The folder for one stage's unfinished work, deleted once the stage's run is FINISHED."""
+    return work_folder(config, fingerprint(stage, config, data)[:16])

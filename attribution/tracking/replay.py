@@ -1,113 +1,90 @@
-"""Replay: does a recorded run, repeated with nothing reused, come out the same?"""
+"""Replay: is a recorded run, computed again with nothing reused, identical?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import numpy as np
+import pandas as pd
 
 from attribution.errors import InputError
 from attribution.runtime.progress import say
 from attribution.runtime.safe_files import read_json, sha256
-from attribution.tracking import stage_runs
+from attribution.stages import STAGES
+from attribution.tracking.artifacts import artifact_path
+from attribution.tracking.stage_runs import ENVIRONMENT, lineage
 
-# What is compared, stage by stage; of a folder every file of weights.
-RESULTS = {
-    "finetune": ("checkpoints", "training/logits.npz"),
-    "trak": ("scores/scores.npy", "suspects.csv"),
-    "ablation": ("comparison.csv", "per_class.csv"),
-    "evaluate": ("evaluation.csv", "bank/margins.npy"),
-    "explain": ("explanation.csv",),
-}
-NOT_COMPARED = ("date", "command")
+NOT_COMPARED = ("date", "command")  # of the environment
 
 
-def show(original: str, run_id: str) -> bool:
-    """Print what of a replay differs from the original run, upstream runs included, and tag it.
+def report_replay(original: str, replay: str) -> bool:
+    """Print which results of a replay differ from the original run, upstream runs included.
 
     Returns:
-        Whether all results are identical, bit by bit.
+        Whether all results are identical bit by bit. The replay's run gets it as a tag.
     """
-    import mlflow
-
-    then, now = (stage_runs.lineage(each) for each in (original, run_id))
-    pairs = [(stage, then[f"{stage} run"], now[f"{stage} run"]) for stage in RESULTS
-             if f"{stage} run" in then and f"{stage} run" in now]  # fmt: skip
-    lines = [(stage, *line) for stage, *runs in pairs for line in _compare(stage, *runs)]
-    for stage, name, found in lines:
-        print(f"{stage:<9} {name:<22} {found or 'identical'}")
-    differing = [line for line in lines if line[2]]
+    then, now = lineage(original), lineage(replay)
+    differing = 0
+    for stage in STAGES:
+        if stage in then and stage in now:
+            for name, difference in _compare(stage, then[stage], now[stage]):
+                print(f"{stage:<9} {name:<22} {difference or 'identical'}")
+                differing += bool(difference)
     verdict = "differs" if differing else "identical"
     print(f"replay of run {original}: {verdict}")
     if differing:
-        for line in _changes(original, run_id):
-            say(line)
-    mlflow.MlflowClient().set_tag(run_id, "replay_result", verdict)
+        _say_changes(original, replay)
+    mlflow.MlflowClient().set_tag(replay, "replay_result", verdict)
     return not differing
 
 
-def _compare(stage: str, original: str, replay: str) -> Iterator[tuple[str, str]]:
-    """Each result by name, with how it differs; an empty text where it does not."""
-    for name in RESULTS[stage]:
+def _compare(stage: str, *run_ids: str) -> Iterator[tuple[str, str]]:
+    """Each result's name and difference, which is empty where there is none."""
+    for name in STAGES[stage].results:
         try:
-            files = [stage_runs.artifact_path(run_id, name) for run_id in (original, replay)]
-        except InputError:  # not kept by one of them
+            then, now = (artifact_path(run_id, name) for run_id in run_ids)
+        except InputError:  # one of the runs did not keep it
             continue
-        yield name, _difference(*files)
+        yield name, _folder_difference(then, now) if then.is_dir() else _difference(then, now)
 
 
-def _difference(original: Path, replay: Path) -> str:
-    if original.is_dir():
-        weights = [sorted(folder.rglob("*.safetensors")) for folder in (original, replay)]
-        if len(weights[0]) != len(weights[1]):
-            return f"{len(weights[0])} checkpoints then, {len(weights[1])} now"
-        changed = sum(sha256(a) != sha256(b) for a, b in zip(*weights, strict=True))
-        return f"{changed} of {len(weights[0])} checkpoints differ" if changed else ""
-    if original.suffix == ".csv":
-        return _table_difference(original, replay)
-    pairs = [_arrays(file) for file in (original, replay)]
-    names, apart = sorted({name for pair in pairs for name in pair}), []
-    for name in names:
-        then, now = (pair.get(name) for pair in pairs)
-        if then is None or now is None or now.shape != then.shape:
-            return f"{name}: another shape"
-        if then.dtype != now.dtype or then.tobytes() != now.tobytes():
-            apart.append(float(np.abs(np.subtract(then, now, dtype=np.float64)).max()))
-    if not apart:
+def _folder_difference(then: Path, now: Path) -> str:
+    weights = [sorted(folder.rglob("*.safetensors")) for folder in (then, now)]
+    if len(weights[0]) != len(weights[1]):
+        return f"{len(weights[0])} checkpoints then, {len(weights[1])} now"
+    changed = sum(sha256(a) != sha256(b) for a, b in zip(*weights, strict=True))
+    return f"{changed} of {len(weights[0])} checkpoints differ" if changed else ""
+
+
+def _difference(then: Path, now: Path) -> str:
+    if sha256(then) == sha256(now):
         return ""
-    largest = max(apart)  # zero where only a sign of zero or a type differs; NaN is neither
-    return f"differs by at most {largest:.3g}" if largest > 0 else "other bits"
+    old, new = _numbers(then), _numbers(now)
+    if [(k, v.shape) for k, v in old.items()] != [(k, v.shape) for k, v in new.items()]:
+        return "another shape"
+    apart = [np.abs(np.subtract(old[k], new[k], dtype=np.float64)).max(initial=0) for k in old]
+    largest = np.nanmax(apart, initial=0)
+    return f"differs by at most {largest:.3g}" if largest > 0 else "not identical bit by bit"
 
 
-def _table_difference(original: Path, replay: Path) -> str:
-    import pandas as pd
-
-    if original.read_bytes() == replay.read_bytes():
-        return ""
-    then, now = pd.read_csv(original), pd.read_csv(replay)
-    if then.shape != now.shape or list(then) != list(now):
-        return f"another shape: {then.shape} then, {now.shape} now"
-    numbers = then.select_dtypes("number")
-    apart = (numbers - now[list(numbers)]).abs().max()
-    if not apart.max() > 0:
-        return "other texts"
-    return f"differs by at most {apart.max():.3g} ({apart.idxmax()})"
-
-
-def _arrays(file: Path) -> dict[str, np.ndarray]:
+def _numbers(file: Path) -> dict[str, np.ndarray]:
+    """The numeric arrays or columns of a result file, by name."""
+    if file.suffix == ".csv":
+        table = pd.read_csv(file).select_dtypes("number")
+        return {name: table[name].to_numpy() for name in table}
     loaded = np.load(file, allow_pickle=False)
     return {"": loaded} if file.suffix == ".npy" else dict(loaded)
 
 
-def _changes(original: str, replay: str) -> list[str]:
-    """What was another thing when the original was made: versions, hardware, commit."""
+def _say_changes(original: str, replay: str) -> None:
+    """Print what has changed in versions, hardware and commit since the original run."""
     try:
-        then, now = (
-            read_json(stage_runs.artifact_path(run_id, stage_runs.ENVIRONMENT))
-            for run_id in (original, replay)
-        )
+        then, now = (read_json(artifact_path(run_id, ENVIRONMENT)) for run_id in (original, replay))
     except (InputError, ValueError):
-        return ["nothing is recorded of what the original was made with"]
-    keys = sorted((then.keys() | now.keys()) - set(NOT_COMPARED))
-    return [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in keys if then.get(k) != now.get(k)]
+        say("the original run has no record of its versions and hardware")
+        return
+    for key in sorted((then.keys() | now.keys()) - set(NOT_COMPARED)):
+        if then.get(key) != now.get(key):
+            say(f"{key}: {then.get(key)} then, {now.get(key)} now")

@@ -1,17 +1,34 @@
-"""The plan that a command prints before it computes anything."""
+"""The plan that a command prints before it computes anything, and the disk space that it needs."""
 
 from __future__ import annotations
 
 import re
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-from experiments.test_arms import full_evidence
+from conftest import Place, refused
 from toy import toy_config, toy_data
 
 from attribution.cli import plan
-from attribution.cli.disk import Need
-from attribution.cli.plan import Plan, Step, describe, duration
-from attribution.experiments.arms import plan_trials
+from attribution.cli.plan import Estimate, bytes_text, check_disk, describe, duration, seconds_of
+from attribution.config import parse, resolve
+from attribution.data.dataset import load_data
+from attribution.errors import InputError
+from attribution.models import classifier
+from attribution.scores.trak import compute_scores
+from scripts import finetune, trak
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NewPlace = Callable[..., Place]
+Usage = namedtuple("Usage", "total used free")
+
+
+def size(folder: Path, pattern: str = "*") -> int:
+    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
 
 
 @pytest.mark.parametrize(
@@ -25,52 +42,102 @@ from attribution.experiments.arms import plan_trials
         (8000, "2 h 10 min"),
     ],
 )
-def test_durations_are_rounded_as_befits_an_estimate(seconds, words) -> None:
+def test_durations_are_rounded_as_an_estimate_should_be(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
+def test_sizes_are_told_as_people_do() -> None:
+    assert bytes_text(3 << 29) == "1.5 GiB" and bytes_text(5 << 20) == "5 MiB"
+
+
 def test_lines_add_up_and_leave_out_what_is_not_known() -> None:
-    def lines(*steps: Step) -> list[str]:
-        return describe(Plan(list(steps), Need(work=3 << 30, artifacts=1 << 29)), 2)
-
-    known = lines(Step("finetune", "a", 60.0), Step("trak", "b", 30.0))
-    assert known[0] == "plan:" and known[-2].startswith("  in all about 2 min")
-    assert known[-1] == "  disk: about 3.5 GiB while it runs, 512 MiB of them for good"
-    assert "about" not in " ".join(lines(Step("finetune", "a", None))[:-1])
-
-
-@pytest.mark.parametrize("arms", ["none,random,harmful", "harmful,negative,loss", "random", "none"])
-@pytest.mark.parametrize("action", ["remove", "both"])
-def test_the_number_of_retrainings_is_that_of_the_trials(arms: str, action: str) -> None:
-    config = toy_config(arms=arms, frac="0.1,0.2", num_seeds=3, action=action)
-    evidence = full_evidence(60)
-    actions = ("remove", "relabel") if action == "both" else ("remove",)
-    trials = plan_trials(config.arm_names, config.fracs, evidence, [0, 1, 2], actions)
-    count, size = plan._retrainings("ablation", config, 60)
-    assert count == 3 * len(trials) and size == 60
+    both = {
+        "finetune": Estimate("a", 1, tasks=4, work=5 << 29, kept=1 << 29),
+        "trak": Estimate("b", 1),
+    }
+    known = describe(both, {}, {"finetune": 60.0, "trak": 30.0}, toy_config(jobs=2))
+    assert known[:2] == ["plan:", "  finetune  a   about 60 s"]
+    assert known[-2] == "  Total: about 2 min with 2 workers (cached results are skipped)"
+    assert known[-1] == "  Disk: about 3.0 GiB while it runs, 512 MiB of it kept"
+    unknown = describe(both, {"evaluate": "r1"}, {}, toy_config())
+    assert "about" not in " ".join(unknown[:-1]) and "  evaluate  reuses run r1" in unknown
 
 
-def test_a_command_prints_what_it_makes_and_what_it_reuses(new_place) -> None:
+def test_seconds_are_shared_by_as_many_workers_as_there_are_tasks(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "seconds_per_example", lambda *given: 0.01)
+
+    def seconds(jobs: int, tasks: int, **given: Any) -> float:
+        estimate = Estimate("", trained=1000, tasks=tasks)
+        return seconds_of({"s": estimate}, toy_config(jobs=jobs, **given), ("a", "b"))["s"]
+
+    alone = 0.01 * 1000 * plan.OVERHEAD
+    assert seconds(1, 8) == pytest.approx(alone + plan.START_UP)
+    assert seconds(2, 8) == pytest.approx(alone / 2 + plan.START_UP)
+    assert seconds(16, 4) == pytest.approx(alone / 4 + plan.START_UP)  # 4 checkpoints on 16 cores
+    assert seconds_of({"s": Estimate("", 1)}, toy_config(backend="ray"), ("a", "b")) == {}
+
+
+def test_nothing_is_timed_where_nothing_is_trained(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "seconds_per_example", None)  # to call it would fail
+    assert seconds_of({"explain": Estimate("")}, toy_config(), ("a", "b")) == {}
+
+
+def test_the_estimate_of_scoring_is_what_scoring_leaves(tmp_path: Path) -> None:
+    data = toy_data(tmp_path, n_train=200)
+    config = toy_config(num_models=2, proj_dim=64, num_blocks=4)
+    model = classifier.build("resnet-mini", data.class_names, seed=0)
+    classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
+    compute_scores(config, data, [tmp_path / "model"] * 2, tmp_path / "work")
+    assert trak.estimate(config, data).work == pytest.approx(size(tmp_path / "work"), rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_command_prints_its_plan_and_leaves_as_much_as_that_says(new_place: NewPlace) -> None:
     place = new_place("plan")
     made = place.done("trak")
     lines = made.err.split("plan:\n")[1].splitlines()
     assert re.match(r" +finetune +2 checkpoints, 2 epochs of \d+ images +about \d+ s", lines[0])
-    assert "gradients" in lines[1] and "in all about" in lines[2]
+    assert "gradients" in lines[1] and "Total: about" in lines[2]
+
+    config = resolve(parse("trak", place.argv("trak")) | {"cache_dir": str(place.cache)})
+    data = load_data(config)
+    scores, features = (
+        size(place.artifacts(made.run_id), name) for name in ("scores.npy", "train.npy")
+    )
+    assert trak.estimate(config, data).kept == pytest.approx(scores + features, rel=0.2)
+    weights = size(place.artifacts(made.tags["finetune_run_id"]), "*.safetensors")
+    assert finetune.estimate(config, data).kept == pytest.approx(weights, rel=0.1)
+
     reused = place.done("ablation").err.split("plan:\n")[1].splitlines()
     assert f"reuses run {made.run_id}" in reused[0] and "models" in reused[1]
     assert "plan:" not in place.done("ablation").err  # nothing is left to do
 
 
-def test_the_rate_is_that_of_all_workers(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(plan, "seconds_per_example", lambda *given: 0.01)
-    data = toy_data(tmp_path, n_train=64)
-    one, two = (plan._rate(toy_config(jobs=jobs), data) for jobs in (1, 2))
-    assert one == pytest.approx(2 * two) and one == pytest.approx(0.01 * plan.OVERHEAD)
-    assert plan._rate(toy_config(backend="ray"), data) is None
+@pytest.mark.parametrize("where", ["work", "kept"])
+def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch, where: str) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 4 << 30))
+    config = toy_config(cache_dir=str(tmp_path / "cache"))
+    uri = (tmp_path / "mlruns" / "1").as_uri()
+    check_disk({"trak": Estimate("", **{where: 1 << 30})}, config, uri)
+    with pytest.raises(InputError, match=r"cache_dir=.*about .* GiB .* 4\.0 GiB are free"):
+        check_disk({"trak": Estimate("", **{where: 4 << 30})}, config, uri)
 
 
-def test_nothing_is_timed_where_nothing_is_trained(new_place, monkeypatch) -> None:
-    place = new_place("plan-explain")
-    place.done("trak")
-    monkeypatch.setattr(plan, "seconds_per_example", None)  # to call it would fail
-    assert "explain" in place.done("explain", target="0").err.split("plan:")[1]
+def test_needs_of_stages_and_folders_on_one_disk_add_up(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2 << 30))
+    config, uri = toy_config(cache_dir=str(tmp_path)), tmp_path.as_uri()
+    one = Estimate("", work=1 << 30)
+    check_disk({"finetune": one}, config, uri)
+    with pytest.raises(InputError, match="free"):
+        check_disk({"finetune": one, "trak": one}, config, uri)
+    with pytest.raises(InputError, match="free"):
+        check_disk({"finetune": Estimate("", work=1 << 30, kept=1 << 29)}, config, uri)
+    remote = Estimate("", work=1 << 30, kept=1 << 28)
+    check_disk({"finetune": remote}, config, "s3://bucket/1")  # not a disk of this machine
+
+
+def test_a_command_that_does_not_fit_leaves_nothing(new_place: NewPlace, monkeypatch) -> None:
+    place = new_place("full")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: Usage(0, 0, 1 << 20))
+    refused(place, "trak", f"cache_dir={place.cache}", "make room")
+    assert place.unfinished() == set()

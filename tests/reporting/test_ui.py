@@ -23,6 +23,8 @@ import pytest
 from conftest import Place, child_environment
 
 from attribution.reporting import mlflow_notes
+from attribution.tracking import links
+from attribution.tracking.stage_runs import NOTE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
@@ -162,7 +164,7 @@ def unfold(page: Any, ui: Ui) -> None:
 
 
 def test_the_experiment_shows_every_stage_as_a_run_and_arms_below_theirs(ui, page, shoot) -> None:
-    page.goto(f"/#/experiments/{ui.experiment_id}?{mlflow_notes.TRAINING}")
+    page.goto(f"/#/experiments/{ui.experiment_id}?{links.TRAINING}")
     for stage in ("finetune", "trak", "ablation"):
         expect(row(page, re.compile(rf"^{stage} digits \w{{6}}$"))).to_have_count(1)
     shoot("runs")
@@ -173,7 +175,7 @@ def test_the_experiment_shows_every_stage_as_a_run_and_arms_below_theirs(ui, pag
 
 
 def test_the_view_of_arms_has_the_best_first_with_verdicts_and_charts(ui, page, shoot) -> None:
-    page.goto(f"/{mlflow_notes.arms_link(ui.experiment_id, ui.run_id)}")
+    page.goto(f"/{links.arms_link(ui.experiment_id, ui.run_id)}")
     expect(page.get_by_text(f"{len(ARMS)} matching runs")).to_be_visible()
     best_first = ui.table.sort_values("accuracy_mean", ascending=False, kind="stable")
     names = page.get_by_role("link", name=re.compile("^(none|random 0.05|harmful 0.05)$"))
@@ -184,7 +186,7 @@ def test_the_view_of_arms_has_the_best_first_with_verdicts_and_charts(ui, page, 
     for mean in best_first["accuracy_mean"]:
         expect(page.get_by_role("gridcell", name=f"{mean:.6f}"[:-1])).to_have_count(1)
     shoot("arms")
-    page.goto(f"/{mlflow_notes.arms_link(ui.experiment_id, ui.run_id)}&compareRunsMode=CHART")
+    page.goto(f"/{links.arms_link(ui.experiment_id, ui.run_id)}&compareRunsMode=CHART")
     for name in mlflow_notes.CHARTS:
         expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
     bar = page.locator("svg text", has_text=f"{best_first['accuracy_mean'].iloc[0]:.2f}")
@@ -196,7 +198,7 @@ def test_the_view_of_arms_has_the_best_first_with_verdicts_and_charts(ui, page, 
 
 
 def test_arms_are_ticked_and_compared(ui, page, shoot) -> None:
-    page.goto(f"/#/experiments/{ui.experiment_id}/runs?{mlflow_notes.TRAINING}")
+    page.goto(f"/#/experiments/{ui.experiment_id}/runs?{links.TRAINING}")
     unfold(page, ui)
     for name in ARMS:
         row(page, re.compile(f"^{name}$")).get_by_role("checkbox").first.check()
@@ -206,7 +208,7 @@ def test_arms_are_ticked_and_compared(ui, page, shoot) -> None:
 
 
 def test_the_link_of_a_comparison_opens_it_with_what_each_arm_removed(ui, page, shoot) -> None:
-    page.goto(f"/{mlflow_notes.compare_link(ui.experiment_id, ui.arms())}")
+    page.goto(f"/{links.compare_link(ui.experiment_id, ui.arms())}")
     check_comparison(ui, page)
     page.get_by_text("removed.png").dispatch_event("click")  # the list scrolls on its own
     pictures = page.get_by_role("img", name="removed.png")
@@ -231,7 +233,7 @@ def check_comparison(ui: Ui, page: Any) -> None:
 
 
 def test_the_note_of_an_ablation_leads_to_its_arms_and_report(ui, page, shoot) -> None:
-    page.goto(f"/{mlflow_notes.run_link(ui.experiment_id, ui.run_id)}")
+    page.goto(f"/{links.run_link(ui.experiment_id, ui.run_id)}")
     for name in ARMS:
         said = page.get_by_role("listitem").filter(has_text=re.compile(f"^{name} "))
         expect(said).to_be_visible()
@@ -246,7 +248,7 @@ def test_the_note_of_an_ablation_leads_to_its_arms_and_report(ui, page, shoot) -
 
 
 def test_figure_and_table_are_shown_among_the_artifacts(ui, page, shoot) -> None:
-    page.goto(f"/{mlflow_notes.run_link(ui.experiment_id, ui.run_id)}")
+    page.goto(f"/{links.run_link(ui.experiment_id, ui.run_id)}")
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("comparison.png", exact=True).click()
     figure = page.get_by_role("img", name="comparison.png")
@@ -260,7 +262,7 @@ def test_figure_and_table_are_shown_among_the_artifacts(ui, page, shoot) -> None
 
 
 def test_the_report_is_shown_among_the_artifacts(ui, page, shoot) -> None:
-    page.goto(f"/{mlflow_notes.run_link(ui.experiment_id, ui.run_id, 'report.html')}")
+    page.goto(f"/{links.run_link(ui.experiment_id, ui.run_id, 'report.html')}")
     report = page.frame_locator("iframe")
     expect(report.get_by_role("heading").first).to_be_visible()
     for arm in ui.table["arm"]:
@@ -273,5 +275,5 @@ def test_the_report_is_shown_among_the_artifacts(ui, page, shoot) -> None:
 
 
 def test_every_stage_and_arm_has_a_note(ui: Ui) -> None:
-    described = [run for run in ui.place.runs() if run.data.tags.get(mlflow_notes.NOTE)]
+    described = [run for run in ui.place.runs() if run.data.tags.get(NOTE)]
     assert len(described) == len(ui.place.runs()) == 3 + len(ARMS)

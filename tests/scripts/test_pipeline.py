@@ -95,7 +95,8 @@ def projects(new_place: NewPlace) -> tuple[Place, dict[str, str]]:
 
 
 def test_mlflow_run_finishes_every_entry_point_and_logs_resolved_parameters(projects) -> None:
-    from attribution.config import FIELDS, STAGE_GROUPS
+    from attribution import stages
+    from attribution.config import FIELDS
 
     place, run_ids = projects
     for entry_point, run_id in run_ids.items():
@@ -103,7 +104,7 @@ def test_mlflow_run_finishes_every_entry_point_and_logs_resolved_parameters(proj
         stage = "ablation" if entry_point == "main" else entry_point
         assert run.info.status == "FINISHED"
         assert run.data.tags["stage"] == stage
-        groups = (*STAGE_GROUPS[stage], "execution")
+        groups = (*stages.STAGES[stage].all_groups, "execution")
         expected = {name for name, f in FIELDS.items() if f.metadata["group"] in groups}
         assert expected <= run.data.params.keys()
         params = run.data.params
@@ -338,7 +339,8 @@ def test_a_changed_parameter_recomputes_what_depends_on_it(chain, changed, made)
 def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it(tmp_path) -> None:
     from toy import toy_config, toy_data
 
-    from attribution.config import FIELDS, STAGE_GROUPS
+    from attribution import stages
+    from attribution.config import FIELDS
     from attribution.tracking.fingerprint import fingerprint
 
     data, plain = toy_data(tmp_path), toy_config()
@@ -361,7 +363,7 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
             changed = toy_config(**{name: other[name]})
             for stage in (*STAGES, "evaluate", "explain"):
                 same = fingerprint(stage, plain, data) == fingerprint(stage, changed, data)
-                assert same == (group not in STAGE_GROUPS[stage]), (name, stage)
+                assert same == (group not in stages.STAGES[stage].all_groups), (name, stage)
 
 
 def test_the_values_of_the_column_that_groups_change_the_ablation_alone(tmp_path) -> None:

@@ -1,0 +1,77 @@
+"""The start and the end of every command: flags, signals, errors, exit codes.
+
+What takes seconds to import (torch, MLflow) is imported after the flags have been checked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from attribution.cli import workers
+from attribution.config import parse, resolve
+from attribution.errors import InputError, StoreFailure, redact
+from attribution.runtime.progress import say
+from attribution.runtime.signals import end, ended_by_signals
+from attribution.stages import STAGES
+
+BAD_INPUT, FAILED = 2, 1
+
+
+def main(stage: str) -> NoReturn:
+    """Run the stage's command with this process's arguments, and end the process."""
+    end(run_command(stage, sys.argv[1:], early_workers=True))
+
+
+def run_command(stage: str, argv: Sequence[str], early_workers: bool = False) -> int:
+    """Run one command: parse its flags, reuse or compute the stage, show the result.
+
+    Args:
+        early_workers: start worker processes before it is known whether there is work for them.
+
+    Returns:
+        The exit code: 0; 2 for bad input; 1 where the tracking store or a disk failed, or a replay
+        differs; 128 + the signal's number where a signal stopped the command.
+    """
+    with ended_by_signals() as received:
+        try:
+            given = parse(stage, argv)
+            if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
+                resolve(given)  # a value out of bounds is refused before the slow imports
+            if early_workers:
+                workers.start(stage, given)
+            command = importlib.import_module("attribution.cli.command")
+            return command.run(STAGES[stage], given)
+        except InputError as error:
+            return _stopped(received) if received else _say_error(error, BAD_INPUT)
+        except StoreFailure as error:
+            return _stopped(received) if received else _say_failure(error, stage, argv)
+        except (KeyboardInterrupt, Exception) as error:
+            if received or isinstance(error, KeyboardInterrupt):
+                return _stopped(received)
+            say(redact(traceback.format_exc()))  # an error of the code itself
+            return FAILED
+        finally:
+            workers.end()
+
+
+def _say_error(error: Exception, code: int) -> int:
+    say(f"error: {error}")
+    return code
+
+
+def _say_failure(error: StoreFailure, stage: str, argv: Sequence[str]) -> int:
+    say(f"error: {error}")
+    say(f"what is finished is kept in {error.kept}. To continue from there and log it, type:")
+    say(shlex.join(["python", "-m", f"scripts.{stage}", *argv]))
+    return FAILED
+
+
+def _stopped(received: list[int]) -> int:
+    say("stopped; the same command continues from what is finished")
+    return 128 + (received[0] if received else signal.SIGINT)

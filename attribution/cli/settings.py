@@ -1,0 +1,170 @@
+"""The parameters of a command resolved: against the runs built on, the hardware, and the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import mlflow
+
+from attribution.cli import auto_settings
+from attribution.config import AUTO, FIELDS, Config, convert, default_of, resolve
+from attribution.data.dataset import LEFT_OUT, ImageData, Listing, list_data, load_data
+from attribution.errors import InputError
+from attribution.runtime.device import resolve_device, resolve_precision
+from attribution.runtime.progress import say
+from attribution.stages import STAGES, Stage
+from attribution.tracking.fingerprint import fingerprint
+from attribution.tracking.stage_runs import run_tags
+
+# What a replay may change: where and how it is executed. The number of threads decides last bits,
+# so that another number is another comparison.
+REPLAY_MAY_CHANGE = (
+    "jobs", "device", "backend", "gpus_per_task", "ray_address", "keep_checkpoints", "gpu_kernels",
+    "cuda_graphs",
+)  # fmt: skip
+
+
+def cache_of(given: dict[str, Any]) -> Path:
+    """The cache folder under the parameters that a caller gave."""
+    return Path(given.get("cache_dir") or default_of(FIELDS["cache_dir"])).expanduser()
+
+
+def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
+    """Resolve the parameters and load the data.
+
+    Raises:
+        InputError: a parameter contradicts a run built on, or the data cannot be read.
+    """
+    inherited = _inherit_all(stage, given)
+    # "auto" cannot contradict the run built on.
+    asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
+    config = _resolve_hardware(stage, resolve(asked, inherited))
+    listing = list_data(config)
+    if config.preset == "images":
+        config = _choose_by_data(stage, config, listing, asked.keys() | inherited.keys())
+    data = load_data(config, listing)
+    _check_unchanged(config, data)
+    _say_data(config, data)
+    return config, data
+
+
+def _inherit_all(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that come from runs that the caller named."""
+    inherited: dict[str, Any] = {}
+    if given.get("replay"):
+        inherited = _inherit(stage, given["replay"], "replay", "execution")
+        inherited |= {k: given[k] for k in REPLAY_MAY_CHANGE if k in given}
+    for upstream in ("trak", "finetune"):
+        run_id = given.get(f"{upstream}_run_id")
+        if run_id:
+            inherited = _inherit(STAGES[upstream], run_id, f"{upstream}_run_id") | inherited
+    return inherited
+
+
+def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> dict[str, Any]:
+    """The parameters that a finished run was made with.
+
+    Args:
+        parameter: that names the run, for error messages.
+        more_groups: parameter groups beside those that the stage's result depends on.
+
+    Raises:
+        InputError: no such run, of another stage, or not FINISHED.
+    """
+    shown = f"{parameter}={run_id}"
+    try:
+        run = mlflow.get_run(run_id)
+    except mlflow.exceptions.MlflowException:
+        raise InputError(f"{shown}: no such run in {mlflow.get_tracking_uri()}") from None
+    found = run.data.tags.get("stage")
+    if found != stage.name:
+        raise InputError(f"{shown}: is a run of stage {found}, not {stage.name}")
+    if run.info.status != "FINISHED":
+        raise InputError(f"{shown}: is {run.info.status}, not FINISHED")
+    if "fingerprint" not in run.data.tags:
+        other = run.data.tags.get("reused_run_id")
+        raise InputError(f"{shown}: only points to run {other}; name that one")
+    groups = (*stage.all_groups, *more_groups)
+    names = (FIELDS.keys() & run.data.params.keys()) - {"cache_dir"}
+    return {
+        name: convert(name, run.data.tags.get(f"resolved.{name}", run.data.params[name]))
+        for name in names
+        if FIELDS[name].metadata["group"] in groups
+    }
+
+
+def _resolve_hardware(stage: Stage, config: Config) -> Config:
+    """Replace `auto` by the device and the precisions that it stands for on this machine."""
+    device = resolve_device(config.device)
+    resolved: dict[str, Any] = {}
+    for name in ("precision", "feature_precision"):
+        if config.trak_run_id and (name == "feature_precision" or stage.name == "explain"):
+            continue  # the scores are there, and what made them need not run on this machine
+        dtype = resolve_precision(getattr(config, name), device, name)
+        resolved[name] = str(dtype).removeprefix("torch.")
+    # traker's own gradients do not support autocast.
+    if config.projector == "normal" and not config.trak_run_id:
+        if config.feature_precision == "bfloat16":
+            raise InputError("feature_precision=bfloat16: projector=normal is float32 only")
+        resolved |= {"feature_precision": "float32", "num_blocks": 1}
+    return dataclasses.replace(config, device=str(device), **resolved)
+
+
+def _choose_by_data(stage: Stage, config: Config, listing: Listing, known: Set[str]) -> Config:
+    """Choose the settings that neither the caller nor a run built on has given, and print them."""
+    names = [n for n in AUTO if n not in known and FIELDS[n].metadata["group"] in stage.all_groups]
+    if not names:
+        return config
+    facts = auto_settings.gather(config, listing)
+    given = {n: getattr(config, n) for n in AUTO if n not in names}
+    chosen = auto_settings.choose(facts, given)
+    config = dataclasses.replace(config, **chosen)
+    model = [] if "model" in known else [f"model {config.model}"]
+    reasons = _reasons(config, facts)
+    shown = [f"{name} {value}{reasons.get(name, '')}" for name, value in chosen.items()]
+    say(f"auto: {', '.join(model + shown)}")
+    return config
+
+
+def _reasons(config: Config, facts: auto_settings.Facts) -> dict[str, str]:
+    """Why some of the settings were chosen, in brackets."""
+    size = f"median side {facts.side}"
+    if facts.own_size:
+        size = f"the model's own is {facts.own_size}"
+        if not facts.has_gpu and config.image_size < facts.own_size:
+            size += ", without a GPU at most 64"
+    steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
+    return {"image_size": f" ({size})", "epochs": f" ({steps:,} steps)"}
+
+
+def _check_unchanged(config: Config, data: ImageData) -> None:
+    """Refuse runs to build on, or to replay, that were made from other data."""
+    if config.replay and run_tags(config.replay)["data_fingerprint"] != data.fingerprint:
+        raise InputError(f"replay={config.replay}: dataset={config.dataset} has changed since")
+    for upstream in ("trak", "finetune"):
+        run_id = getattr(config, f"{upstream}_run_id")
+        if run_id and run_tags(run_id).get("fingerprint") != fingerprint(upstream, config, data):
+            raise InputError(
+                f"{upstream}_run_id={run_id}: was made from other data, another model, or another "
+                f"version of this project than dataset={config.dataset} gives now; leave it out"
+            )
+
+
+def _say_data(config: Config, data: ImageData) -> None:
+    counts = ", ".join(f"{len(data.rows(s))} {s}" for s in ("train", "validation", "test"))
+    flips = int(data.table("train")["is_flipped"].sum())
+    say(
+        f"data: {config.dataset}, {len(data.class_names)} classes, {counts}, {flips} labels flipped"
+    )
+    notes = {
+        "undecodable files skipped": len(data.skipped),
+        "copies of test or validation images dropped": data.dropped_duplicates,
+        "training examples left out by keep": len(data.rows(LEFT_OUT)),
+    }
+    for note, count in notes.items():
+        if count:
+            say(f"data: {count} {note}")

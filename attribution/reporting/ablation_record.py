@@ -1,0 +1,180 @@
+"""What an ablation leaves in MLflow: tables and report in its own run, a nested run for each arm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+
+from attribution.data.dataset import ImageData
+from attribution.errors import InputError, redact
+from attribution.experiments.arms import ARMS, DRAWN, kept_table, trial_name
+from attribution.experiments.comparison import Comparison, Outcome, verdict
+from attribution.reporting import ablation_html, figures, mlflow_notes
+from attribution.runtime import machine
+from attribution.runtime.progress import say
+from attribution.tracking.artifacts import artifact_path
+from attribution.tracking.job import Job
+from attribution.tracking.links import arms_link, compare_link, run_link
+from attribution.tracking.record import Record
+from attribution.tracking.stage_runs import NOTE, newest
+
+MOST_ARMS = 40  # in a note: MLflow cuts off what is longer than 8,000 characters
+
+
+def make(job: Job, result: Comparison) -> Record:
+    """Everything that the comparison leaves in its run."""
+    name, view = mlflow_notes.arms_view(job.run_id, f"Arms of {job.run_name}")
+    return Record(
+        tables={"comparison": result.table, "per_class": result.per_class},
+        write=partial(_write, job, result),
+        children=[
+            _arm(job.data, result, outcome, verdict(row))
+            for outcome, (_, row) in zip(result.outcomes, result.table.iterrows(), strict=True)
+        ],
+        note=partial(_note, job, result),
+        experiment_tags={name: view},
+    )
+
+
+def _write(job: Job, result: Comparison, folder: Path) -> None:
+    """The figures and the report."""
+    pictures = {"comparison": folder / "comparison.png", "curves": folder / "curves.png"}
+    figures.save(figures.comparison(result.table), pictures["comparison"])
+    figures.save(figures.removal_curves(result.table), pictures["curves"])
+    if len(job.config.fracs) == 1:  # a curve of one share shows nothing
+        del pictures["curves"]
+    run_ids = {"ablation run": job.run_id}
+    run_ids |= {f"{stage} run": run_id for stage, run_id in job.run_ids.items()}
+    report = ablation_html.Report(
+        job.config,
+        job.data,
+        result,
+        figures=pictures,
+        quality=_quality(job.run_ids["trak"]),
+        run_ids=run_ids,
+        versions=machine.hardware(),
+    )
+    (folder / "report.html").write_text(ablation_html.page(report), encoding="utf-8")
+
+
+def _quality(trak_id: str) -> pd.DataFrame | None:
+    """The table of the newest `evaluate` of these scores; None if there is none."""
+    run_id = newest("evaluate", {"trak_run_id": trak_id})
+    try:
+        return pd.read_csv(artifact_path(run_id, "evaluation.csv")) if run_id else None
+    except InputError as error:  # the report says that nothing was measured
+        say(f"ablation: {error}")
+        return None
+
+
+def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> Record:
+    """The nested run of one trial: its metrics by seed, their summary, and what it removed.
+
+    Args:
+        words: the verdict.
+    """
+    trial = outcome.trial
+
+    def write(folder: Path) -> None:
+        removed = result.removed(trial)
+        # Of `none` too: MLflow's comparison page breaks if one of its runs has no artifact.
+        removed.to_parquet(folder / "removed.parquet", index=False)
+        if trial.arm not in ("none", *DRAWN) and trial.action == "remove":
+            kept_table(trial, result.train).to_csv(folder / "kept.csv", index=False)
+        gallery = figures.removed_gallery(data, removed, trial.name)
+        figures.save(gallery, folder / "removed.png")
+
+    note = f"{mlflow_notes.first_line(ARMS[trial.arm])}\n\n{words}; {mlflow_notes.ARM}"
+    return Record(
+        name=trial.name,
+        tags={"stage": "ablation_arm", "arm": trial.arm, "verdict": words, NOTE: note},
+        params={
+            "arm": trial.arm,
+            "frac": f"{trial.frac:.6g}",
+            "action": trial.action,
+            "n_removed": trial.size,
+        },
+        series=[
+            (name, value, seed)
+            for name, values in outcome.per_seed.items()
+            for seed, value in enumerate(values)
+        ],
+        metrics=outcome.summary | result.removal_metrics(trial),
+        write=write,
+    )
+
+
+def _note(job: Job, result: Comparison, children: list[str]) -> str:
+    """The note on the run's page: where to look, then the arms, the best first."""
+    here, accuracy = job.experiment_id, result.table["accuracy_mean"]
+    order = (-accuracy).argsort(kind="stable")[:MOST_ARMS]
+    links = {
+        "Report": run_link(here, job.run_id, "report.html"),
+        "arms, best first": arms_link(here, job.run_id),
+        "arms side by side": compare_link(here, [children[i] for i in order]),
+        "scores": run_link(here, job.run_ids["trak"]),
+    }
+    arms = []
+    for _, row in result.table.iloc[order].iterrows():
+        name = trial_name(row["arm"], row["action"], row["frac"])
+        arms.append(f"- **{name}** {row['accuracy_mean']:.4f}, {verdict(row)}")
+    if len(result.table) > MOST_ARMS:
+        arms.append(f"- and {len(result.table) - MOST_ARMS} more: arms, best first")
+    return "\n".join([" · ".join(f"[{text}]({to})" for text, to in links.items()), "", *arms])
+
+
+@dataclass(frozen=True)
+class EarlierComparison:
+    """A comparison that an earlier command made, as far as it is shown again.
+
+    Attributes:
+        run_id: of its run.
+        table: comparison.csv.
+        n_train: training examples.
+    """
+
+    run_id: str
+    table: pd.DataFrame
+    n_train: int
+
+    @classmethod
+    def load(cls, run_id: str, n_train: int) -> EarlierComparison:
+        """Read it from its run."""
+        return cls(run_id, pd.read_csv(artifact_path(run_id, "comparison.csv")), n_train)
+
+    def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
+        """The training examples that an arm keeps at a share; None if the arm takes no share.
+
+        Raises:
+            InputError: the arm's nested run is gone.
+        """
+        terms = {
+            "tags.`mlflow.parentRunId`": self.run_id,
+            "params.arm": arm,
+            "params.action": "remove",
+        }
+        if frac is not None:
+            terms["params.n_removed"] = str(round(frac * self.n_train))
+        runs = mlflow.MlflowClient().search_runs(
+            [mlflow.get_run(self.run_id).info.experiment_id],
+            " and ".join(f"{name} = '{value}'" for name, value in terms.items()),
+        )
+        if not runs:
+            raise InputError(f"export_arm={arm}: its nested run in run {self.run_id} is gone")
+        file = artifact_path(runs[0].info.run_id, "kept.csv")
+        return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def where_to_look(run_id: str) -> list[str]:
+    """Lines for the terminal: how to open the comparison in MLflow's pages."""
+    uri = mlflow.get_tracking_uri()
+    is_server = uri.startswith("http")
+    store = uri if redact(uri) == uri else '"$MLFLOW_TRACKING_URI"'  # a password stays unprinted
+    start = "" if is_server else f"mlflow ui --backend-store-uri {store}   # and then "
+    address = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
+    experiment = mlflow.get_run(run_id).info.experiment_id
+    return [redact(f"next: {start}open {address}/{arms_link(experiment, run_id)}")]

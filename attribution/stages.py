@@ -1,0 +1,125 @@
+"""The five stages of the project, one entry each: what each depends on, builds on, and leaves behind."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from images to an answer: an entry point, and an MLflow run with its result.
+
+    Attributes:
+        name: the entry point, the script that computes the stage, and its runs' tag `stage`.
+        groups: parameter groups that the result depends on, beside those of upstream stages.
+        artifacts: what a finished run must still have for later commands to build on it; one name
+            a checkpoint where it contains {m}.
+        results: artifacts that a replay compares, of folders their weights.
+        note: markdown at the top of the run's page in MLflow.
+        upstream: stages whose results this one needs, the nearest first.
+        upstream_for: a further upstream stage that is needed only where a parameter is given.
+        outputs: parameter groups of the files that the command writes outside MLflow.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    artifacts: tuple[str, ...]
+    results: tuple[str, ...]
+    note: str
+    upstream: tuple[str, ...] = ()
+    upstream_for: Mapping[str, str] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def all_groups(self) -> tuple[str, ...]:
+        """Every parameter group that the result depends on, upstream stages included."""
+        above = STAGES[self.upstream[0]].all_groups if self.upstream else ()
+        return above + self.groups
+
+    def needed(self, config: Any) -> tuple[str, ...]:
+        """The upstream stages whose results this one needs under these parameters."""
+        more = [stage for name, stage in self.upstream_for.items() if getattr(config, name)]
+        return (*self.upstream, *more)
+
+    def script(self) -> ModuleType:
+        """Import the module that computes the stage.
+
+        It defines `check`, `estimate`, `run`, `load`, `record`, `outputs` and `show`;
+        scripts/ablation.py is the one to read first. The import takes seconds (torch, MLflow),
+        so it happens after the flags have been checked.
+        """
+        return importlib.import_module(f"scripts.{self.name}")
+
+
+_STAGES = (
+    Stage(
+        name="finetune",
+        groups=("data", "training", "finetune"),
+        artifacts=("training/logits.npz", "checkpoints/{m:03d}/model.safetensors"),
+        results=("checkpoints", "training/logits.npz"),
+        note="""\
+An ensemble of checkpoints. Each one was trained on its own random part of the training set.
+
+- **Model metrics**: loss and accuracy of each checkpoint by epoch
+- **Artifacts**: `training/curves.png` shows all curves; every folder in `checkpoints/` loads with
+  `from_pretrained`
+- Next: the *trak* run scores the training examples with these checkpoints
+""",
+    ),
+    Stage(
+        name="trak",
+        groups=("trak",),
+        upstream=("finetune",),
+        artifacts=(
+            "suspects.csv", "scores/scores.npy", "scores/train.parquet", "scores/targets.parquet",
+            "scores/metadata.json",
+        ),
+        results=("scores/scores.npy", "suspects.csv"),
+        note="""\
+How much each training example helps (positive) or hurts (negative) each validation example.
+
+- **Artifacts**: `scores/gallery.png` shows the most helpful and most harmful examples of some
+  targets; `suspects.json` lists the training examples that a person should check
+- **Metrics**: where labels were flipped on purpose, `flips_auroc_…` says how well the flips are found
+- Next: the *ablation* run removes examples by these scores and trains again
+""",
+    ),
+    Stage(
+        name="ablation",
+        groups=("ablation",),
+        upstream=("trak",),
+        outputs=("export", "output"),
+        artifacts=("comparison.csv", "report.html"),
+        results=("comparison.csv", "per_class.csv"),
+        note="The arms are being retrained. The comparison appears here when the run is finished.",
+    ),
+    Stage(
+        name="evaluate",
+        groups=("evaluate",),
+        upstream=("trak", "finetune"),
+        artifacts=("evaluation.csv", "bank/spec.json"),
+        results=("evaluation.csv", "bank/margins.npy"),
+        note="""\
+Is the attribution right? Each method's predictions against models retrained on random subsets.
+
+- **Artifacts**: `evaluation.png` and `evaluation.json` compare the methods; every method is also a
+  child run
+- `lds` is the rank correlation of predicted and measured margins (1 is perfect; `random` gets 0)
+""",
+    ),
+    Stage(
+        name="explain",
+        groups=("explain",),
+        upstream=("trak",),
+        upstream_for={"image": "finetune"},  # a new picture needs the checkpoints themselves
+        outputs=("output",),
+        artifacts=("explanation.html", "explanation.csv"),
+        results=("explanation.csv",),
+        note="Why the model predicts what it does: open `explanation.html` under **Artifacts**.",
+    ),
+)  # fmt: skip
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _STAGES}

@@ -1,0 +1,73 @@
+"""The tracking store's failures: told in one line, and without the credentials in its address."""
+
+from __future__ import annotations
+
+import errno
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+from requests import ConnectionError
+from sqlalchemy.exc import OperationalError
+
+from attribution.errors import InputError
+from attribution.reporting import ablation_record
+from attribution.tracking import database
+from attribution.tracking.database import failure, open_store
+
+SECRET = "s3cret%2Fword"
+SERVER = f"https://me:{SECRET}@tracking.test:5000"
+POSTGRES = f"postgresql://me:{SECRET}@db.test/mlflow"
+
+
+@pytest.mark.parametrize("uri", [SERVER, POSTGRES])
+def test_no_message_about_the_store_holds_credentials(uri: str, monkeypatch) -> None:
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
+    long = f"{'x' * 270} {uri}"  # where a message is cut off, half a password may be left
+    for error in (
+        MlflowException(f"API request to {uri}/api failed"),
+        ConnectionError(f"HTTPSConnectionPool: {long}"),
+        OperationalError("SELECT 1", {}, Exception(f"could not connect to {uri}")),
+    ):
+        told = failure(error)
+        assert told.startswith("MLFLOW_TRACKING_URI=") and "***@" in told
+        assert "s3cret" not in told and "word" not in told
+    assert "s3cret" not in failure(OSError(errno.ENOSPC, f"No space left for {uri}"))
+
+
+def test_a_store_of_a_retired_or_malformed_kind_is_refused_without_its_credentials(
+    monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: f"file://me:{SECRET}@host/mlruns")
+    with pytest.raises(InputError, match="retired its file store") as refused:
+        open_store(tmp_path)
+    assert "s3cret" not in str(refused.value)
+
+    def broken(*args: object, **options: object) -> None:
+        raise MlflowException(f"InvalidURL: {SERVER}")
+
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: SERVER)
+    monkeypatch.setattr(mlflow.MlflowClient, "search_experiments", broken)
+    with pytest.raises(InputError, match="not an address") as refused:
+        open_store(tmp_path)
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("uri", [SERVER, POSTGRES])
+def test_where_to_look_names_no_credentials(uri: str, monkeypatch) -> None:
+    class Run:
+        class info:
+            experiment_id = "1"
+
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
+    monkeypatch.setattr(mlflow, "get_run", lambda run_id: Run)
+    (line,) = ablation_record.where_to_look("r1")
+    assert "s3cret" not in line and "viewStateShareKey=r1" in line
+    if uri == POSTGRES:  # a command that works as it stands
+        assert '--backend-store-uri "$MLFLOW_TRACKING_URI"' in line
+
+
+def test_a_mistake_of_the_code_is_no_failure_of_the_store() -> None:
+    error = MlflowException.invalid_parameter_value("no such thing")
+    assert failure(error) == "" and failure(ValueError("x")) == ""
+    assert database.failure(OSError(errno.ENOENT, "gone")) == ""
