@@ -139,7 +139,7 @@ class _Grid:
     def _layers(self, m: int, k: int, draw: int) -> np.ndarray:
         """Features (n, layers, k) of train and targets under a checkpoint."""
 
-        from attribution.data.dataset import TARGETS
+        from attribution.data.splits import TARGETS
         from attribution.gradients.sketch import Sketch
         from attribution.models import classifier
         from attribution.models.batches import batches_of

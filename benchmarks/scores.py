@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def write_features(work: Path, model_id: int, n: int, m: int, k: int) -> None:
     """Random features and 1 - p of one checkpoint, where traker's saver would put them."""
-    from attribution.data.dataset import TARGETS
+    from attribution.data.splits import TARGETS
     from attribution.runtime.npy_blocks import row_slices, write_matrix
 
     rng = np.random.default_rng(model_id)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from attribution.config import Config
-from attribution.data.dataset import Listing
-from attribution.data.pixel_cache import decode_image
+from attribution.data.decoding import decode_image
+from attribution.data.listing import Listing
 from attribution.data.sources import content
 from attribution.models import classifier
 

@@ -12,7 +12,9 @@ import mlflow
 
 from attribution.cli import auto_settings
 from attribution.config import AUTO, FIELDS, Config, convert, default_of, resolve
-from attribution.data.dataset import LEFT_OUT, ImageData, Listing, list_data, load_data
+from attribution.data.dataset import ImageData, load_data
+from attribution.data.listing import Listing, list_data
+from attribution.data.splits import LEFT_OUT
 from attribution.errors import InputError
 from attribution.runtime.device import resolve_device, resolve_precision
 from attribution.runtime.progress import say

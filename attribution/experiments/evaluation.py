@@ -12,7 +12,8 @@ import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
 from attribution.config import Config
-from attribution.data.dataset import TARGETS, ImageData
+from attribution.data.dataset import ImageData
+from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.experiments.methods import (
     METHODS,

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from attribution.config import Config, nearest
-from attribution.data.dataset import TARGETS, ImageData
+from attribution.data.dataset import ImageData
+from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.models import classifier
 from attribution.models.batches import batches_of

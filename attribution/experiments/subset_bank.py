@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from attribution.config import Config
-from attribution.data.dataset import TARGETS, ImageData
+from attribution.data.dataset import ImageData
+from attribution.data.splits import TARGETS
 from attribution.errors import InputError, reason
 from attribution.models.predict import margins
 from attribution.models.retrain import Series, retrained_logits

@@ -9,7 +9,7 @@ import torch
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.data.pixel_cache import Augmentation, augment_batch, draw_augmentation, to_batch
+from attribution.data.transforms import augment_batch, draw_augmentation, to_batch
 from attribution.models import classifier
 from attribution.runtime.hashing import derive_seed
 from attribution.runtime.npy_blocks import row_slices
@@ -53,7 +53,7 @@ class Batches:
         n = len(self.rows)
         order = torch.randperm(n, generator=self.generator).numpy()
         drawn = draw_augmentation(n, self.augment, self.pad, self.generator)
-        columns = torch.stack([torch.arange(n), drawn.flips.long(), drawn.dy, drawn.dx])
+        columns = torch.cat([torch.arange(n)[None], drawn])
         columns = columns[:, torch.from_numpy(order[np.isin(order, kept, assume_unique=True)])]
         if self.resident:
             columns = columns.to(self.device)  # once: a copy for every step would wait for the last
@@ -66,13 +66,12 @@ class Batches:
 
     def images(self, draw: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W), augmented, of a draw."""
-        index, flips, dy, dx = draw
+        index, drawn = draw[0], draw[1:]
         chosen = self.pixels[index] if self.resident else self.pixels[self.rows[index.numpy()]]
         images = to_batch(chosen, self.mean, self.std, self.device)
         if self.augment == "none":
             return images
-        pad = self.pad if "crop" in self.augment else 0
-        return augment_batch(images, Augmentation(flips.bool(), dy, dx, pad))
+        return augment_batch(images, drawn, self.pad)
 
 
 _uploaded: dict[tuple, torch.Tensor] = {}

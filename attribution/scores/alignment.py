@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import nearest
-from attribution.data.dataset import SPLITS
+from attribution.data.splits import SPLITS
 from attribution.errors import InputError
 from attribution.runtime.npy_blocks import pieces, row_blocks
 

@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 
 from attribution.config import Config, nearest
-from attribution.data.dataset import TARGETS, ImageData
-from attribution.data.pixel_cache import read_image
+from attribution.data.dataset import ImageData
+from attribution.data.decoding import read_image
+from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
 from attribution.runtime.safe_files import regular

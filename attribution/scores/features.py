@@ -16,7 +16,8 @@ from trak.gradient_computers import FunctionalGradientComputer
 from trak.projectors import BasicProjector, ProjectionType
 
 from attribution.config import Config
-from attribution.data.dataset import TARGETS, ImageData
+from attribution.data.dataset import ImageData
+from attribution.data.splits import TARGETS
 from attribution.gradients import per_sample
 from attribution.gradients.sketch import dealt
 from attribution.models import classifier

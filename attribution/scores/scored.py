@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config
-from attribution.data.dataset import TARGETS, ImageData
+from attribution.data.dataset import ImageData
+from attribution.data.splits import TARGETS
 from attribution.models.ensemble import Ensemble, label_issues, label_quality
 from attribution.runtime.npy_blocks import open_matrix
 from attribution.runtime.parallel import ask

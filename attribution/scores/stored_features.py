@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from attribution.config import Config
-from attribution.data.pixel_cache import to_batch
+from attribution.data.transforms import to_batch
 from attribution.errors import InputError, reason
 from attribution.models import classifier
 from attribution.runtime.device import resolve_device

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from attribution.config import Config
-from attribution.data.dataset import TARGETS, ImageData
+from attribution.data.dataset import ImageData
+from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.gradients import per_sample
 from attribution.models import classifier

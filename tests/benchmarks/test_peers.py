@@ -13,7 +13,7 @@ import torch
 from scipy.stats import spearmanr
 from toy import toy_config, toy_data
 
-from attribution.data.dataset import TARGETS
+from attribution.data.splits import TARGETS
 from attribution.gradients.per_sample import capture
 from attribution.models.checkpoints import train_checkpoints
 from attribution.models.classifier import load

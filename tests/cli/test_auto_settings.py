@@ -17,7 +17,7 @@ from PIL import Image
 from attribution.cli import auto_settings
 from attribution.cli.auto_settings import Facts, choose, gather
 from attribution.config import AUTO, FIELDS, PRESETS, resolve
-from attribution.data.dataset import list_data
+from attribution.data.listing import list_data
 from attribution.models import classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")

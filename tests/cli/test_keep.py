@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attribution.config import resolve
-from attribution.data.dataset import LEFT_OUT, SPLITS, ImageData, load_data, read_ids
+from attribution.data.dataset import ImageData, load_data
+from attribution.data.splits import LEFT_OUT, SPLITS, read_ids
 from attribution.errors import InputError
 from attribution.experiments.arms import Trial, export_files, kept_table
 from attribution.scores.alignment import check_groups

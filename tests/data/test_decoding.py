@@ -1,21 +1,178 @@
-"""Damaged image files: an array of the right shape or one documented refusal, and nothing else."""
+"""Images of every kind are decoded to the same shape; damaged and odd files give one documented refusal."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import struct
+import subprocess
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from damage import Edit, edited, edits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_folders import fails, picture, png
 from PIL import Image
 
-from attribution.data.pixel_cache import read_image
+from attribution.data import decoding
+from attribution.data.decoding import decode_image, read_image
 from attribution.errors import InputError
+
+
+def test_grey_palette_and_cmyk() -> None:
+    grey = Image.new("L", (8, 8), 77)
+    assert (decode_image(grey, 8) == 77).all()
+    palette = picture(0, (8, 8)).quantize(4)
+    assert (decode_image(palette, 8) == np.asarray(palette.convert("RGB"))).all()
+    assert (decode_image(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), 8)[0, 0] == [255, 0, 0]).all()
+    assert (decode_image(Image.new("1", (8, 8), 1), 8) == 255).all()
+
+
+def test_transparency_is_laid_on_white() -> None:
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.putpixel((0, 0), (10, 20, 30, 255))
+    pixels = decode_image(image, 8)
+    assert pixels[0, 0].tolist() == [10, 20, 30] and (pixels[1:] == 255).all()
+    assert (decode_image(Image.new("LA", (8, 8), (0, 0)), 8) == 255).all()
+    stream = io.BytesIO()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(stream, "PNG", transparency=0)
+    assert (decode_image(Image.open(stream), 8) == 255).all()
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF")])
+def test_16_bit_grey_is_scaled(mode, suffix) -> None:
+    values = np.linspace(0, 65535, 64).reshape(8, 8)
+    image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.int32))
+    stream = io.BytesIO()
+    image.save(stream, suffix)
+    pixels = decode_image(Image.open(stream), 8)
+    assert np.abs(pixels[..., 0] - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("bright", [0.9, 1.0, 1.1, 256.0, np.nan, -0.1])
+def test_numbers_without_an_agreed_range_are_refused_and_others_keep_their_order(bright) -> None:
+    """A range guessed from each image would make a dark one lighter than a bright one."""
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8), bright, np.float32)).save(stream, "TIFF")
+    if 0 <= bright <= 1:
+        assert np.abs(decode_image(Image.open(stream), 8) - 255 * bright).max() <= 0.6
+    else:
+        with pytest.raises(ValueError, match="grey values of mode F are not from 0 to 1"):
+            decode_image(Image.open(stream), 8)
+
+
+def test_exif_rotation(tmp_path) -> None:
+    image = Image.new("RGB", (16, 16), "white")
+    image.paste("black", (0, 0, 8, 16))  # left half black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a turn to the right: the left half is on top
+    image.save(tmp_path / "turned.png", exif=exif)
+    pixels = decode_image(Image.open(tmp_path / "turned.png"), 16)
+    assert (pixels[:8] == 0).all() and (pixels[8:] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(64, 16), (16, 64), (1, 3000), (5, 5), (300, 200)])
+def test_short_side_is_fitted_and_the_centre_kept(size) -> None:
+    image = Image.new("RGB", size, "red")
+    width, height = size
+    side = min(size)
+    left, top = (width - side) // 2, (height - side) // 2
+    image.paste("blue", (left, top, left + side, top + side))
+    pixels = decode_image(image, 16)
+    assert pixels.shape == (16, 16, 3)
+    assert side < 5 or (pixels[4:12, 4:12] == [0, 0, 255]).all()
+
+
+def test_right_size_is_untouched() -> None:
+    image = picture(3, (8, 8))
+    assert (decode_image(image, 8) == np.asarray(image)).all()
+
+
+def claims(width: int, height: int, colour: int = 0) -> bytes:
+    """A PNG of one colour, so well compressed that it is small however large the image is."""
+    row = bytes(1 + (-(-width // 8) if colour == 0 else 3 * width))
+    packer = zlib.compressobj(9)
+    body = b"".join(packer.compress(row * 100) for _ in range(-(-height // 100))) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1 if colour == 0 else 8, colour, 0, 0, 0)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    chunks = (chunk(b"IHDR", header), chunk(b"IDAT", body), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def eps() -> bytes:
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+UNKNOWN = "not an image in a known format: JPEG, PNG"
+
+
+UNDECODABLE = {
+    "zero bytes": (b"", "the file is empty or cannot be read"),
+    "a bomb": (claims(20_000, 20_000), "exceeds limit"),
+    "a header that claims a bomb": (claims(1, 1)[:16] + b"\x7f" * 8, "the image cannot be decoded"),
+    "cut off": (png(1)[:90], "the image cannot be decoded: image file is truncated"),
+    "PostScript under another name": (eps(), UNKNOWN),
+    "a table": (b"PAR1", UNKNOWN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "says"), UNDECODABLE.values(), ids=UNDECODABLE)
+def test_what_is_no_image_stops_the_run_or_is_skipped(load, root, content, says) -> None:
+    (root / "cat" / "odd.png").write_bytes(content)
+    for _ in range(2):  # the second time the reason comes from the cache
+        fails(load, root, f"dataset={root}", "cat/odd.png", "on_bad_image=skip", says)
+    loaded = load(root, on_bad_image="skip")
+    assert loaded.skipped == ("cat/odd.png",) and len(loaded.examples) == 25
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (20_000, 100)])
+def test_sizes_that_nobody_expects(load, root, size) -> None:
+    Image.new("RGB", size, (200, 100, 50)).save(root / "cat" / "odd.png")
+    loaded = load(root)
+    (row,) = np.flatnonzero(loaded.examples["file_name"] == "cat/odd.png")
+    assert (loaded.pixels()[row] == [200, 100, 50]).all()
+
+
+def test_a_program_is_not_started_for_a_picture(monkeypatch) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
+    with pytest.raises(InputError, match="not an image in a known format"):
+        decoding.read_image(eps(), 8)
+    assert not started
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch) -> None:
+    monkeypatch.setattr(decoding, "LARGE", 10)
+    running, most, original = [], [], decoding.decode_image
+
+    def counted(*arguments):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.005)
+        running.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(decoding, "decode_image", counted)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: decoding.read_image(png(i), 8), range(12)))
+    assert max(most) == 1 and len(most) == 12
+
+
+# Damaged files
 
 SIDE = 8
 

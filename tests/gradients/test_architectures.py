@@ -11,7 +11,7 @@ import transformers
 from test_per_sample import ROUTES, assert_exact, assert_sketch_is, batch, flat, randomise
 from toy import toy_config, toy_data
 
-from attribution.data.dataset import TARGETS
+from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.gradients.per_sample import Shortcuts, capture
 from attribution.gradients.shortcuts import TRIAL, survey

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from attribution.data.pixel_cache import to_batch
+from attribution.data.transforms import to_batch
 from attribution.errors import InputError
 from attribution.models import classifier
 

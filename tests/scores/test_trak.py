@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
 
-from attribution.data.dataset import TARGETS
+from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.runtime import npy_blocks as matrices
 from attribution.runtime.npy_blocks import write_matrix

@@ -1,0 +1,167 @@
+"""Find a data set and list its images, before any image is decoded."""
+
+from __future__ import annotations
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from attribution.config import Config, nearest
+from attribution.data import sources
+from attribution.data.sources import Source
+from attribution.data.splits import SPLITS, carve
+from attribution.errors import InputError
+from attribution.runtime.cache_folder import cache_folder
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The images of a data set.
+
+    Attributes:
+        names: class names; position is the label.
+        table: one row per image: digest, label, file_name, role, row (in the source), name (for
+            messages), in an order that depends on content alone.
+        dropped: copies left out because the same image lies in an official part.
+    """
+
+    source: Source
+    names: list[str]
+    table: pd.DataFrame
+    dropped: int
+
+    def n_train(self, data_seed: int) -> int:
+        """Number of training examples, including any that cannot be decoded."""
+        return int((carve(self.table, data_seed) == "train").sum())
+
+
+def list_data(config: Config) -> Listing:
+    """Find and hash the images. The first rows are a sample of all: the order is that of the hashes.
+
+    Raises:
+        InputError: the data set cannot be found, read or split, or cache_dir cannot be written.
+    """
+    cache_folder(config, "pixels")
+    source = find_source(config)
+    chosen = _choose_classes(source, config)
+    names = [source.class_names[label] for label in chosen]
+    listed = _list_images(source, chosen, config)
+    table = _drop_copies(listed)
+    check_classes(table, names, config)
+    return Listing(source, names, table, len(listed) - len(table))
+
+
+def find_source(config: Config) -> Source:
+    """The images that `dataset` names: the embedded digits, a folder, or a data set of the Hub."""
+    text = config.dataset
+    if text == "digits":
+        return sources.digits()
+    root = Path(os.path.abspath(os.path.expanduser(text)))
+    if root.is_dir() and (found := sources.class_folders(root, config)):
+        return found
+    # Imported here: it takes seconds, and neither digits nor class folders need it.
+    from attribution.data import hub_format
+
+    if root.is_dir():
+        return hub_format.hub_folder(config, root, Path(config.cache_dir))
+    if root.exists():
+        raise InputError(f"dataset={text}: is a file; name the folder that holds the images")
+    looks_like_path = text.startswith((".", "/", "~")) or "/" in text and root.parent.is_dir()
+    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
+        raise InputError(f"dataset={text}: missing folder; name one that exists, or a Hub id")
+    return hub_format.hub_data(config, text)
+
+
+def _choose_classes(source: Source, config: Config) -> list[int]:
+    """Labels of the classes to keep, in the source's order."""
+    for name in config.wanted_classes:
+        if name not in source.class_names:
+            raise InputError(f"classes={name}: no such class; {nearest(name, source.class_names)}")
+    wanted = config.wanted_classes or source.class_names
+    chosen = [label for label, name in enumerate(source.class_names) if name in wanted]
+    if len(chosen) < 2:
+        what = f"classes={config.classes}" if config.classes else f"dataset={config.dataset}"
+        raise InputError(f"{what}: {len(chosen)} class; at least 2 are needed")
+    return chosen
+
+
+def _roles(source: Source, config: Config) -> dict[str, str]:
+    """The role of each part that is used: 'test', 'validation', or 'pool' (to be divided)."""
+    present = list(dict.fromkeys(source.parts))
+    pool = "train" if "train" in present else present[0]
+    if pool != "train" and len(present) > 1:
+        raise InputError(f"dataset={config.dataset}: no part 'train' among {', '.join(present)}")
+    labelled = set(source.parts[source.labels >= 0])
+    test = ["test"] if "test" in labelled else []
+    validation = [name for name in sources.VALIDATION_NAMES if name in labelled][:1]
+    # Without a labelled test part (ethz/food101 has none) the validation part becomes the test split.
+    official = dict(zip(test + validation, ("test", "validation")))
+    return {**official, pool: "pool"}
+
+
+def _list_images(source: Source, chosen: list[int], config: Config) -> pd.DataFrame:
+    """The table of a Listing, copies included."""
+    roles = _roles(source, config)
+    role = np.array([roles.get(part, "") for part in source.parts], object)
+    unlabelled = int(((source.labels < 0) & (role != "")).sum())
+    if unlabelled:
+        raise InputError(f"dataset={config.dataset}: {unlabelled} images have no label")
+    new_label = {label: position for position, label in enumerate(chosen)}
+    rows = np.flatnonzero(np.isin(source.labels, chosen) & (role != ""))
+    parts = source.parts[rows]
+    first = {part: (source.parts == part).argmax() for part in roles}
+    names: list[str] = []
+    digests: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for cells in (source.cells(rows[chunk]) for chunk in sources.chunks(len(rows))):
+            names += [source.name(cell) for cell in cells]
+            digests += pool.map(lambda cell: sources.digest(sources.content(cell)), cells)
+    table = pd.DataFrame(
+        {
+            "digest": digests,
+            "label": [new_label[label] for label in source.labels[rows]],
+            "file_name": names,
+            "role": role[rows],
+            "row": rows,
+            "name": [n or f"row {r - first[p]} ({p})" for n, r, p in zip(names, rows, parts)],
+        }
+    )
+    return table.sort_values(["digest", "label", "file_name", "row"], ignore_index=True)
+
+
+def _drop_copies(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep copies of an image in one role only (test before validation before pool)."""
+    rank = table["role"].map({"pool": 0, "validation": 1, "test": 2})
+    return table[rank == rank.groupby(table["digest"]).transform("max")].reset_index(drop=True)
+
+
+def check_classes(table: pd.DataFrame, names: list[str], config: Config) -> None:
+    """Refuse a class that would be missing from a split.
+
+    Raises:
+        InputError: a class has no images, none in an official part, or too few to divide.
+    """
+    shown = f"dataset={config.dataset}"
+    official = set(table["role"]) - {"pool"}
+    needed = len(SPLITS) - len(official)  # splits made from the pool
+    roles = table.groupby("label")["role"].agg(set)
+    # An image in two classes counts for the first.
+    own = table[table["role"] == "pool"].groupby("digest")["label"].first().value_counts()
+    for label, name in enumerate(names):
+        if label not in roles:
+            raise InputError(f"{shown}: empty class {name!r}: it holds no images")
+        if own.get(label, 0) < needed:
+            raise InputError(
+                f"{shown}: class {name!r} has {own.get(label, 0)} different images of its own to train "
+                f"on; at least {needed} are needed, one for each split made from them"
+            )
+        for split in sorted(official - roles[label]):
+            raise InputError(
+                f"{shown}: class {name!r} has no images in the {split} split; add some, or leave the "
+                "class out with classes"
+            )

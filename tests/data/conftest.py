@@ -1,0 +1,36 @@
+"""Fixtures of the data tests: a folder of images, loading, counted decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from image_folders import write_classes
+
+from attribution.config import resolve
+from attribution.data import decoding
+from attribution.data.dataset import ImageData, load_data
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_classes(tmp_path / "images", {"cat": 10, "dog": 15})
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., ImageData]:
+    def run(dataset: str | Path, **given) -> ImageData:
+        given = {"image_size": 8, "cache_dir": str(tmp_path / "cache"), **given}
+        return load_data(resolve({"dataset": str(dataset), **given}))
+
+    return run
+
+
+@pytest.fixture
+def decodes(monkeypatch) -> list[int]:
+    calls: list[int] = []
+    original = decoding.decode_image
+    monkeypatch.setattr(decoding, "decode_image", lambda *a: (calls.append(1), original(*a))[1])
+    return calls
