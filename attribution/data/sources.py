@@ -108,7 +108,7 @@ def _classes(folder: Path, config: Config) -> dict[str, list[str]]:
             shown = (entry for entry in os.scandir(child) if not entry.name.startswith("."))
             images = (entry for entry in shown if entry.name.lower().endswith(SUFFIXES))
             # A broken link is listed too: it is then reported as undecodable.
-            files = [e.path for e in images if e.is_file() or not os.path.exists(e)]
+            files = [e.path for e in images if os.path.isfile(e) or not os.path.exists(e)]
             _check_names(files, config)
             found[child.name] = sorted(files)
     return found

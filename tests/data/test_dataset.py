@@ -113,6 +113,7 @@ def test_pickle_is_small_and_has_the_same_pixels(load) -> None:
     assert isinstance(copy.pixels(), np.memmap) and not copy.pixels().flags.writeable
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FOOD.is_dir(), reason=f"no photographs at {FOOD}")
 def test_real_photographs(load, decodes) -> None:
     loaded = load(FOOD, image_size=64, label_noise=0.1)

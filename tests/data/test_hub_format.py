@@ -88,6 +88,7 @@ def test_bad_image_and_unlabelled_part_of_a_hub_format(load, tmp_path) -> None:
     fails(load, tmp_path / "holes", "2 images have no label")
 
 
+@pytest.mark.slow
 def test_hub_out_of_reach(tmp_path) -> None:
     code = (
         "from attribution.config import resolve; from attribution.data.dataset import load_data;"

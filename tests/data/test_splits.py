@@ -11,6 +11,7 @@ from attribution.data import splits
 from attribution.data.splits import SPLITS
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 4), min_size=3, max_size=25), min_size=2, max_size=4),
