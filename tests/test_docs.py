@@ -23,7 +23,6 @@ COMING = {
     "attribution/stages.py",
     "attribution/experiments/evidence.py",
     "attribution/reporting/ablation_record.py",
-    "benchmarks/gpu_check.sh",
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
