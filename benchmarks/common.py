@@ -1,4 +1,4 @@
-"""What the sub-benchmarks share: sides timed in turn, medians, peak memory, the machine's name."""
+"""Helpers of the sub-benchmarks: timing in turn, medians, peak memory, a model to measure."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ RESNET18 = {
 
 
 def command_environment(cache: Path | str) -> dict[str, str]:
-    """This process's, for a command with a cache of its own and nothing of the caller's store or cluster.
+    """The environment of a command with its own cache, without the caller's MLflow store or cluster.
 
-    A finished run in that store would be reused.
+    A finished run in the caller's store would be reused.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
     return {**kept, "TRAK_ABLATION_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
 
 
 def data_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The digits, or with --dataset photographs at 64x64 with a tenth of the labels flipped."""
+    """Parameters of the digits, or with --dataset of photographs at 64x64, a tenth of them flipped."""
     given: dict[str, Any] = {"cache_dir": options.cache_dir}
     if options.dataset:
         given |= {"preset": "food101", "dataset": options.dataset, "model": options.model}
@@ -42,7 +42,7 @@ def data_settings(options: argparse.Namespace) -> dict[str, Any]:
 def measure(
     sides: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each side, taken in turn after `warm_up` unmeasured rounds."""
+    """Time each side `repeats` times, the sides in turn, after `warm_up` rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_number in range(warm_up + repeats):
         for name, side in sides.items():
@@ -54,7 +54,7 @@ def measure(
 
 
 def summary(seconds: list[float], per: float = 1) -> dict[str, float]:
-    """n, and min, median and max in milliseconds a unit."""
+    """n, and minimum, median and maximum in milliseconds per unit (each time holds `per` units)."""
     values = [1000 * s / per for s in seconds]
     return {
         "n": len(values),
@@ -65,18 +65,18 @@ def summary(seconds: list[float], per: float = 1) -> dict[str, float]:
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:
-    """Ratio of two sides' medians."""
+    """Ratio of the medians of two sides."""
     return statistics.median(seconds) / statistics.median(base)
 
 
 def reset_peak_memory() -> None:
-    """Start to measure this process's peak anew (Linux; elsewhere the peak is since its start)."""
+    """Reset the peak memory of this process (Linux only; elsewhere the peak counts from its start)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mib() -> float:
-    """Peak resident memory of this process since reset_peak_memory, mapped files included."""
+    """Peak resident memory of this process since the last reset, mapped files included."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -87,7 +87,7 @@ def peak_memory_mib() -> float:
 
 
 def make_model(config: dict[str, Any] | None, classes: int = 10):  # noqa: ANN201
-    """A ResNet of random weights in channels_last; None is the mini model."""
+    """A ResNet with random weights in channels_last memory layout; None is `resnet-mini`."""
     import torch
     from transformers import ResNetConfig, ResNetForImageClassification
 

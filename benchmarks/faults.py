@@ -1,4 +1,4 @@
-"""Real commands, killed at seeded random moments or starved: is all that was finished kept, bit by bit?"""
+"""Kill real commands at random moments, run them again, and compare with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -21,186 +21,189 @@ from typing import Any
 
 from benchmarks.common import command_environment
 
-KINDS = ("SIGKILL", "SIGKILL to all", "SIGTERM", "Ctrl-C", "dead worker", "twice", "full disk")
-TOGETHER = {"two at once": 2, "three at once": 3}  # commands on a new store; asked for by name
-# Small, but with every kind of unit: checkpoints, shards, factors, retrainings alone and in stacks.
+KINDS = ("SIGKILL", "SIGKILL twice", "SIGKILL to all", "SIGTERM", "Ctrl-C", "dead worker", "full disk")  # fmt: skip
+GENTLE = ("SIGTERM", "Ctrl-C")  # signals that a command can answer
+# Small, but with every kind of unit: checkpoints, features, retrainings alone and in stacks.
 SETTINGS = {"num_models": 4, "epochs": 4, "jobs": 2}
-COMMANDS = {
+COMMANDS: dict[str, dict[str, Any]] = {
     "finetune": {},
     "ablation": {"num_seeds": 12, "arms": "none,random,harmful,loss"},
     "evaluate": {"num_subsets": 10, "num_repeats": 2, "brittleness_targets": 2},
     "explain": {},
 }
-# What has to be equal to the last bit.
+# Files that have to be equal to the last bit, and metrics that differ each time.
 RESULTS = ("model.safetensors", "logits.npz", "scores.npy", "suspects.csv", "comparison.csv",
            "per_class.csv", "margins.npy", "evaluation.csv", "brittleness.csv", "explanation.csv")  # fmt: skip
-TIMES = ("seconds", "milliseconds_per_gradient")  # metrics that differ each time
-GENTLE = ("SIGTERM", "Ctrl-C")  # signals that a process can answer
-# Seconds after which what is left is an orphan. Ray's agents notice that their cluster was killed, and
-# then wait a minute for its control server, to tell it.
+TIMES = ("seconds", "milliseconds_per_gradient")
+# Seconds after which a process that is left is an orphan. The agents of a killed Ray driver wait a
+# minute for their control server.
 LEAVE = {"local": 5.0, "ray": 75.0}
-PATIENCE = 900  # seconds until a command counts as hanging
-PAUSE = 2.0  # seconds, at most, between a finished unit and what is done then
+TIME_LIMIT = 900.0  # seconds until a command counts as hanging
+PAUSE = 2.0  # seconds, at most, between a finished unit and the kill
+COUNTED = ("failed", "kept", "lost", "different", "orphans", "badly_marked", "silent")
+SLOWEST = ("slowest_stop", "last_left")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of this sub-benchmark."""
-    parser.add_argument("--trials", type=int, default=25, help="of each backend")
+    """Add the flags of this sub-benchmark."""
+    parser.add_argument("--trials", type=int, default=25, help="trials per backend")
     parser.add_argument("--backends", nargs="+", default=["local"], choices=("local", "ray"))
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=(*KINDS, *TOGETHER))
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="full disk needs root"
+    )
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=tuple(COMMANDS))
-    parser.add_argument("--seed", type=int, default=0, help="of moments, kinds and commands")
-    parser.add_argument("--append", default="", help="file of trials, all of which are counted")
+    parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Interrupt each kind of command at random moments, and start it again.
+    """Run the trials. One row per backend, kind of fault and stage that was interrupted.
 
-    A moment is a number of finished units of work, drawn from none to all that an undisturbed
-    command makes, and a pause: how fast the machine is just then does not matter.
+    A moment is a number of finished units of work (a checkpoint, features of one checkpoint, a
+    retraining), drawn from none to all of an undisturbed command, and a pause. So it does not depend
+    on the speed of the machine. The columns count:
 
-    A row a backend, kind and stage that was being made: `failed`, commands that hung or did not go
-    on; `kept`, finished units of work that lay in the cache when it was stopped, and `lost`, those
-    of them that were made again;
-    `different`, results not identical to an undisturbed run's; `orphans`, processes left (see LEAVE);
-    `untold`, commands that a full disk ended without a line that says so; `badly_marked`, runs that a
-    signal which can be answered did not leave KILLED; `slowest_stop`, seconds from such a signal to
-    the end; `last_left`, seconds from then until the last process of the command had left.
+    failed: commands that hung, or did not end with exit code 0 when they were run again.
+    kept: finished units at the time of the kill. lost: those of them that were computed again.
+    different: result files and metrics that differ from the undisturbed run.
+    orphans: processes left after LEAVE seconds. last_left: seconds until the last one had left.
+    badly_marked: runs that a gentle signal left neither KILLED nor FINISHED.
+    silent: commands that a full disk ended without a line `error: ...`.
+    slowest_stop: seconds from a gentle signal to the end of the command.
     """
-    rows = []
+    trials = []
     for backend in options.backends:
         draw = random.Random(f"{options.seed}/{backend}")
         expected = {name: undisturbed(name, backend) for name in options.commands}
         for number in range(options.trials):
             name = options.commands[number % len(options.commands)]
             kind = draw.choice(options.kinds)
-            trial = {"backend": backend, "kind": kind, "stage": "", "command": name}
-            try:
-                if kind in TOGETHER:
-                    trial |= together(name, backend, TOGETHER[kind], expected[name])
-                else:
-                    trial |= interrupt(name, backend, kind, draw, expected[name])
-            except (RuntimeError, TimeoutError) as error:
-                trial |= {"failed": 1, "reason": str(error)}
-            rows.append(trial)
+            trial: dict[str, Any] = {"backend": backend, "kind": kind, "stage": "", "command": name}
+            with new_place(name, backend, small_disk=kind == "full disk") as place:
+                try:
+                    trial |= Trial(place, kind, draw, expected[name]).run()
+                except (RuntimeError, TimeoutError) as error:
+                    trial |= {"failed": 1, "reason": str(error)}
+            trials.append(trial)
             print(trial, file=sys.stderr, flush=True)
-            if options.append:
-                with Path(options.append).open("a") as file:
-                    file.write(json.dumps(trial) + "\n")
-    if options.append:
-        rows = [json.loads(line) for line in Path(options.append).read_text().splitlines()]
-    return summary(rows)
+    return _summary(trials)
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trials counted by backend, kind and stage."""
+def _summary(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     import pandas as pd
 
-    table = pd.DataFrame(rows)
-    table = table.reindex(columns=list(dict.fromkeys([*table, "failed", "told", "last_left"])))
-    table = table.fillna({"failed": 0, "told": 1, "last_left": 0.0})
-    table["untold"] = 1 - table["told"]
-    counted = ("failed", "untold", "kept", "lost", "different", "orphans", "badly_marked")
-    wanted = {"trials": ("kind", "size"), **{name: (name, "sum") for name in counted}}
-    slowest = {name: (name, "max") for name in ("slowest_stop", "last_left")}
-    counts = table.groupby(["backend", "kind", "stage"]).agg(**wanted, **slowest)
-    return counts.reset_index().to_dict("records")
+    table = pd.DataFrame(trials).reindex(
+        columns=["backend", "kind", "stage", "command", *COUNTED, *SLOWEST]
+    )
+    groups = table.fillna(dict.fromkeys((*COUNTED, *SLOWEST), 0)).groupby(
+        ["backend", "kind", "stage"]
+    )
+    columns: dict[str, Any] = {"trials": ("command", "size")}
+    columns |= {name: (name, "sum") for name in COUNTED}
+    columns |= {name: (name, "max") for name in SLOWEST}
+    return groups.agg(**columns).reset_index().to_dict("records")
 
 
 @dataclass
 class Place:
-    """A store and a cache of their own, and the command that fills them."""
+    """A tracking store and a cache of its own, and the command that fills them."""
 
     folder: Path
-    name: str
-    backend: str = "local"
-    settings: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
+    command: str
+    backend: str
     seen: set[str] = field(default_factory=set)  # every unit of work that was there at some time
 
     @property
     def err(self) -> Path:
-        """What its commands wrote to stderr, beside the folder: that one's disk may be full."""
+        """What the commands wrote to stderr. Not in the folder, whose disk may be full."""
         return self.folder.with_name(f"{self.folder.name}.err")
 
     def start(self) -> subprocess.Popen:
-        """The command, at the head of a session of its own: what it leaves there is an orphan."""
-        given = {**SETTINGS, **COMMANDS[self.name], "backend": self.backend, **self.settings}
+        """Start the command as leader of a new session, whose other processes are its own."""
+        given = {**SETTINGS, **COMMANDS[self.command], "backend": self.backend}
         flags = [f"--{name}={value}" for name, value in given.items()]
-        environment = command_environment(self.folder / "cache") | {"TMPDIR": str(self.folder)}
         with self.err.open("a") as err:
             return subprocess.Popen(
-                [sys.executable, "-m", f"scripts.{self.name}", *flags],
+                [sys.executable, "-m", f"scripts.{self.command}", *flags],
                 cwd=self.folder,
-                env=environment | self.environment,
+                env=command_environment(self.folder / "cache") | {"TMPDIR": str(self.folder)},
                 stdout=subprocess.DEVNULL,
                 stderr=err,
                 start_new_session=True,
-                # Started in a shell's background this process ignores Ctrl-C, and children inherit that.
+                # A shell starts background processes with Ctrl-C ignored, which children inherit.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
-    def finish(self) -> int:
-        """Start it and wait; how many units of work that were finished before it made again.
-
-        Raises:
-            RuntimeError: it failed.
-            TimeoutError: it hangs.
-        """
-        before, again = self.units(), set()
-        process, deadline = self.start(), time.monotonic() + PATIENCE
-        while process.poll() is None:
-            now = self.units()
-            again |= {unit for unit in before if now.get(unit, before[unit]) != before[unit]}
-            if time.monotonic() > deadline:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise TimeoutError(f"{self.name}: no end after {PATIENCE} s")
-            time.sleep(0.1)
-        self.check(process)
-        return len(again)
-
-    def check(self, process: subprocess.Popen) -> None:
-        """Raise RuntimeError where it failed."""
-        if process.wait(PATIENCE):
-            raise RuntimeError(self.err.read_text()[-2000:])
-
-    def units(self) -> dict[str, int]:
-        """When each finished unit of work that the cache holds was written, in nanoseconds."""
-        work, found = self.folder / "cache" / "work", {}
-        for folder, _, names in os.walk(work):  # which does not mind what is discarded meanwhile
-            place = Path(folder)
-            if any(part.startswith(".") for part in place.relative_to(work).parts):
-                continue
-            units = [place] if {"done", "logits.npz"} & set(names) else []
-            if place.name == "retrainings":
-                units = [place / name for name in names if re.fullmatch(r"[^.].*\.npz", name)]
-            for unit in units:
-                with contextlib.suppress(OSError):
-                    found[str(unit.relative_to(work))] = unit.stat().st_mtime_ns
-        self.seen |= found.keys()
-        return found
-
-    def wait(self, process: subprocess.Popen, units: int, pause: float) -> None:
-        """Until it has ended, or so many units have been seen and the pause is over."""
+    def wait_for(self, process: subprocess.Popen, units: int, pause: float) -> None:
+        """Wait until that many units have been seen and the pause is over, or the command ended."""
         while process.poll() is None and len(self.seen) < units:
             self.units()
             time.sleep(0.1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(pause)
 
+    def finish(self, process: subprocess.Popen, before: dict[str, int]) -> int:
+        """Wait for the end; return how many of the units in `before` were computed again.
+
+        Raises:
+            RuntimeError: the command failed.
+            TimeoutError: the command hangs.
+        """
+        again, deadline = set(), time.monotonic() + TIME_LIMIT
+        while process.poll() is None:
+            now = self.units()
+            again |= {unit for unit in before if now.get(unit, before[unit]) != before[unit]}
+            if time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise TimeoutError(f"{self.command}: still running after {TIME_LIMIT:g} s")
+            time.sleep(0.1)
+        if process.returncode:
+            raise RuntimeError(self.err.read_text()[-2000:])
+        return len(again)
+
+    def units(self) -> dict[str, int]:
+        """The finished units of work in the cache, and when each was written, in nanoseconds."""
+        work, found = self.folder / "cache" / "work", {}
+        for name, _, files in os.walk(work):  # unlike rglob, walk accepts that folders disappear
+            folder = Path(name)
+            if any(part.startswith(".") for part in folder.relative_to(work).parts):
+                continue
+            units = [folder] if {"done", "logits.npz"} & set(files) else []
+            if folder.name == "retrainings":
+                units = [folder / file for file in files if re.fullmatch(r"[^.].*\.npz", file)]
+            for unit in units:
+                with contextlib.suppress(OSError):
+                    found[str(unit.relative_to(work))] = unit.stat().st_mtime_ns
+        self.seen |= found.keys()
+        return found
+
+    def runs(self) -> list[Any]:
+        """All MLflow runs, oldest first."""
+        from mlflow import MlflowClient
+
+        database = self.folder / "mlflow.db"
+        if not database.exists():
+            return []
+        return list(
+            MlflowClient(f"sqlite:///{database}").search_runs(["0"], order_by=["start_time"])
+        )
+
     def stage(self) -> str:
-        """What is being made, or was when it was stopped."""
-        runs = sorted(self.runs(), key=lambda run: run.info.start_time)
-        stages = [r.data.tags.get("stage", "start") for r in runs if r.info.status != "FINISHED"]
-        return stages[-1] if stages else ("finished" if runs else "start")
+        """The stage that is being computed, or was when the command ended."""
+        runs = self.runs()
+        unfinished = [
+            r.data.tags.get("stage", "start") for r in runs if r.info.status != "FINISHED"
+        ]
+        return unfinished[-1] if unfinished else ("finished" if runs else "start")
 
     def results(self) -> dict[str, str]:
-        """Hash of every result file and of all metrics of FINISHED runs, by stage and name."""
+        """Hash of every result file and all metrics of the FINISHED runs, by stage and name."""
         found: dict[str, str] = {}
         for run in self.runs():
-            if run.info.status != "FINISHED" or "reused_run_id" in run.data.tags:
+            tags = run.data.tags
+            if run.info.status != "FINISHED" or "reused_run_id" in tags:
                 continue
-            name = f"{run.data.tags['stage']}/{run.info.run_name if 'fingerprint' not in run.data.tags else ''}"
+            nested = "" if "fingerprint" in tags else run.info.run_name
+            name = f"{tags['stage']}/{nested}"
             metrics = {k: v for k, v in run.data.metrics.items() if k not in TIMES}
             found[f"{name}/metrics"] = json.dumps(metrics, sort_keys=True)
             for root in self.folder.rglob(f"{run.info.run_id}/artifacts"):
@@ -210,163 +213,121 @@ class Place:
                         found[f"{name}/{file.relative_to(root)}"] = content
         return found
 
-    def runs(self) -> list[Any]:
-        """All runs of the store."""
-        from mlflow import MlflowClient
-
-        uri = self.environment.get("MLFLOW_TRACKING_URI", "")
-        if not uri:
-            database = self.folder / "mlflow.db"
-            if not database.exists():
-                return []
-            uri = f"sqlite:///{database}"
-        return list(MlflowClient(uri).search_runs(["0"]))
-
 
 @contextlib.contextmanager
-def new_place(name: str, backend: str) -> Iterator[Place]:
+def new_place(command: str, backend: str, small_disk: bool = False) -> Iterator[Place]:
+    """An empty place; with `small_disk` on a disk of 400 MiB, which only root can mount."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        place = Place(Path(folder), name, backend)
+        place = Place(Path(folder), command, backend)
+        if small_disk:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", folder], check=True)
         try:
             yield place
         finally:
             place.err.unlink(missing_ok=True)
+            if small_disk:
+                subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A command that ran to its end: its units of work, seconds until the first of them, its results."""
+    """A command that ran to its end: units of work, seconds until the first one, and results."""
 
     units: int
     start_up: float
     results: dict[str, str]
 
 
-def undisturbed(name: str, backend: str) -> Undisturbed:
-    with new_place(name, backend) as place:
+def undisturbed(command: str, backend: str) -> Undisturbed:
+    """Run the command once without a fault."""
+    with new_place(command, backend) as place:
         process, start = place.start(), time.monotonic()
-        place.wait(process, 1, 0)
+        place.wait_for(process, 1, pause=0)
         start_up = time.monotonic() - start
-        place.wait(process, 1 << 30, 0)
-        place.check(process)
+        place.finish(process, before={})
         return Undisturbed(len(place.seen), start_up, place.results())
 
 
-def interrupt(
-    name: str, backend: str, kind: str, draw: random.Random, expected: Undisturbed
-) -> dict[str, Any]:
-    """One trial; `draw` is of the moments."""
-    with new_place(name, backend) as place, _small_disk(place.folder, kind == "full disk"):
-        found: dict[str, Any] = dict.fromkeys(("kept", "lost", "orphans", "badly_marked"), 0)
-        moments = sorted(draw.randint(0, expected.units) for _ in range(1 + (kind == "twice")))
-        slowest = 0.0
-        for units in moments:
-            process = place.start()
-            place.wait(process, units, draw.uniform(0, PAUSE if units else expected.start_up))
-            if kind == "full disk":
-                found |= _starve(place, process)
-            if kind == "dead worker":
-                found["stage"] = place.stage()
-            took = _stop(process, kind, draw)
-            if kind == "dead worker":
-                place.check(process)
-                break
-            found["stage"] = place.stage()
-            found["kept"] += len(place.units())
-            if kind == "full disk":
-                break
-            left, until = _orphans(process.pid, LEAVE["local" if kind in GENTLE else backend])
-            found["orphans"] += left
-            found["last_left"] = max(found.get("last_left", 0.0), until)
-            if kind in GENTLE:
-                slowest = max(slowest, took)
-                states = ("KILLED", "FINISHED")
-                badly = [r.info.status for r in place.runs() if r.info.status not in states]
-                if badly:
-                    found["badly_marked"] += len(badly)
-                    found["said"] = [
-                        process.returncode,
-                        *badly,
-                        *place.err.read_text().splitlines(),
-                    ]
-        if kind != "dead worker":
-            found["lost"] = place.finish()
-        differ = different(place.results(), expected.results)
-        return {"moments": moments, **found, "different": differ, "slowest_stop": slowest}
+@dataclass
+class Trial:
+    """One command that is disturbed once or twice, and then run to its end."""
 
+    place: Place
+    kind: str
+    draw: random.Random
+    expected: Undisturbed
 
-def together(name: str, backend: str, count: int, expected: Undisturbed) -> dict[str, Any]:
-    """The same command so many times at once; `lost` is results that were made more than once."""
-    with new_place(name, backend) as place:
-        for process in [place.start() for _ in range(count)]:
-            place.check(process)
-        tags = [run.data.tags for run in place.runs() if run.info.status == "FINISHED"]
-        made = [each["fingerprint"] for each in tags if "fingerprint" in each]
-        return {
-            "stage": "start",
-            **dict.fromkeys(("kept", "orphans", "badly_marked"), 0),
-            "lost": len(made) - len(set(made)),
-            "different": different(place.results(), expected.results),
-            "slowest_stop": 0.0,
+    def run(self) -> dict[str, Any]:
+        """Disturb the command, run it again, and count what went wrong, as `run` above says."""
+        times = 2 if self.kind == "SIGKILL twice" else 1
+        moments = sorted(self.draw.randint(0, self.expected.units) for _ in range(times))
+        outcomes = [self.disturb(units) for units in moments]
+        orphans = sum(each.get("orphans", 0) for each in outcomes)
+        found: dict[str, Any] = {"moments": moments, **outcomes[-1], "orphans": orphans}
+        if self.kind != "dead worker":  # there the disturbed command itself has to finish
+            before = self.place.units()
+            found |= {"kept": len(before), "lost": self.place.finish(self.place.start(), before)}
+        results = self.place.results()
+        wanted = self.expected.results
+        found["different"] = sum(results.get(key) != value for key, value in wanted.items())
+        return found
+
+    def disturb(self, units: int) -> dict[str, Any]:
+        """Start the command, do what the kind says after that many units, and wait for its end."""
+        process = self.place.start()
+        pause = self.draw.uniform(0, PAUSE if units else self.expected.start_up)
+        self.place.wait_for(process, units, pause)
+        if self.kind == "dead worker":
+            stage = self.place.stage()
+            workers = _workers(process.pid)
+            if workers:
+                _kill(self.draw.choice(workers))
+            self.place.finish(process, before={})
+            return {"stage": stage}
+        if self.kind == "full disk":
+            silent = self.fill_disk(process)
+            return {"stage": self.place.stage(), "silent": int(silent)}
+        start = time.monotonic()
+        if process.poll() is None:
+            self.stop(process)
+            process.wait(TIME_LIMIT)
+        found: dict[str, Any] = {"stage": self.place.stage()}
+        if self.kind in GENTLE:
+            found["slowest_stop"] = time.monotonic() - start
+            states = [run.info.status for run in self.place.runs()]
+            found["badly_marked"] = sum(state not in ("KILLED", "FINISHED") for state in states)
+            if found["badly_marked"]:
+                found["stderr"] = self.place.err.read_text()[-2000:]
+        found["orphans"], found["last_left"] = _orphans(
+            process.pid, LEAVE["local" if self.kind in GENTLE else self.place.backend]
+        )
+        return found
+
+    def stop(self, process: subprocess.Popen) -> None:
+        """Send the signal; a terminal sends Ctrl-C to the whole process group."""
+        actions: dict[str, Callable[[], None]] = {
+            "SIGKILL": process.kill,
+            "SIGKILL twice": process.kill,
+            "SIGKILL to all": lambda: os.killpg(process.pid, signal.SIGKILL),
+            "SIGTERM": process.terminate,
+            "Ctrl-C": lambda: os.killpg(process.pid, signal.SIGINT),
         }
+        actions[self.kind]()
+
+    def fill_disk(self, process: subprocess.Popen) -> bool:
+        """Fill the disk until the command ends; whether it failed without saying why."""
+        filler = self.place.folder / "filler"
+        with filler.open("wb", buffering=0) as out, contextlib.suppress(OSError):
+            while True:
+                out.write(bytes(1 << 16))
+        code = process.wait(TIME_LIMIT)
+        filler.unlink()
+        lines = self.place.err.read_text().splitlines()[-3:]
+        return code != 0 and not any(line.startswith("error: ") for line in lines)
 
 
-def different(found: dict[str, str], expected: dict[str, str]) -> int:
-    return sum(found.get(key) != value for key, value in expected.items())
-
-
-def _stop(process: subprocess.Popen, kind: str, draw: random.Random) -> float:
-    """Do what the kind says; seconds until the command has ended, if it is to end."""
-    start = time.monotonic()
-    if process.poll() is not None:
-        return 0.0
-    if kind == "dead worker":
-        workers = _workers(process.pid)
-        if workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(draw.choice(workers), signal.SIGKILL)
-        return 0.0
-    actions: dict[str, Callable[[], None]] = {
-        "SIGKILL": process.kill,
-        "twice": process.kill,
-        "SIGKILL to all": lambda: os.killpg(process.pid, signal.SIGKILL),
-        "SIGTERM": process.terminate,
-        "Ctrl-C": lambda: os.killpg(process.pid, signal.SIGINT),  # as a terminal sends it
-        "full disk": lambda: None,
-    }
-    actions[kind]()
-    process.wait(PATIENCE)
-    return time.monotonic() - start
-
-
-def _starve(place: Place, process: subprocess.Popen) -> dict[str, Any]:
-    """Fill the disk until the command has ended; whether it told why, if it failed, or what instead."""
-    filler = place.folder / "filler"
-    with filler.open("wb", buffering=0) as out, contextlib.suppress(OSError):
-        while True:
-            out.write(bytes(1 << 16))
-    code = process.wait(PATIENCE)
-    filler.unlink()
-    lines = place.err.read_text().splitlines()
-    told = not code or any(line.startswith("error: ") for line in lines[-3:])
-    return {"told": 1} if told else {"told": 0, "said": lines[-5:]}
-
-
-@contextlib.contextmanager
-def _small_disk(folder: Path, wanted: bool) -> Iterator[None]:
-    """A disk of 400 MiB of its own in this folder, for which one has to be root."""
-    if not wanted:
-        yield
-        return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def session(leader: int) -> list[int]:
-    """Living processes of a session, its leader left out."""
+def _session(leader: int) -> list[int]:
+    """Living processes of a session, without its leader."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -378,23 +339,27 @@ def session(leader: int) -> list[int]:
 
 
 def _workers(leader: int) -> list[int]:
-    """Worker processes: those of the session that compute."""
+    """The session's processes that compute: loky's or Ray's workers."""
     found = []
-    for number in session(leader):
+    for number in _session(leader):
         with contextlib.suppress(OSError):
-            words = (Path("/proc") / str(number) / "cmdline").read_bytes()
+            words = Path(f"/proc/{number}/cmdline").read_bytes()
             if b"popen_loky" in words or b"ray::" in words:
                 found.append(number)
     return found
 
 
 def _orphans(leader: int, seconds: float) -> tuple[int, float]:
-    """Processes of the session that are there so long after it was stopped; seconds until all had left."""
+    """Kill what is left of a session after that time: how many, and when the last one had left."""
     start = time.monotonic()
-    while (left := session(leader)) and time.monotonic() < start + seconds:
+    while (left := _session(leader)) and time.monotonic() < start + seconds:
         time.sleep(0.1)
     took = time.monotonic() - start
     for number in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
+        _kill(number)
     return len(left), took
+
+
+def _kill(number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(number, signal.SIGKILL)

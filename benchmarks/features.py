@@ -1,4 +1,4 @@
-"""TRAK features against the forward + backward pass of the same model, batch and precision."""
+"""Time of TRAK features against a training step of the same model, batch and precision."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import argparse
 import statistics
 from typing import Any
 
-from benchmarks.common import (
-    RESNET18,
-    make_model,
-    measure,
-    summary,
-)
+from benchmarks.common import RESNET18, make_model, measure, summary
 
 SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim, num_blocks)
     "resnet18-224": (RESNET18, 224, 16, 2048, 1),
@@ -31,21 +26,19 @@ SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim, num_blocks)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of this sub-benchmark."""
+    """Add the flags of this sub-benchmark."""
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto", help="auto, cpu, or cuda")
-    parser.add_argument(
-        "--batch", type=int, default=0, help="images; 0: as listed, on a GPU as `trak`"
-    )
+    parser.add_argument("--batch", type=int, default=0, help="0: as listed; on a GPU as in `trak`")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The denominator is the fastest of both memory layouts of the step and what training uses."""
+    """Divide by the fastest step: in either memory layout, or in the one that training uses."""
     from attribution.runtime.device import resolve_device
     from attribution.runtime.memory import keep_freed_memory
 
-    keep_freed_memory()  # as every command does; the step gains by it too
+    keep_freed_memory()  # as every command does; it speeds up the step too
     device = resolve_device(options.device)
     rows = []
     for name in options.settings:

@@ -1,4 +1,4 @@
-"""Controls with a known answer: intervals and tests on scores that mean nothing, and duplicates."""
+"""Intervals and tests on scores without meaning, where the true difference is known to be zero."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ FRAC = 0.1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of this sub-benchmark."""
-    parser.add_argument("--experiments", type=int, default=1000, help="whole comparisons")
-    parser.add_argument("--num_seeds", type=int, default=10, help="of each comparison")
+    """Add the flags of this sub-benchmark."""
+    parser.add_argument("--experiments", type=int, default=1000, help="comparisons to simulate")
+    parser.add_argument("--num_seeds", type=int, default=10, help="seeds per comparison")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """How often 95 % intervals hold the true difference, and how often a family finds anything.
+    """Count how often 95 % intervals contain zero, and how often a family of arms finds an effect.
 
-    The learner is a linear head on frozen features (the digits' pixels, least squares on one-hot
-    labels with a tenth flipped), so that a comparison of 4 arms over 10 seeds takes half a second.
-    Each seed draws its own training set of 300 out of 1,200 and its own removals: an arm ranks by
-    scores that are permuted anew, so that its expected difference from random is zero. Every other
-    part is what `ablation` uses: paired differences, Student's t, bootstrap, Holm.
+    The learner is linear (least squares from the digits' pixels to one-hot labels, a tenth flipped),
+    so a comparison of 4 arms over 10 seeds takes half a second. Each seed draws its own training set
+    of 300 out of 1,200. Each arm ranks by freshly permuted scores, so its expected difference from
+    random removal is zero. The rest is the code of `ablation`: paired differences, Student's t,
+    bootstrap, Holm.
     """
     from statsmodels.stats.proportion import proportion_confint
 
@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         found.append(min(holm([e.p for e in estimates])) < 0.05)
     rows = []
     for name, hits in (
-        ("Student's t intervals that hold zero", covered),
-        ("bootstrap (BCa) intervals that hold zero", bootstrapped),
+        ("Student's t intervals that contain zero", covered),
+        ("bootstrap (BCa) intervals that contain zero", bootstrapped),
         ("families with a false finding after Holm", found),
     ):
         low, high = proportion_confint(sum(hits), len(hits), method="wilson")
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class _Learner:
-    """Test accuracy of a linear head after removals from a training set drawn for each seed."""
+    """Test accuracy of a linear model after removals from a training set drawn per seed."""
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -72,7 +72,7 @@ class _Learner:
         self.train, self.test = images[:1200], images[1200:]
 
     def differences(self, rng: np.random.Generator) -> list[float]:
-        """Accuracy of each arm less that of random removal, on one training set."""
+        """Accuracy of each arm minus that of random removal, on one training set."""
         rows = rng.permutation(len(self.train))[:300]
         labels = self.labels[rows].copy()
         flipped = rng.choice(300, 30, replace=False)

@@ -1,4 +1,4 @@
-"""What precision and projector cost in quality: correlation with float32 scores, and LDS."""
+"""Effect of precision and projector on quality: correlation with float32 scores, and LDS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.common import data_settings
 
-# Name: (what differs from the first, whether it has the same random signs).
+# Name: (parameters, whether its random signs are those of the first variant).
 VARIANTS = {
     "sketch, float32": ({"feature_precision": "float32", "projector": "sketch"}, True),
     "sketch, bfloat16": ({"feature_precision": "bfloat16", "projector": "sketch"}, True),
@@ -23,21 +23,21 @@ VARIANTS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of this sub-benchmark."""
-    parser.add_argument("--dataset", default="", help="a folder, in place of the digits")
+    """Add the flags of this sub-benchmark."""
+    parser.add_argument("--dataset", default="", help="image folder; empty takes the digits")
     parser.add_argument("--model", default="resnet-mini", help="with --dataset")
     parser.add_argument("--epochs", type=int, default=3, help="with --dataset")
     parser.add_argument("--proj_dim", type=int, default=512)
     parser.add_argument("--checkpoints", type=int, default=4)
-    parser.add_argument("--subsets", type=int, default=50, help="of half the training set")
+    parser.add_argument("--subsets", type=int, default=50, help="random halves to retrain on")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same checkpoints, targets and retrained subsets for every variant.
+    """Score every variant on the same checkpoints, targets and retrained subsets.
 
-    Differences of LDS are from the first variant, target by target, with a 95 % bootstrap interval
+    `difference` is of LDS from the first variant, paired by target, with a 95 % bootstrap interval
     over targets and subsets.
     """
     from attribution.config import resolve
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     sizes = {"num_models": options.checkpoints, "proj_dim": options.proj_dim}
     config = resolve(data_settings(options) | sizes)
-    for name in options.variants:  # refused before anything is trained
+    for name in options.variants:  # refuse before training
         precision = VARIANTS[name][0]["feature_precision"]
         resolve_precision(precision, resolve_device(config.device), "feature_precision")
     data = load_data(config)

@@ -1,4 +1,4 @@
-"""Overhead of a task and speed-up from one worker to two, for processes of this machine and for Ray."""
+"""Overhead of a task, and speed-up from one worker to two, with local processes and with Ray."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ BACKENDS = ("local", "ray")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of this sub-benchmark."""
+    """Add the flags of this sub-benchmark."""
     parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=list(BACKENDS))
-    parser.add_argument("--tasks", type=int, default=200, help="whose overhead is averaged")
-    parser.add_argument("--retrainings", type=int, default=8, help="in a round, two a task")
-    parser.add_argument("--epochs", type=int, default=15, help="of a retraining")
+    parser.add_argument("--tasks", type=int, default=200, help="empty tasks per round")
+    parser.add_argument(
+        "--retrainings", type=int, default=8, help="retrainings per round, two in a task"
+    )
+    parser.add_argument("--epochs", type=int, default=15, help="epochs of a retraining")
     parser.add_argument("--ray_address", default="local", help="host:port of a running cluster")
     parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Workers are started before anything is timed; a task has one thread whatever the workers."""
+    """Time empty tasks and retrainings; workers are started before, and each has one thread."""
     import numpy as np
     import torch
 
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from attribution.models.retrain import Series, _retrain
     from attribution.runtime.parallel import parallel_map
 
-    torch.set_num_threads(1)  # what one job of this process takes; two share the cores
+    torch.set_num_threads(1)  # as each of two workers has
     given = {"cache_dir": options.cache_dir, "device": "cpu", "epochs": options.epochs}
     config = resolve(given | {"ray_address": options.ray_address})
     data = load_data(config)

@@ -1,4 +1,4 @@
-"""Fine-tuning from the pixel cache against the bare steps on batches that lie ready in memory."""
+"""Time of fine-tuning against bare training steps on batches that are ready in memory."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ EPOCHS = 3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of this sub-benchmark."""
-    parser.add_argument("--dataset", default="", help="a folder, in place of the digits")
+    """Add the flags of this sub-benchmark."""
+    parser.add_argument("--dataset", default="", help="image folder; empty takes the digits")
     parser.add_argument("--model", default="resnet-mini", help="with --dataset")
     parser.add_argument("--image_size", type=int, default=64, help="with --dataset")
     parser.add_argument("--batch_size", type=int, default=0, help="0: the preset's")
     parser.add_argument("--precision", default="", help="empty: the preset's")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--images", type=int, default=2000, help="in an epoch")
+    parser.add_argument("--images", type=int, default=2000, help="images per epoch")
     parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Three epochs each way; where small models are trained in stacks, of ten of them too."""
+    """Train three epochs each way, and a stack of ten models where small models train in stacks."""
     import numpy as np
 
     from attribution.config import resolve
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[], None]:
-    """A function that takes the steps of config.epochs epochs, on batches made beforehand."""
+    """A function that runs the steps of config.epochs epochs on batches made beforehand."""
     import numpy as np
     import torch
 
@@ -88,7 +88,7 @@ def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[
     model = models.build(config.model, data.class_names, 0)
     models.place(model.train(), device, config.image_size)
 
-    def bare() -> None:  # without the building of a model, which training includes
+    def bare() -> None:  # excludes building the model, which training includes
         total = steps * config.epochs
         optimizer, scheduler = training.make_optimizer(config, model.parameters(), total)
         for images, labels in batches * config.epochs:
