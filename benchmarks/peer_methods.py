@@ -1,12 +1,14 @@
-"""The methods that `peers` sets side by side, each behind one signature and imported when it is called."""
+"""The methods that `peers` compares: one signature for all, each package imported when it is used."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,18 @@ from attribution.models.batches import batches_of
 from attribution.scores import trak
 from attribution.scores.features import make_traker
 
-QUERY_BATCH = 128  # kronfluence keeps a gradient of each target of a batch
-QUERIES = 1  # targets, in a measure of speed, of the methods that cannot do without any
+QUERY_BATCH = 128  # kronfluence keeps one gradient per target of a batch
+QUERIES = 1  # targets for measuring the speed of methods that have no separate features
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What every method gets alike: the model's checkpoints, train and validation split, k, ridge.
+    """The input of every method: checkpoints, training and validation split, k, ridge.
 
     Attributes:
         checkpoints: from_pretrained folders.
-        work: an empty folder for what a method keeps on disk.
-        batch: images a batch; 0 is the method's own choice in METHODS.
+        work: an empty folder for the files of the method.
+        batch: images per batch.
     """
 
     config: Config
@@ -44,10 +46,6 @@ class Problem:
     work: Path
     batch: int = 0
 
-    def having(self, **settings: Any) -> Problem:
-        """The same under other settings of the project's own."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, **settings))
-
     def tensors(self, split: str) -> tuple[Tensor, Tensor]:
         """Images (n, 3, H, W) and labels (n,) of a split, on the CPU."""
         batches = batches_of(self.config, self.data, split, 4096, torch.device("cpu"))
@@ -55,19 +53,19 @@ class Problem:
         return torch.cat(images), torch.cat(labels)
 
     def loader(self, split: str, limit: int | None = None) -> DataLoader:
-        """The first `limit` examples of a split, in order and decoded beforehand."""
+        """The first `limit` examples of a split, in order and decoded already."""
         images, labels = self.tensors(split)
         return DataLoader(TensorDataset(images[:limit], labels[:limit]), batch_size=self.batch)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a method says.
+    """The result of a method.
 
     Attributes:
         values: (n_train, n_targets), positive = helpful.
-        self_influence: gives (n_train,), high = suspect, where the method has one; called after
-            the clock has stopped.
+        self_influence: returns (n_train,), high = suspect; called after the time is taken. None for
+            methods without self-influence.
     """
 
     values: np.ndarray
@@ -75,7 +73,7 @@ class Scores:
 
 
 class Logits(nn.Module):
-    """A transformers classifier as the function from images to logits that the peers expect."""
+    """A transformers classifier that returns logits alone, as the peers expect."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -86,7 +84,7 @@ class Logits(nn.Module):
 
 
 def load(folder: Path) -> nn.Module:
-    """A checkpoint in eval mode and float32, giving logits."""
+    """Load a checkpoint in eval mode and float32."""
     return Logits(classifier.load(folder)).eval()
 
 
@@ -98,48 +96,27 @@ def head(model: nn.Module) -> nn.Linear:
 # ---- ours
 
 
-def ours(problem: Problem) -> Scores:
-    """The project's own path: hooks, sketch, ridge; one process, like every other method here."""
-    scores = trak.compute_scores(
-        problem.config, problem.data, problem.checkpoints, problem.work / "features"
-    )
+def ours(problem: Problem, **settings: Any) -> Scores:
+    """Our scores under these parameters; one process, like every other method here."""
+    config = dataclasses.replace(problem.config, **settings)
+    work = problem.work / "features"
+    scores = trak.compute_scores(config, problem.data, problem.checkpoints, work)
     return Scores(np.array(scores.values), lambda: scores.self_influence)
 
 
-def dense(problem: Problem) -> Scores:
-    """traker's exact gradients and dense Gaussian projection under our ridge: the sketch's loss."""
-    return ours(problem.having(projector="normal"))
-
-
-def one_block(problem: Problem) -> Scores:
-    """ours with one Gram matrix for all layers, as TRAK was published: what the peers have."""
-    return ours(problem.having(num_blocks=1))
-
-
-def ours_features(problem: Problem) -> Callable[[], None]:
-    """Featurising the training split with the first checkpoint, ready to be timed."""
-    n = len(problem.data.rows("train"))
-    engine, state = make_traker(
-        problem.config, n, problem.checkpoints[0], problem.work / "ours", 0, "cpu"
-    )
+def ours_features(problem: Problem, **settings: Any) -> Callable[[], None]:
+    """A function that featurises the training split with the first checkpoint."""
+    config, n = dataclasses.replace(problem.config, **settings), len(problem.data.rows("train"))
+    work = problem.work / "ours"
+    engine, state = make_traker(config, n, problem.checkpoints[0], work, 0, "cpu")
     return _featurizing(problem, engine, state)
 
 
-def ours_auto(problem: Problem) -> Scores:
-    """ours, with gradients as presets images and food101 take them: bfloat16 where there is any."""
-    return ours(problem.having(feature_precision="auto"))
-
-
-def ours_auto_features(problem: Problem) -> Callable[[], None]:
-    """ours_features, with the same gradients."""
-    return ours_features(problem.having(feature_precision="auto"))
-
-
 def _featurizing(problem: Problem, engine: Any, state: dict[str, Tensor]) -> Callable[[], None]:
-    batches, numbers = list(problem.loader("train")), iter(range(1 << 30))
+    batches, numbers = list(problem.loader("train")), itertools.count()
 
     def featurize() -> None:
-        engine.load_checkpoint(state, model_id=next(numbers))  # anew: it skips what is done
+        engine.load_checkpoint(state, model_id=next(numbers))  # it skips features of a known id
         for batch in batches:
             engine.featurize(batch, num_samples=len(batch[1]))
 
@@ -150,7 +127,7 @@ def _featurizing(problem: Problem, engine: Any, state: dict[str, Tensor]) -> Cal
 
 
 def traker(problem: Problem, ridge: float = 0.0) -> Scores:
-    """TRAKer as its quick start uses it; its scores are positive = helpful already."""
+    """TRAKer as in its quick start. Its scores are positive = helpful."""
     models_ = [load(folder) for folder in problem.checkpoints]
     engine = _traker(problem, models_[0], ridge)
     states = [model.state_dict() for model in models_]
@@ -169,12 +146,12 @@ def traker(problem: Problem, ridge: float = 0.0) -> Scores:
 
 
 def traker_ridge(problem: Problem) -> Scores:
-    """traker with the ridge that ours uses, in the units of its features."""
+    """traker with our ridge, in the units of its features."""
     return traker(problem, mean_eigenvalue(problem) * problem.config.proj_dim)
 
 
 def traker_features(problem: Problem) -> Callable[[], None]:
-    """Featurising the training split with the first checkpoint, ready to be timed."""
+    """A function that featurises the training split with the first checkpoint."""
     model = load(problem.checkpoints[0])
     engine = _traker(problem, model, 0.0)
     return _featurizing(problem, engine, model.state_dict())
@@ -198,10 +175,11 @@ def _traker(problem: Problem, model: nn.Module, ridge: float) -> Any:
 
 
 def mean_eigenvalue(problem: Problem) -> float:
-    """lambda_reg times the mean eigenvalue, for features P g / sqrt(p k): dattri's; traker's is k times it.
+    """Our ridge in dattri's units: lambda_reg times the mean eigenvalue for features P g / sqrt(p k).
 
-    With p parameters and P Gaussian (p, k), tr(Phi'Phi)/k is sum_i |g_i|^2 / (p k) in the mean.
-    The gradients are those of the first checkpoint; the others' differ by little.
+    traker's features are larger by sqrt(k), so its ridge is k times this one. With p parameters and
+    P Gaussian (p, k), the expectation of tr(Phi'Phi) / k is sum_i |g_i|^2 / (p k). The gradients are
+    those of the first checkpoint; the others differ little.
     """
     model = classifier.load(problem.checkpoints[0])
     images, labels = problem.tensors("train")
@@ -217,14 +195,14 @@ def mean_eigenvalue(problem: Problem) -> float:
 
 
 def dattri(problem: Problem, ridge: float = 0.0) -> Scores:
-    """TRAKAttributor with the margin as its target; positive = helpful already."""
+    """TRAKAttributor with the margin as its target. Its scores are positive = helpful."""
     attributor = _dattri(problem, ridge)
     attributor.cache(problem.loader("train"))
     with torch.no_grad():
         values = attributor.attribute(problem.loader(TARGETS))
 
     def self_influence() -> np.ndarray:
-        with torch.no_grad():  # without a cache: with one it fails
+        with torch.no_grad():  # it fails after cache(), so this is another attributor
             found = _dattri(problem, ridge).self_attribute(problem.loader("train"))
         return found.flatten().numpy()
 
@@ -232,12 +210,12 @@ def dattri(problem: Problem, ridge: float = 0.0) -> Scores:
 
 
 def dattri_ridge(problem: Problem) -> Scores:
-    """dattri with the ridge that ours uses, in the units of its features."""
+    """dattri with our ridge, in the units of its features."""
     return dattri(problem, mean_eigenvalue(problem))
 
 
 def dattri_features(problem: Problem) -> Callable[[], None]:
-    """Its cache(): features of the training split and its solve, ready to be timed."""
+    """A function that calls its cache(): features of the training split, and the solve."""
     loader = problem.loader("train")
     attributor = _dattri(problem, ridge=1.0)  # fewer examples than k: singular without one
     return lambda: attributor.cache(loader)
@@ -270,14 +248,14 @@ def _dattri(problem: Problem, ridge: float) -> Any:
 
 
 def captum(problem: Problem) -> Scores:
-    """TracInCPFast: dot products of the last layer's loss gradients; positive lowers the loss."""
+    """TracInCPFast: dot products of loss gradients of the last layer; positive lowers the loss."""
     tracin = _captum(problem, problem.loader("train"))
     values = tracin.influence(problem.tensors(TARGETS)).T
     return Scores(values.detach().numpy(), lambda: tracin.self_influence().detach().numpy())
 
 
 def captum_features(problem: Problem) -> Callable[[], None]:
-    """Scores for a few targets: it keeps nothing of the training split between calls."""
+    """A function that scores a few targets: captum keeps no features of the training split."""
     tracin = _captum(problem, problem.loader("train"))
     targets = next(iter(problem.loader(TARGETS, QUERIES)))
 
@@ -295,7 +273,7 @@ def _captum(problem: Problem, loader: DataLoader) -> Any:
 
     def load_checkpoint(model: nn.Module, folder: str) -> float:
         model.load_state_dict(states[folder])
-        return 1.0  # in place of the learning rate: all are ends of training, and count alike
+        return 1.0  # the weight; elsewhere the learning rate, but here each checkpoint is fully trained
 
     return TracInCPFast(
         model,
@@ -325,7 +303,7 @@ def kronfluence(problem: Problem) -> Scores:
 
 
 def kronfluence_features(problem: Problem) -> Callable[[], float]:
-    """Factors and the scores of a few targets; gives the seconds that do not grow with n."""
+    """A function that fits factors, scores a few targets and returns the seconds of the fixed part."""
     analysis = EkfacAnalysis(problem, problem.checkpoints[0], QUERIES)
 
     def run() -> float:
@@ -414,11 +392,11 @@ def _kronfluence_task() -> Any:
     return Classification()
 
 
-# ---- baselines without gradients
+# ---- a baseline
 
 
 def random(problem: Problem) -> Scores:
-    """Numbers that know nothing."""
+    """Random numbers."""
     shape = [len(problem.data.rows(split)) for split in ("train", TARGETS)]
     return Scores(np.random.default_rng(0).standard_normal(shape))
 
@@ -428,11 +406,12 @@ class Method:
     """A method in the comparison.
 
     Attributes:
-        scores: all of it, or None where only speed is of interest.
-        batch: images a batch in the measure of quality, the fastest of those tried.
-        note: what a reader has to know to compare it.
-        features: the part that grows with the training split, for the measure of speed.
-        speed: images a batch and in all there; each pair is a row.
+        scores: all scores of the problem.
+        batch: images per batch when measuring quality: the fastest of those tried.
+        note: what a reader has to know for a fair comparison.
+        features: prepares the part that grows with the training split, to measure its speed; the
+            prepared function returns the seconds of it that do not grow, or None.
+        speed: (images per batch, images in all) when measuring speed; each pair is a row.
     """
 
     scores: Callable[[Problem], Scores]
@@ -442,50 +421,34 @@ class Method:
     speed: tuple[tuple[int, int], ...] = ()
 
 
-NOT_FLOAT16 = "float32, since its float16 default is 10 to 30 times slower on a CPU"
+AUTO = {"feature_precision": "auto"}
+# fmt: off
 METHODS = {
     "ours": Method(ours, 64, "", ours_features, ((16, 32),)),
     "ours-auto": Method(
-        ours_auto,
-        64,
-        "gradients in bfloat16 where the processor has it, as for photographs by default",
-        ours_auto_features,
-        ((16, 32),),
+        partial(ours, **AUTO), 64, "bfloat16 gradients if the hardware computes in it, as for photographs",
+        partial(ours_features, **AUTO), ((16, 32),),
     ),
-    "one-block": Method(
-        one_block, 64, "num_blocks=1: one Gram matrix for all layers, and our ridge"
-    ),
-    "dense": Method(dense, 64, "traker's gradients and Gaussian projection, our ridge"),
+    "one-block": Method(partial(ours, num_blocks=1), 64, "num_blocks=1: one Gram matrix for all layers, as published"),
+    "dense": Method(partial(ours, projector="normal"), 64, "traker's gradients and Gaussian projection, our ridge"),
     "traker": Method(
-        traker,
-        256,
-        f"as it comes (lambda_reg 0); {NOT_FLOAT16}",
-        traker_features,
-        ((8, 8), (32, 32)),
+        traker, 256, "lambda_reg 0 (its default); float32 (its default float16 is 10 to 30 times slower on a CPU)",
+        traker_features, ((8, 8), (32, 32)),
     ),
     "traker-ridge": Method(traker_ridge, 256, "lambda_reg equal to ours in its units"),
     "dattri": Method(
-        dattri,
-        64,
-        "TRAKAttributor as it comes (regularization 0), on a margin that does not overflow",
-        dattri_features,
-        ((32, 32),),
+        dattri, 64, "TRAKAttributor, regularization 0 (its default), on a margin that does not overflow",
+        dattri_features, ((32, 32),),
     ),
     "dattri-ridge": Method(dattri_ridge, 64, "regularization equal to ours in its units"),
     "captum": Method(
-        captum,
-        2048,
-        "TracInCPFast: last layer only, loss on loss, all checkpoints weighted 1",
-        captum_features,
-        ((32, 32),),
+        captum, 2048, "TracInCPFast: last layer only, loss on loss, all checkpoints weighted 1",
+        captum_features, ((32, 32),),
     ),
     "kronfluence": Method(
-        kronfluence,
-        128,
-        "EK-FAC of Conv2d and Linear, BatchNorm left out; heuristic damping; "
-        "for the ResNet-18 its eigendecomposition is counted once in s_per_1000",
-        kronfluence_features,
-        ((8, 8),),
+        kronfluence, 128, "EK-FAC of Conv2d and Linear, not BatchNorm; heuristic damping; for the ResNet-18, "
+        "s_per_1000 counts the eigendecomposition once", kronfluence_features, ((8, 8),),
     ),
     "random": Method(random, 1),
 }
+# fmt: on

@@ -1,4 +1,4 @@
-"""Ours beside traker, dattri, captum and kronfluence: seconds, memory, and what the scores are worth."""
+"""Our scores next to those of traker, dattri, captum and kronfluence: quality, seconds and memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +19,20 @@ import numpy as np
 from benchmarks.common import RESNET18, make_model, peak_memory_mib, reset_peak_memory
 
 if TYPE_CHECKING:
-    from benchmarks.peer_methods import Method, Problem
+    from benchmarks.peer_methods import Problem
 
-# Of METHODS in peer_methods.py, whose imports take seconds.
+# The keys of METHODS in peer_methods.py, whose imports take seconds.
 NAMES = (
     "ours", "ours-auto", "one-block", "dense", "traker", "traker-ridge", "dattri", "dattri-ridge",
     "captum", "kronfluence", "random",
 )  # fmt: skip
-CHEAP = 15.0  # seconds; what takes longer is measured once
 RESAMPLES = 2000
+# All figures are of a CPU, and progress bars would cost time.
+QUIET = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of this sub-benchmark."""
+    """Add the flags of this sub-benchmark."""
     parser.set_defaults(repeats=3)
     parser.add_argument("--part", choices=("quality", "speed", "both"), default="both")
     parser.add_argument("--methods", nargs="*", default=list(NAMES), choices=NAMES)
@@ -40,38 +40,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     quality = parser.add_argument_group("quality: resnet-mini on the digits, a tenth flipped")
     quality.add_argument("--checkpoints", type=int, default=5, help="on random halves")
     quality.add_argument("--proj_dim", type=int, default=512)
-    quality.add_argument("--subsets", type=int, default=50, help="of half the training split")
+    quality.add_argument("--subsets", type=int, default=50, help="random halves to retrain on")
     quality.add_argument("--subset_repeats", type=int, default=2, help="models a subset, 2 or more")
     quality.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
-    speed = parser.add_argument_group("speed: ResNet-18 of random weights, k = 2,048")
-    speed.add_argument(
-        "--sizes", type=int, nargs="*", default=[224], help="of the images, e.g. 64 224"
-    )
+    speed = parser.add_argument_group("speed: ResNet-18 with random weights")
+    speed.add_argument("--sizes", type=int, nargs="*", default=[224], help="sides of the images")
     speed.add_argument("--speed_dim", type=int, default=2048, help="k")
-    speed.add_argument("--images", type=int, default=32, help="at most, and in a batch at most")
+    speed.add_argument("--images", type=int, default=32, help="at most, also in a batch")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every method in a process of its own, in turn; one that cannot run is a row that says why."""
-    rows, worth = [], {}
+    """Run every method in its own process. One that cannot run is a row that says why."""
+    os.environ.update(QUIET)
+    rows, quality = [], {}
     if options.part != "speed":
         rows = measure_quality(options)
-        worth = {row["method"]: row["lds"] for row in rows if "lds" in row}
+        quality = {row["method"]: row["lds"] for row in rows if "lds" in row}
     if options.part != "quality":
         for size in options.sizes:
-            rows += measure_speed(options, size, worth)
+            rows += measure_speed(options, size, quality)
     return rows
 
 
-# ---- a method in a process of its own
+# ---- one method in one process
 
 
 @dataclass
 class Outcome:
-    """What came of a method: its seconds and memory, or the reason why it did not run."""
+    """Seconds, memory and scores of a method, or the reason why it did not run.
+
+    Attributes:
+        fixed: seconds of a run that do not grow with the number of training images.
+        added_mib: peak memory minus the memory before the method started.
+    """
 
     seconds: list[float] = field(default_factory=list)
-    fixed: float = 0.0  # of a run's seconds, those that do not grow with the training split
+    fixed: float = 0.0
     peak_mib: float = 0.0
     added_mib: float = 0.0
     scores: np.ndarray | None = None
@@ -82,24 +86,20 @@ class Outcome:
 def in_turn(
     tasks: dict[str, tuple[Callable[..., Outcome], tuple]], options: argparse.Namespace
 ) -> dict[str, Outcome]:
-    """Rounds over all tasks; from the second on only over those that are cheap.
-
-    So the cheap ones are measured before and after the long ones, on whatever the machine does.
-    """
+    """Run all tasks once per round, so that each is measured early and late; skip failed ones."""
     from attribution.runtime.progress import say
 
     outcomes: dict[str, Outcome] = {}
-    for number in range(max(1, options.repeats)):
+    for number in range(options.repeats):
         for name, (function, arguments) in tasks.items():
             known = outcomes.get(name)
-            if known and (known.error or known.seconds[0] > CHEAP):
+            if known and known.error:
                 continue
             found = in_child(function, arguments, options.limit, options.threads)
-            result = found.error or f"{found.seconds[0]:.1f} s"
-            say(f"peers: round {number + 1}, {name}: {result}")
-            if known and not found.error:
+            say(f"round {number + 1}, {name}: {found.error or f'{found.seconds[0]:.1f} s'}")
+            if known:
                 known.seconds += found.seconds
-            elif not known:
+            else:
                 outcomes[name] = found
     return outcomes
 
@@ -107,12 +107,11 @@ def in_turn(
 def in_child(
     function: Callable[..., Outcome], arguments: tuple, limit: float, threads: int
 ) -> Outcome:
-    """Call in a fresh process, so that the peak of memory is the method's own."""
+    """Call the function in a new process, so that the peak of memory is the method's own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, function, arguments, threads))
-    with _quiet():
-        process.start()
+    process.start()
     sender.close()
     try:
         if receiver.poll(limit):
@@ -126,23 +125,10 @@ def in_child(
         process.join()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A child started in here draws no progress bars and sees no GPU: these are CPU figures."""
-    told = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 def _child(sender: Any, function: Callable[..., Outcome], arguments: tuple, threads: int) -> None:
-    import torch
-
     if threads:
+        import torch
+
         torch.set_num_threads(threads)
     try:
         outcome = function(*arguments)
@@ -152,45 +138,33 @@ def _child(sender: Any, function: Callable[..., Outcome], arguments: tuple, thre
     sender.send(outcome)
 
 
-def timed(prepared: Callable[[], Any]) -> tuple[Any, float]:
-    """Call once: its result and its seconds."""
+def measured(prepared: Callable[[], Any], before: float) -> tuple[Any, Outcome]:
+    """Call once: the result, its seconds, and the peak memory since it was `before` MiB."""
     start = time.perf_counter()
     result = prepared()
-    return result, time.perf_counter() - start
-
-
-class Memory:
-    """Peak resident memory from here on, and how much of it came on top of what there was."""
-
-    def __init__(self) -> None:
-        reset_peak_memory()
-        self.before = peak_memory_mib()
-
-    def read(self) -> dict[str, float]:
-        """The two figures by the names that Outcome has for them, in MiB."""
-        peak = peak_memory_mib()
-        return {"peak_mib": peak, "added_mib": peak - self.before}
+    seconds, peak = time.perf_counter() - start, peak_memory_mib()
+    return result, Outcome([seconds], peak_mib=peak, added_mib=peak - before)
 
 
 # ---- quality
 
 
 def score_once(name: str, problem: Problem) -> Outcome:
-    """All scores of one method, loading of the checkpoints included."""
+    """All scores of one method, including loading the checkpoints."""
     from benchmarks.peer_methods import METHODS
 
     with tempfile.TemporaryDirectory() as folder:
         problem = dataclasses.replace(problem, work=Path(folder), batch=METHODS[name].batch)
-        memory = Memory()
-        scores, seconds = timed(lambda: METHODS[name].scores(problem))
-        outcome = Outcome([seconds], **memory.read())
+        reset_peak_memory()
+        call = METHODS[name].scores
+        scores, outcome = measured(lambda: call(problem), peak_memory_mib())
         outcome.scores = np.asarray(scores.values, np.float32)
         outcome.self_influence = scores.self_influence and scores.self_influence()
     return outcome
 
 
 def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a method: LDS over the validation split, AUROC for the planted flips, seconds, MiB."""
+    """One row per method: LDS over the validation split, AUROC for the flips, seconds, MiB."""
     from attribution.config import resolve
     from attribution.data.dataset import load_data
     from attribution.experiments.statistics import noise_ceiling
@@ -205,10 +179,11 @@ def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = load_data(config)
     n = len(data.rows("train"))
     work = Path(config.cache_dir) / f"peers-{digest(training_key(config, data))}"
+    (work / "checkpoints").mkdir(parents=True, exist_ok=True)
     masks = subset_masks(n, config.num_models, config.subset_fraction, config.seed)
-    checkpoints = train_checkpoints(config, data, masks, _made(work / "checkpoints"))
+    checkpoints = train_checkpoints(config, data, masks, work / "checkpoints")
     bank = build_bank(config, data, options.subsets, options.subset_repeats, 0.5, work / "bank")
-    alone = dataclasses.replace(config, jobs=1)  # one process, as the peers have
+    alone = dataclasses.replace(config, jobs=1)  # one process, like the peers
     problem = Problem(alone, data, [c.folder for c in checkpoints], work)
     outcomes = in_turn({name: (score_once, (name, problem)) for name in options.methods}, options)
     judge = Judge(data, Finetuned.of(masks, checkpoints).members, bank)
@@ -216,25 +191,21 @@ def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name, outcome in outcomes.items():
         row = {"part": "quality", "method": name} | judge(outcome, ours)
-        rows.append(row | _cost(outcome, n * len(checkpoints)) | _note(METHODS[name], outcome))
+        rows.append(row | _cost(outcome, n * len(checkpoints), METHODS[name].note))
     ceiling = float(np.nanmean(noise_ceiling(bank.margins)))
     rows.append({"part": "quality", "method": "noise ceiling", "lds": ceiling})
-    return [*rows, {"part": "quality", "method": "loss"} | judge.loss()]
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    note = {"note": "out of sample; for flips only"}
+    loss = {"part": "quality", "method": "loss", "auroc": judge.auroc(-judge.train_loss)}
+    return [*rows, loss | note]
 
 
 class Judge:
-    """What scores are worth on data whose flips and retrained margins are known."""
+    """Judges scores by retrained margins and by planted flips."""
 
     def __init__(self, data: Any, ensemble: Any, bank: Any) -> None:
         from attribution.scores.alignment import group_ids, group_weights
 
-        table = data.table("validation")
-        self.groups = group_ids(table, "label")
+        self.groups = group_ids(data.table("validation"), "label")
         loss = ensemble.validation_loss(data.labels("validation"))
         self.weights = group_weights(loss, self.groups, "exp_loss")
         self.flipped = data.table("train")["is_flipped"].to_numpy()
@@ -242,7 +213,7 @@ class Judge:
         self.masks, self.margins = bank.masks, bank.margins.mean(axis=1)
 
     def __call__(self, outcome: Outcome, ours: np.ndarray | None) -> dict[str, float]:
-        """LDS, its difference from ours, AUROC of minus the alignment and of self-influence."""
+        """LDS, its difference from ours, and AUROC of flips by alignment and by self-influence."""
         from attribution.experiments.statistics import lds
         from attribution.scores.alignment import group_alignment
 
@@ -258,15 +229,11 @@ class Judge:
             row["auroc_self"] = self.auroc(-outcome.self_influence)
         return row
 
-    def loss(self) -> dict[str, Any]:
-        """The baseline without gradients, which gives no scores a target."""
-        return {"auroc": self.auroc(-self.train_loss), "note": "out of sample; for flips only"}
-
     def auroc(self, values: np.ndarray) -> float:
         """How well low values find the flips."""
-        from attribution.experiments.statistics import detection_metrics
+        from attribution.experiments.statistics import detection
 
-        return detection_metrics(self.flipped, {"x": values})["flips_auroc_x"]
+        return detection(self.flipped, values, draws=0)["auroc"]
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
@@ -277,47 +244,40 @@ def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def _cost(outcome: Outcome, examples: int) -> dict[str, Any]:
-    """Seconds for 1,000 examples and one checkpoint, from a run over so many; n runs; memory."""
+def _cost(outcome: Outcome, examples: int, note: str) -> dict[str, Any]:
+    """Seconds per 1,000 examples and checkpoint, from runs over that many examples; n; memory."""
     if outcome.error:
-        return {}
+        return {"note": f"did not run: {outcome.error}"}
     growing = statistics.median(outcome.seconds) - outcome.fixed
     return {
         "s_per_1000": outcome.fixed + 1000 * growing / examples,
         "n": len(outcome.seconds),
         "peak_mib": outcome.peak_mib,
         "added_mib": outcome.added_mib,
+        "note": note,
     }
-
-
-def _note(method: Method, outcome: Outcome) -> dict[str, str]:
-    return {"note": f"did not run: {outcome.error}" if outcome.error else method.note}
 
 
 # ---- speed
 
 
-def features_once(name: str, problem: Problem, repeats: int) -> Outcome:
-    """Featurising the training split; what loads and allocates beforehand counts as memory only.
-
-    Where a run is cheap the first one warms up, and `repeats` more are measured.
-    """
+def features_once(name: str, problem: Problem) -> Outcome:
+    """Featurise the training split; loading before that counts as memory, not as time."""
     from benchmarks.peer_methods import METHODS
 
     with tempfile.TemporaryDirectory() as folder:
-        memory = Memory()
+        reset_peak_memory()
+        before = peak_memory_mib()
         prepared = METHODS[name].features(dataclasses.replace(problem, work=Path(folder)))
-        fixed, first = timed(prepared)
-        seconds = [first]
-        if first < CHEAP:
-            seconds = [timed(prepared)[1] for _ in range(repeats)]
-        return Outcome(seconds, fixed=fixed or 0.0, **memory.read())
+        fixed, outcome = measured(prepared, before)
+        outcome.fixed = fixed or 0.0
+        return outcome
 
 
 def measure_speed(
-    options: argparse.Namespace, size: int, worth: dict[str, float]
+    options: argparse.Namespace, size: int, quality: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """One row a method and batch size: seconds for 1,000 images, MiB, and the LDS on the digits."""
+    """One row per method and batch size: seconds per 1,000 images, MiB, and LDS on the digits."""
     from benchmarks.peer_methods import METHODS
 
     with tempfile.TemporaryDirectory() as folder:
@@ -326,18 +286,17 @@ def measure_speed(
             for batch, images in METHODS[name].speed:
                 batch, images = min(batch, options.images), min(images, options.images)
                 problem = synthetic(Path(folder), size, images, options.speed_dim)
-                problem = dataclasses.replace(problem, batch=batch)
                 label = f"{name}, batch {batch}"
-                tasks[label] = features_once, (name, problem, options.repeats)
+                tasks[label] = features_once, (name, dataclasses.replace(problem, batch=batch))
                 shapes[label] = name, images
         outcomes = in_turn(tasks, options)
     rows = []
     for label, (name, images) in shapes.items():
         row = {"part": f"speed, ResNet-18, {size} x {size}, k {options.speed_dim}"}
-        row |= {"method": label, "images": images} | _cost(outcomes[label], images)
-        row |= {"lds_on_digits": worth[name]} if name in worth else {}
-        rows.append(row | _note(METHODS[name], outcomes[label]))
-    ours = next((r["s_per_1000"] for r in rows if r["method"].startswith("ours,")), None)
+        row |= {"method": label, "images": images}
+        row |= {"lds_on_digits": quality[name]} if name in quality else {}
+        rows.append(row | _cost(outcomes[label], images, METHODS[name].note))
+    ours = next((r.get("s_per_1000") for r in rows if r["method"].startswith("ours,")), None)
     for row in rows:
         if ours and "s_per_1000" in row:
             row["times_ours"] = row["s_per_1000"] / ours
@@ -345,7 +304,7 @@ def measure_speed(
 
 
 def synthetic(folder: Path, size: int, n: int, k: int) -> Problem:
-    """A ResNet-18 of random weights and n random training images, with one target a class."""
+    """A ResNet-18 with random weights and n random training images, with one target per class."""
     import pandas as pd
 
     from attribution.config import resolve
@@ -365,10 +324,9 @@ def synthetic(folder: Path, size: int, n: int, k: int) -> Problem:
     data = ImageData(pixels, names, examples, f"random-{n}-{size}", (), 0)
     checkpoint = folder / "checkpoint" / "model"
     if not checkpoint.exists():
-        classifier.save(
+        model, normalisation = (
             make_model(RESNET18, classes),
-            checkpoint,
-            size,
-            *classifier.normalisation("resnet-mini"),
+            classifier.normalisation("resnet-mini"),
         )
+        classifier.save(model, checkpoint, size, *normalisation)
     return Problem(config, data, [checkpoint], folder)

@@ -1,9 +1,12 @@
-"""Every method of `benchmark peers` on a toy: shape, sign, agreement with ours; failures become rows."""
+"""The methods of `benchmarks peers` on a toy: shape, sign, agreement with ours, and failures as rows."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import os
+import time
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +50,7 @@ def problem(tmp_path_factory) -> Problem:
     return Problem(config, data, [c.folder for c in trained], folder, batch=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_are_finite_and_positive_for_the_same_class(
     name: str, problem: Problem, tmp_path: Path
@@ -62,6 +66,7 @@ def test_scores_are_finite_and_positive_for_the_same_class(
         assert scores.self_influence().shape == (TRAIN,)
 
 
+@pytest.mark.slow
 def test_dattri_and_traker_rank_as_our_exact_gradients_do(problem: Problem, tmp_path: Path) -> None:
     pytest.importorskip("dattri")
     config = dataclasses.replace(problem.config, proj_dim=4096)
@@ -87,6 +92,7 @@ def gradients(model, images, labels) -> torch.Tensor:
     return torch.cat([g.flatten(1) for g in each.values()], dim=1)
 
 
+@pytest.mark.slow
 def test_the_ridge_of_the_peers_is_ours_in_their_units(problem: Problem) -> None:
     from trak.projectors import BasicProjector
 
@@ -98,6 +104,7 @@ def test_the_ridge_of_the_peers_is_ours_in_their_units(problem: Problem) -> None
     assert k * peer_methods.mean_eigenvalue(problem) == pytest.approx(wanted, rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.features])
 def test_the_part_that_is_timed_runs_twice(name: str, problem: Problem, tmp_path: Path) -> None:
     require(name)
@@ -106,32 +113,23 @@ def test_the_part_that_is_timed_runs_twice(name: str, problem: Problem, tmp_path
     run()
 
 
-def missing() -> peers.Outcome:
-    raise ModuleNotFoundError("No module named 'peer'")
-
-
-def killed() -> peers.Outcome:
-    import os
-
-    os._exit(9)
-
-
-def test_a_peer_that_is_missing_or_dies_is_told_and_the_others_go_on() -> None:
-    options = argparse.Namespace(repeats=2, limit=120, threads=1)
-    outcomes = peers.in_turn({"missing": (missing, ()), "killed": (killed, ())}, options)
-    assert outcomes["missing"].error == "ModuleNotFoundError: No module named 'peer'"
+def test_a_peer_that_is_missing_or_dies_is_named_and_the_others_go_on() -> None:
+    options = argparse.Namespace(repeats=2, limit=120, threads=0)
+    tasks = {"missing": (importlib.import_module, ("no_such_peer",)), "killed": (os._exit, (9,))}
+    outcomes = peers.in_turn(tasks, options)
+    assert outcomes["missing"].error == "ModuleNotFoundError: No module named 'no_such_peer'"
     assert "code 9" in outcomes["killed"].error
-    row = peers._cost(outcomes["missing"], 10) | peers._note(METHODS["dattri"], outcomes["missing"])
+    row = peers._cost(outcomes["missing"], 10, note="of the method")
     assert row == {"note": f"did not run: {outcomes['missing'].error}"}
 
 
 def test_a_peer_that_takes_too_long_is_ended() -> None:
-    assert "not done within" in peers.in_child(missing, (), 0.0, 1).error
+    assert "not done within" in peers.in_child(time.sleep, (60,), limit=0.0, threads=0).error
 
 
 def test_cost_is_for_a_thousand_examples_and_counts_what_is_fixed_once() -> None:
     outcome = peers.Outcome(seconds=[12.0], fixed=10.0)
-    assert peers._cost(outcome, 20)["s_per_1000"] == pytest.approx(10 + 2 * 50)
+    assert peers._cost(outcome, 20, note="")["s_per_1000"] == pytest.approx(10 + 2 * 50)
 
 
 def test_bootstrap_covers_the_mean_and_leaves_out_targets_without_a_value() -> None:
