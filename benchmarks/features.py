@@ -6,6 +6,13 @@ import argparse
 import statistics
 from typing import Any
 
+import torch
+
+from attribution.gradients.sketch import Sketch
+from attribution.models import classifier
+from attribution.runtime.device import resolve_device
+from attribution.runtime.memory import keep_freed_memory
+from attribution.scores.features import feature_batch_size
 from benchmarks.common import RESNET18, make_model, measure, summary
 
 SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim, num_blocks)
@@ -35,8 +42,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Divide by the fastest step: in either memory layout, or in the one that training uses."""
-    from attribution.runtime.device import resolve_device
-    from attribution.runtime.memory import keep_freed_memory
 
     keep_freed_memory()  # as every command does; it speeds up the step too
     device = resolve_device(options.device)
@@ -50,11 +55,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _compare(
     name: str, precision: str, device: Any, repeats: int, batch: int
 ) -> list[dict[str, Any]]:
-    import torch
-
-    from attribution.gradients.sketch import Sketch
-    from attribution.models import classifier
-    from attribution.scores.features import feature_batch_size
 
     config, size, usual, k, blocks = SETTINGS[name]
     batch = batch or (usual if device.type == "cpu" else feature_batch_size(size, device.type))

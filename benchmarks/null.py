@@ -6,6 +6,10 @@ import argparse
 from typing import Any
 
 import numpy as np
+from sklearn.datasets import load_digits
+from statsmodels.stats.proportion import proportion_confint
+
+from attribution.experiments.statistics import bootstrap_interval, holm, mean_estimate
 
 ARMS = 4  # arms ranked by permuted scores in each experiment
 FRAC = 0.1
@@ -26,9 +30,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     random removal is zero. The rest is the code of `ablation`: paired differences, Student's t,
     bootstrap, Holm.
     """
-    from statsmodels.stats.proportion import proportion_confint
-
-    from attribution.experiments.statistics import bootstrap_interval, holm, mean_estimate
 
     learner, rng = _Learner(), np.random.default_rng(0)
     covered, bootstrapped, found = [], [], []
@@ -63,7 +64,6 @@ class _Learner:
     """Test accuracy of a linear model after removals from a training set drawn per seed."""
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(labels))

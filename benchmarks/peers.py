@@ -12,20 +12,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 
+from attribution.config import resolve
+from attribution.data.dataset import ImageData, load_data
+from attribution.experiments.statistics import detection, lds, noise_ceiling
+from attribution.experiments.subset_bank import Bank, build_bank
+from attribution.models import classifier
+from attribution.models.checkpoints import Finetuned, subset_masks, train_checkpoints
+from attribution.models.ensemble import Ensemble
+from attribution.models.train import training_key
+from attribution.runtime.hashing import digest
+from attribution.runtime.progress import say
+from attribution.scores.alignment import group_alignment, group_ids, group_weights
 from benchmarks.common import RESNET18, make_model, peak_memory_mib, reset_peak_memory
+from benchmarks.peer_methods import METHODS, Problem
 
-if TYPE_CHECKING:
-    from benchmarks.peer_methods import Problem
-
-# The keys of METHODS in peer_methods.py, whose imports take seconds.
-NAMES = (
-    "ours", "ours-auto", "one-block", "dense", "traker", "traker-ridge", "dattri", "dattri-ridge",
-    "captum", "kronfluence", "random",
-)  # fmt: skip
 RESAMPLES = 2000
 # All figures are of a CPU, and progress bars would cost time.
 QUIET = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
@@ -35,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this sub-benchmark."""
     parser.set_defaults(repeats=3)
     parser.add_argument("--part", choices=("quality", "speed", "both"), default="both")
-    parser.add_argument("--methods", nargs="*", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--limit", type=float, default=600, help="seconds that a method may take")
     quality = parser.add_argument_group("quality: resnet-mini on the digits, a tenth flipped")
     quality.add_argument("--checkpoints", type=int, default=5, help="on random halves")
@@ -87,7 +93,6 @@ def in_turn(
     tasks: dict[str, tuple[Callable[..., Outcome], tuple]], options: argparse.Namespace
 ) -> dict[str, Outcome]:
     """Run all tasks once per round, so that each is measured early and late; skip failed ones."""
-    from attribution.runtime.progress import say
 
     outcomes: dict[str, Outcome] = {}
     for number in range(options.repeats):
@@ -127,8 +132,6 @@ def in_child(
 
 def _child(sender: Any, function: Callable[..., Outcome], arguments: tuple, threads: int) -> None:
     if threads:
-        import torch
-
         torch.set_num_threads(threads)
     try:
         outcome = function(*arguments)
@@ -151,7 +154,6 @@ def measured(prepared: Callable[[], Any], before: float) -> tuple[Any, Outcome]:
 
 def score_once(name: str, problem: Problem) -> Outcome:
     """All scores of one method, including loading the checkpoints."""
-    from benchmarks.peer_methods import METHODS
 
     with tempfile.TemporaryDirectory() as folder:
         problem = dataclasses.replace(problem, work=Path(folder), batch=METHODS[name].batch)
@@ -165,14 +167,6 @@ def score_once(name: str, problem: Problem) -> Outcome:
 
 def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per method: LDS over the validation split, AUROC for the flips, seconds, MiB."""
-    from attribution.config import resolve
-    from attribution.data.dataset import load_data
-    from attribution.experiments.statistics import noise_ceiling
-    from attribution.experiments.subset_bank import build_bank
-    from attribution.models.checkpoints import Finetuned, subset_masks, train_checkpoints
-    from attribution.models.train import training_key
-    from attribution.runtime.hashing import digest
-    from benchmarks.peer_methods import METHODS, Problem
 
     given = {"preset": "digits", "cache_dir": options.cache_dir, "device": "cpu"}
     config = resolve(given | {"num_models": options.checkpoints, "proj_dim": options.proj_dim})
@@ -202,8 +196,7 @@ def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
 class Judge:
     """Judges scores by retrained margins and by planted flips."""
 
-    def __init__(self, data: Any, ensemble: Any, bank: Any) -> None:
-        from attribution.scores.alignment import group_ids, group_weights
+    def __init__(self, data: ImageData, ensemble: Ensemble, bank: Bank) -> None:
 
         self.groups = group_ids(data.table("validation"), "label")
         loss = ensemble.validation_loss(data.labels("validation"))
@@ -214,8 +207,6 @@ class Judge:
 
     def __call__(self, outcome: Outcome, ours: np.ndarray | None) -> dict[str, float]:
         """LDS, its difference from ours, and AUROC of flips by alignment and by self-influence."""
-        from attribution.experiments.statistics import lds
-        from attribution.scores.alignment import group_alignment
 
         if outcome.scores is None:
             return {}
@@ -231,7 +222,6 @@ class Judge:
 
     def auroc(self, values: np.ndarray) -> float:
         """How well low values find the flips."""
-        from attribution.experiments.statistics import detection
 
         return detection(self.flipped, values, draws=0)["auroc"]
 
@@ -263,7 +253,6 @@ def _cost(outcome: Outcome, examples: int, note: str) -> dict[str, Any]:
 
 def features_once(name: str, problem: Problem) -> Outcome:
     """Featurise the training split; loading before that counts as memory, not as time."""
-    from benchmarks.peer_methods import METHODS
 
     with tempfile.TemporaryDirectory() as folder:
         reset_peak_memory()
@@ -278,7 +267,6 @@ def measure_speed(
     options: argparse.Namespace, size: int, quality: dict[str, float]
 ) -> list[dict[str, Any]]:
     """One row per method and batch size: seconds per 1,000 images, MiB, and LDS on the digits."""
-    from benchmarks.peer_methods import METHODS
 
     with tempfile.TemporaryDirectory() as folder:
         tasks, shapes = {}, {}
@@ -305,12 +293,6 @@ def measure_speed(
 
 def synthetic(folder: Path, size: int, n: int, k: int) -> Problem:
     """A ResNet-18 with random weights and n random training images, with one target per class."""
-    import pandas as pd
-
-    from attribution.config import resolve
-    from attribution.data.dataset import ImageData
-    from attribution.models import classifier
-    from benchmarks.peer_methods import Problem
 
     config = resolve({"preset": "digits", "image_size": size, "proj_dim": k, "device": "cpu"})
     rng = np.random.default_rng(0)

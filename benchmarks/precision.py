@@ -11,6 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from attribution.config import resolve
+from attribution.data.dataset import load_data
+from attribution.experiments.statistics import lds, lds_difference
+from attribution.experiments.subset_bank import build_bank
+from attribution.models.checkpoints import subset_masks, train_checkpoints
+from attribution.models.train import training_key
+from attribution.runtime.device import resolve_device, resolve_precision
+from attribution.runtime.hashing import digest
+from attribution.scores.trak import compute_scores
 from benchmarks.common import data_settings
 
 # Name: (parameters, whether its random signs are those of the first variant).
@@ -40,15 +49,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     `difference` is of LDS from the first variant, paired by target, with a 95 % bootstrap interval
     over targets and subsets.
     """
-    from attribution.config import resolve
-    from attribution.data.dataset import load_data
-    from attribution.experiments.statistics import lds, lds_difference
-    from attribution.experiments.subset_bank import build_bank
-    from attribution.models.checkpoints import subset_masks, train_checkpoints
-    from attribution.models.train import training_key
-    from attribution.runtime.device import resolve_device, resolve_precision
-    from attribution.runtime.hashing import digest
-    from attribution.scores.trak import compute_scores
 
     sizes = {"num_models": options.checkpoints, "proj_dim": options.proj_dim}
     config = resolve(data_settings(options) | sizes)

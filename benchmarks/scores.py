@@ -1,18 +1,4 @@
-"""Scores from features on disk, with alignment, self-influence and top-k, against bare products.
-
-The sides, in turn, with `checkpoints` of everything:
-
-- bare GEMMs and Cholesky: the Gram matrix (n k^2) and the scores (n m k) as float32 products into
-  memory that is there already, one block of rows over and over, and one Cholesky factor (k^3/3) in
-  float64. No file is read or written, and nothing is solved.
-- bare solves: the triangular solves that a ridge and self-influence need beside, in memory too:
-  for the m targets in float64 (m k^2), for the n training examples in float32 (n k^2).
-- scores: the project's own path, from traker's feature files to a score artifact with its hash, and
-  the ten most helpful examples of every target, read back from it.
-
-`ratio` is to the first side, `ratio_to_both` to the sum of the first two. The peak memory is that
-of the third side alone, in a process of its own (which also is the round that warms up).
-"""
+"""Time and memory of scores from features on disk, against the bare matrix products."""
 
 from __future__ import annotations
 
@@ -26,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 
+from attribution.data.splits import TARGETS
+from attribution.runtime.npy_blocks import row_slices, write_matrix
+from attribution.scores.alignment import group_alignment
+from attribution.scores.artifact import Scores, write_scores
+from attribution.scores.features import Store
+from attribution.scores.trak import combine
 from benchmarks.common import measure, peak_memory_mib, ratio, reset_peak_memory, summary
 
 LAMBDA_REG, GROUPS, TOP = 1.0, 10, 10
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of this sub-benchmark."""
+    """Add the flags of this sub-benchmark."""
     parser.add_argument("--n", type=int, default=50_000, help="training examples")
     parser.add_argument("--m", type=int, default=10_000, help="targets")
     parser.add_argument("--k", type=int, default=4096, help="length of the features")
@@ -41,7 +35,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time of each side, its ratios, and the memory of the project's."""
+    """Time three sides in turn, and the peak memory of the third in a process of its own.
+
+    - bare GEMMs and Cholesky: the Gram matrix (n k^2) and the scores (n m k) in float32, one block of
+      rows over and over, and one Cholesky factor (k^3 / 3) in float64. No file is read or written.
+    - bare solves: the triangular solves of the ridge and of self-influence, also in memory: for m
+      targets in float64 (m k^2), for n training examples in float32 (n k^2).
+    - scores: the project's path, from feature files to a score artifact with its hash, alignment, and
+      the ten most helpful examples of every target.
+
+    `ratio` is to the first side, `ratio_to_both` to the sum of the first two.
+    """
     n, m, k = options.n, options.m, options.k
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -68,9 +72,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def write_features(work: Path, model_id: int, n: int, m: int, k: int) -> None:
-    """Random features and 1 - p of one checkpoint, where traker's saver would put them."""
-    from attribution.data.splits import TARGETS
-    from attribution.runtime.npy_blocks import row_slices, write_matrix
+    """Write random features and 1 - p of one checkpoint where `trak` would write them."""
 
     rng = np.random.default_rng(model_id)
     for split, rows in (("train", n), (TARGETS, m)):
@@ -84,24 +86,16 @@ def write_features(work: Path, model_id: int, n: int, m: int, k: int) -> None:
             write_matrix(file, blocks, (rows, columns))
 
 
-def _store(work: Path, model_id: int):
-    from attribution.scores.features import Store
-
+def _store(work: Path, model_id: int) -> Store:
     return Store(work / f"{model_id:03d}", model_id)
 
 
 def make_scores(work: Path, checkpoints: int) -> None:
-    """What scripts/trak.py does once the features are there, and every target's top."""
-    import pandas as pd
-    import torch
-
-    from attribution.scores.alignment import group_alignment
-    from attribution.scores.artifact import Scores, write_scores
-    from attribution.scores.trak import combine
+    """Do what `trak` does once it has features, and find the top examples of every target."""
 
     folder = work / "scores"
     stores = [_store(work, model_id) for model_id in range(checkpoints)]
-    for store in stores:  # of the round before
+    for store in stores:  # from the round before
         store.targets.unlink(missing_ok=True)
     (work / "scores.npy").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -122,9 +116,7 @@ def make_scores(work: Path, checkpoints: int) -> None:
 
 
 def peak_of_scores(work: Path, checkpoints: int, threads: int) -> float:
-    """Peak resident memory in MiB of make_scores, imports and mapped files included."""
-    import torch
-
+    """Peak resident memory in MiB of make_scores, including imports and mapped files."""
     if threads:
         torch.set_num_threads(threads)
     reset_peak_memory()
@@ -133,11 +125,7 @@ def peak_of_scores(work: Path, checkpoints: int, threads: int) -> float:
 
 
 def bare_products(n: int, m: int, k: int, checkpoints: int) -> None:
-    """The Gram and score products in float32 and a Cholesky factor in float64; no I/O."""
-    import torch
-
-    from attribution.runtime.npy_blocks import row_slices
-
+    """The Gram and score products in float32 and a Cholesky factor in float64, without I/O."""
     features, targets = torch.rand(4096, k), torch.rand(m, k)
     gram, scores = torch.empty(k, k), torch.empty(4096, m)
     spd = torch.eye(k, dtype=torch.float64) + 1 / k
@@ -150,11 +138,7 @@ def bare_products(n: int, m: int, k: int, checkpoints: int) -> None:
 
 
 def bare_solves(n: int, m: int, k: int, checkpoints: int) -> None:
-    """Triangular solves, for the targets in float64 and for the training examples in float32."""
-    import torch
-
-    from attribution.runtime.npy_blocks import row_slices
-
+    """Triangular solves: for the targets in float64, for the training examples in float32."""
     for dtype, count in ((torch.float64, m), (torch.float32, n)):
         features = torch.rand(4096, k, dtype=dtype)
         upper = torch.linalg.cholesky(torch.eye(k, dtype=torch.float64) + 1 / k).T.to(dtype)

@@ -6,15 +6,19 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+
+from attribution.config import Config, resolve
+from attribution.data.dataset import ImageData, load_data
+from attribution.models import classifier
+from attribution.models import train as training
+from attribution.models.batches import Batches
+from attribution.models.retrain import STACK
+from attribution.runtime.device import autocast
 from benchmarks.common import measure, ratio, summary
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from attribution.config import Config
-    from attribution.data.dataset import ImageData
 
 EPOCHS = 3
 
@@ -33,12 +37,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Train three epochs each way, and a stack of ten models where small models train in stacks."""
-    import numpy as np
-
-    from attribution.config import resolve
-    from attribution.data.dataset import load_data
-    from attribution.models import train as training
-    from attribution.models.retrain import STACK
 
     given = {"epochs": EPOCHS, "cache_dir": options.cache_dir, "device": options.device}
     if options.dataset:
@@ -74,19 +72,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[], None]:
     """A function that runs the steps of config.epochs epochs on batches made beforehand."""
-    import numpy as np
-    import torch
-
-    from attribution.models import classifier as models
-    from attribution.models import train as training
-    from attribution.models.batches import Batches
-    from attribution.runtime.device import autocast
 
     device = torch.device(config.device)
     steps = -(-int(keep.sum()) // config.batch_size)
     batches = list(Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
-    model = models.build(config.model, data.class_names, 0)
-    models.place(model.train(), device, config.image_size)
+    model = classifier.build(config.model, data.class_names, 0)
+    classifier.place(model.train(), device, config.image_size)
 
     def bare() -> None:  # excludes building the model, which training includes
         total = steps * config.epochs

@@ -28,10 +28,6 @@ TRAIN = 192
 SCORERS = [name for name in METHODS if name != "random"]
 
 
-def test_the_flag_takes_the_methods_that_there_are() -> None:
-    assert set(peers.NAMES) == set(METHODS)
-
-
 def require(method: str) -> None:
     package = method.split("-")[0]
     if package in PACKAGES:
@@ -113,6 +109,7 @@ def test_the_part_that_is_timed_runs_twice(name: str, problem: Problem, tmp_path
     run()
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_missing_or_dies_is_named_and_the_others_go_on() -> None:
     options = argparse.Namespace(repeats=2, limit=120, threads=0)
     tasks = {"missing": (importlib.import_module, ("no_such_peer",)), "killed": (os._exit, (9,))}
