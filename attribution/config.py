@@ -178,6 +178,7 @@ class Config:
     overwrite: str = option("output", "whether existing files may be replaced; the flag alone means yes", "no", choices=("no", "yes"))
     keep_checkpoints: str = option("execution", "checkpoints to keep in MLflow once the command has ended: all, the best on validation, or none. Applies to checkpoints that this command has made", "all", choices=("all", "best", "none"))
     device: str = option("execution", "auto, cpu, or cuda", "auto")
+    cuda_graphs: str = option("execution", "on a GPU, keep the training images in its memory and replay training steps as CUDA graphs; the first replay is compared with a plain step", "on", choices=("on", "off"))
     jobs: int = option("execution", "tasks at the same time; 0 is one per core, one on a GPU, and with ray as many as the cluster has room for", 0, at_least=0)
     backend: str = option("execution", "where tasks run: processes on this machine, or a Ray cluster (requirements-ray.txt)", "local", choices=("local", "ray"))
     ray_address: str = option("execution", "host:port of a running Ray cluster, or auto; empty takes RAY_ADDRESS, or starts a cluster on this machine", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from attribution.data.dataset import ImageData
 from attribution.gradients.per_sample import capture
 from attribution.gradients.sketch import Sketch
 from attribution.models import classifier, cuda_graphs
-from attribution.models.cuda_graphs import Replayed
+from attribution.models.cuda_graphs import ReplayedStep
 from attribution.models.predict import predict
 from attribution.models.train import train, train_stacked
 from attribution.scores.trak import compute_scores
@@ -94,42 +95,64 @@ def test_a_stack_trains_what_single_models_train(
         np.testing.assert_allclose(predict(config, model, data, "test"), alone, rtol=0, atol=0.02)
 
 
-def test_a_replayed_function_gives_what_the_function_gives() -> None:
-    weight = torch.randn(4, 4, device="cuda")
-    replayed = Replayed(lambda x: [x @ weight], torch.device("cuda"))
-    for step in range(8):
-        value = torch.full((2 + step % 2, 4), float(step))
-        (found,) = replayed(value)
-        torch.testing.assert_close(found, value.cuda() @ weight)
-
-
-def test_what_cannot_be_recorded_is_run_as_it_is() -> None:
-    replayed = Replayed(lambda x: [x * float(x.sum())], torch.device("cuda"))
-    for step in range(6):
-        value = torch.full((3,), float(step))
-        (found,) = replayed(value)
-        torch.testing.assert_close(found.cpu(), value * value.sum())
-    assert replayed._graphs == {torch.Size([3]): None}
-    assert torch.randn(2, device="cuda").isfinite().all()  # the generator is as before
-
-
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_graphs_train_what_single_launches_train(
-    data: ImageData, precision: str, monkeypatch: pytest.MonkeyPatch
+    data: ImageData, precision: str, stacked: bool, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
-    config = toy_config(device="cuda", augment="flip,crop", epochs=3, precision=precision)
-    whole, recorded, found = Replayed._record, [], []
+    record, recorded, found = ReplayedStep._record, [], []
 
-    def record(self: Replayed, value: torch.Tensor) -> object:
-        recorded.append(whole(self, value))
-        return recorded[-1]
+    def counting(self: ReplayedStep, draw: torch.Tensor) -> object:
+        recorded.append(draw.shape)
+        return record(self, draw)
 
-    monkeypatch.setattr(Replayed, "_record", record)
-    for warm_up in (cuda_graphs.WARM_UP, 1 << 30):
-        monkeypatch.setattr(cuda_graphs, "WARM_UP", warm_up)
-        found.append(predict(config, train(config, data, 0, ALL).model, data, "test"))
+    monkeypatch.setattr(ReplayedStep, "_record", counting)
+    for graphs in ("on", "off"):
+        config = toy_config(device="cuda", augment="flip,crop", epochs=3, precision=precision)
+        config = replace(config, cuda_graphs=graphs)
+        if stacked:
+            model = train_stacked(config, data, [0, 1], [ALL, ALL])[1]
+        else:
+            model = train(config, data, 0, ALL).model
+        found.append(predict(config, model, data, "test"))
     assert np.array_equal(*found)
-    assert len(recorded) == 1 and recorded[0] is not None  # four steps an epoch, all of one size
+    assert len(recorded) == 1  # four steps an epoch, all of one size
+    assert "cuda_graphs: not used" not in capfd.readouterr().err
+
+
+def test_a_step_that_waits_for_the_gpu_stays_eager(capfd: pytest.CaptureFixture) -> None:
+    cuda_graphs._tell.cache_clear()
+    weight = torch.ones(1, device="cuda", requires_grad=True)
+
+    def step(draw: torch.Tensor) -> torch.Tensor:
+        weight.grad = None
+        loss = (weight * float(draw.sum())).sum()
+        loss.backward()
+        return loss.detach()
+
+    replayed = ReplayedStep(step, [weight], [], torch.device("cuda"))
+    for value in range(6):
+        assert float(replayed(torch.full((3,), float(value)))) == 3 * value
+    assert "the step waits for the GPU" in capfd.readouterr().err
+    assert torch.randn(2, device="cuda").isfinite().all()  # random numbers are still usable
+
+
+def test_a_step_that_replays_otherwise_stays_eager(capfd: pytest.CaptureFixture) -> None:
+    """A number that Python holds is frozen in the recording; the comparison finds it."""
+    cuda_graphs._tell.cache_clear()
+    weight, calls = torch.ones(1, device="cuda", requires_grad=True), []
+
+    def step(draw: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        weight.grad = None
+        loss = (weight * draw.sum() * len(calls)).sum()
+        loss.backward()
+        return loss.detach()
+
+    replayed = ReplayedStep(step, [weight], [], torch.device("cuda"))
+    losses = [float(replayed(torch.ones(3))) for _ in range(cuda_graphs.WARM_UP)]
+    assert losses == [3.0 * (i + 1) for i in range(cuda_graphs.WARM_UP)]
+    assert "differs from the eager one" in capfd.readouterr().err
 
 
 def test_scores_are_those_of_the_cpu(data: ImageData, tmp_path: Path) -> None:

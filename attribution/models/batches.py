@@ -1,4 +1,4 @@
-"""Batches of images on their device: of training, in a seeded order and augmented; of a split, as it is."""
+"""Batches of images on a device: for training in a seeded order and augmented, for prediction as they are."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.transforms import augment_batch, draw_augmentation, to_batch
 from attribution.models import classifier
 from attribution.runtime.hashing import derive_seed
-from attribution.runtime.npy_blocks import row_slices
 
 
 class Batches:
-    """Batches of the kept training examples; one call is one epoch.
+    """Batches of the training examples that are kept.
 
-    Order and augmentation are drawn for the whole training set and then restricted, so that
-    leaving an example out changes nothing for the others.
+    Order and augmentation are drawn for the whole training set and then restricted to the kept
+    examples, so that leaving an example out changes nothing for the others.
+
+    Attributes:
+        labels: (n_train,) int64, on the device.
+        is_resident: whether all images lie on a GPU (see cuda_graphs.ResidentBatches).
     """
+
+    is_resident = False
 
     def __init__(
         self,
@@ -30,66 +36,49 @@ class Batches:
         device: torch.device,
         labels: np.ndarray | None = None,
     ) -> None:
-        self.augment, self.device = config.augment, device
-        self.pad = max(1, config.image_size // 8)
-        # On the device, where a CUDA graph may use them.
-        self.mean, self.std = (
-            torch.tensor(v).to(device) for v in classifier.normalisation(config.model)
-        )
-        self.rows = data.rows("train")
-        uploaded = _on_gpu(data, device) if device.type == "cuda" else None
-        self.resident = uploaded is not None  # all images lie on the GPU
-        self.pixels = data.pixels() if uploaded is None else uploaded
+        mean, std = classifier.normalisation(config.model)
+        self._mean, self._std = torch.tensor(mean).to(device), torch.tensor(std).to(device)
+        self._augment, self._pad = config.augment, max(1, config.image_size // 8)
+        self._data, self._device, self._rows = data, device, data.rows("train")
+        self._generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
         labels = data.labels("train") if labels is None else labels
         self.labels = torch.from_numpy(labels).to(device)
-        self.generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
 
-    def __call__(self, kept: np.ndarray, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images (B, 3, H, W) and labels (B,) of each batch."""
+    def __call__(self, kept: np.ndarray, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (B, 3, H, W) and labels (B,) of the batches of one epoch."""
         return map(self.load, self.draws(kept, steps))
 
-    def draws(self, kept: np.ndarray, steps: int) -> Iterator[torch.Tensor]:
-        """What makes each batch, (4, B) int64: examples, whether each is mirrored, its crop's y and x."""
-        n = len(self.rows)
-        order = torch.randperm(n, generator=self.generator).numpy()
-        drawn = draw_augmentation(n, self.augment, self.pad, self.generator)
+    def draws(self, kept: np.ndarray, steps: int) -> Iterator[Tensor]:
+        """Draw the batches of one epoch.
+
+        Each is (4, B) int64: positions in the training set, whether each image is mirrored, and the
+        y and x of its crop. Sizes differ by one at most, since a last batch of one example would
+        break BatchNorm.
+        """
+        return iter(self._epoch(kept).tensor_split(steps, dim=1))
+
+    def _epoch(self, kept: np.ndarray) -> Tensor:
+        """Draw an epoch, (4, n_kept)."""
+        n = len(self._rows)
+        order = torch.randperm(n, generator=self._generator).numpy()
+        drawn = draw_augmentation(n, self._augment, self._pad, self._generator)
         columns = torch.cat([torch.arange(n)[None], drawn])
-        columns = columns[:, torch.from_numpy(order[np.isin(order, kept, assume_unique=True)])]
-        if self.resident:
-            columns = columns.to(self.device)  # once: a copy for every step would wait for the last
-        # Batches of nearly equal size: a last batch of one would break BatchNorm.
-        return iter(columns.tensor_split(steps, dim=1))
+        return columns[:, torch.from_numpy(order[np.isin(order, kept, assume_unique=True)])]
 
-    def load(self, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) and labels (B,) of a draw."""
-        return self.images(draw), self.labels[draw[0].to(self.device)]
+    def load(self, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images (B, 3, H, W) and labels (B,) of a draw."""
+        return self.images(draw), self.labels[draw[0].to(self._device)]
 
-    def images(self, draw: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W), augmented, of a draw."""
-        index, drawn = draw[0], draw[1:]
-        chosen = self.pixels[index] if self.resident else self.pixels[self.rows[index.numpy()]]
-        images = to_batch(chosen, self.mean, self.std, self.device)
-        if self.augment == "none":
+    def images(self, draw: Tensor) -> Tensor:
+        """Return the augmented images (B, 3, H, W) of a draw."""
+        images = to_batch(self._pixels(draw[0]), self._mean, self._std, self._device)
+        if self._augment == "none":
             return images
-        return augment_batch(images, drawn, self.pad)
+        return augment_batch(images, draw[1:], self._pad)
 
-
-_uploaded: dict[tuple, torch.Tensor] = {}
-
-
-def _on_gpu(data: ImageData, device: torch.device) -> torch.Tensor | None:
-    """The training images on a GPU, uint8, one copy a process; None where they are too many for it."""
-    pixels, rows = data.pixels(), data.rows("train")
-    key = data.fingerprint, pixels.shape, device
-    if key not in _uploaded:
-        if pixels[:1].nbytes * len(rows) > torch.cuda.mem_get_info(device)[0] // 4:
-            return None
-        _uploaded.clear()
-        images = torch.empty((len(rows), *pixels.shape[1:]), dtype=torch.uint8, device=device)
-        for part in row_slices(len(rows), pixels[:1].nbytes // 4):
-            images[part] = torch.from_numpy(pixels[rows[part]]).to(device)
-        _uploaded[key] = images
-    return _uploaded[key]
+    def _pixels(self, index: Tensor) -> np.ndarray | Tensor:
+        """Return the pixels of training examples, uint8 (B, H, W, 3)."""
+        return self._data.pixels()[self._rows[index.numpy()]]
 
 
 def batches_of(
@@ -99,8 +88,12 @@ def batches_of(
     batch_size: int,
     device: torch.device,
     rows: range | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A split (or some rows of it) in order, never augmented: images (B, 3, H, W), labels (B,)."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images (B, 3, H, W) and labels (B,) of a split in order, never augmented.
+
+    Args:
+        rows: some rows of the split; None takes all.
+    """
     mean, std = classifier.normalisation(config.model)
     pixels, positions = data.pixels(), data.rows(split)
     labels = torch.from_numpy(data.labels(split)).to(device)
