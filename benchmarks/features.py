@@ -10,8 +10,7 @@ import torch
 
 from attribution.gradients.sketch import Sketch
 from attribution.models import classifier
-from attribution.runtime.device import resolve_device
-from attribution.runtime.memory import keep_freed_memory
+from attribution.runtime.device import keep_freed_memory, resolve_device
 from attribution.scores.features import feature_batch_size
 from benchmarks.common import RESNET18, make_model, measure, summary
 

@@ -59,7 +59,7 @@ class ImageData:
         """All images, uint8 (n, size, size, 3), read-only and memory-mapped."""
         return np.load(self.pixels_file, mmap_mode="r") if self.resident is None else self.resident
 
-    def with_pixels(self) -> ImageData:
+    def portable(self) -> ImageData:
         """The same data with its pixels in memory, to be sent to another machine."""
         return replace(self, resident=np.asarray(self.pixels()))
 

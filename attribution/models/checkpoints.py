@@ -20,16 +20,9 @@ from attribution.models.predict import predict
 from attribution.models.train import train
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import derive_seed
-from attribution.runtime.parallel import (
-    Files,
-    ask,
-    parallel_map,
-    read_folder,
-    resolve_jobs,
-    write_folder,
-)
+from attribution.runtime.parallel import ask, parallel_map, resolve_jobs
 from attribution.runtime.progress import progress
-from attribution.runtime.safe_files import read_arrays, read_json
+from attribution.runtime.safe_files import Files, read_arrays, read_folder, read_json, write_folder
 
 
 def check(config: Config, data: ImageData) -> None:

@@ -17,8 +17,9 @@ from attribution.models.predict import predict
 from attribution.models.train import stacking_pays, train, train_stacked, training_key
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import digest
-from attribution.runtime.parallel import ResultStore, parallel_map, resolve_jobs
+from attribution.runtime.parallel import parallel_map, resolve_jobs
 from attribution.runtime.progress import progress, say
+from attribution.runtime.safe_files import ResultStore
 
 STACK = 10  # models trained as one, at most
 

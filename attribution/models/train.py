@@ -19,9 +19,8 @@ from attribution.errors import InputError
 from attribution.models import classifier
 from attribution.models.batches import Batches
 from attribution.models.predict import classification_metrics, predict
-from attribution.runtime.device import autocast, resolve_device
+from attribution.runtime.device import autocast, keep_freed_memory, resolve_device
 from attribution.runtime.hashing import derive_seed, digest
-from attribution.runtime.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

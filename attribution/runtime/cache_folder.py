@@ -1,4 +1,4 @@
-"""The cache folder: unfinished work, which appears whole or not at all, and locks between processes."""
+"""The cache folder: how it is made and emptied, and locks between the processes that share it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from attribution.config import Config
 from attribution.errors import InputError
 
 
 @contextmanager
 def writing(config: Config) -> Iterator[None]:
-    """Tell an OSError as an InputError about cache_dir."""
+    """Raise an OSError of the block as an InputError about cache_dir."""
     try:
         yield
     except OSError as error:
@@ -27,7 +29,7 @@ def writing(config: Config) -> Iterator[None]:
 
 
 def cache_folder(config: Config, *parts: str) -> Path:
-    """A folder under cache_dir, made if it is missing.
+    """A folder under cache_dir, created if it is missing.
 
     Raises:
         InputError: it cannot be written.
@@ -41,15 +43,13 @@ def cache_folder(config: Config, *parts: str) -> Path:
 
 @contextmanager
 def alone(cache: Path, name: str, waiting: str) -> Iterator[None]:
-    """Hold the lock of this name among the processes that share a cache folder.
+    """Hold the lock with this name among the processes that share a cache folder.
 
-    The lock is the operating system's: it goes with the process that holds it, however that ends.
+    The operating system releases the lock when its process ends, even if it is killed.
 
     Args:
-        waiting: what is said if another process holds it.
+        waiting: message if another process holds the lock.
     """
-    from filelock import FileLock, Timeout
-
     folder = cache / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{name}.lock")
@@ -65,8 +65,8 @@ def alone(cache: Path, name: str, waiting: str) -> Iterator[None]:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder; a kill half-way leaves nothing under its name, and the next call the rest."""
-    with suppress(OSError):
+    """Delete a folder, and what killed processes left of it."""
+    with suppress(OSError):  # renamed first: if this process is killed, half a folder has no name
         os.replace(folder, folder.with_name(f".{folder.name}.{os.getpid()}"))
-    for going in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(going, ignore_errors=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)

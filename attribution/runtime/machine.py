@@ -1,4 +1,4 @@
-"""The machine and the versions: what a figure means nothing without."""
+"""Hardware, library versions, command and commit: the conditions of a measured result."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attribution.errors import redact
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch", "torchvision", "transformers", "datasets", "traker", "mlflow", "numpy", "scikit-learn",
     "cleanlab", "joblib", "ray", "dattri", "captum", "kronfluence",
@@ -20,9 +24,7 @@ PACKAGES = (
 
 
 def hardware() -> dict[str, Any]:
-    """Date, processor (and GPU), threads, and the versions of what is installed."""
-    import torch
-
+    """Date, processor, GPU, threads, and versions of the installed packages."""
     found = {
         "date": date.today().isoformat(),
         "processor": _processor(),
@@ -33,42 +35,33 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def environment() -> dict[str, Any]:
-    """The same with the command line and the commit: what a run has to record to be repeated."""
+    """Everything that is needed to repeat a run: hardware(), the command line and the commit."""
     return hardware() | {"command": [redact(word) for word in sys.argv]} | _commit()
 
 
 def _commit() -> dict[str, Any]:
-    """The code's commit and whether it was changed since; nothing where it is not in git."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20
-        )
-        done.check_returncode()
-        return done.stdout.strip()
-
+    """The commit of this code and whether files were changed; empty if it is not a git checkout."""
     try:
-        if (
-            Path(git("rev-parse", "--show-toplevel")).resolve() != root
-        ):  # installed within another's
-            return {}
-        return {"commit": git("rev-parse", "HEAD"), "commit_is_dirty": bool(git("status", "-s"))}
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return {}  # installed inside the checkout of another project
+        return {"commit": _git("rev-parse", "HEAD"), "commit_is_dirty": bool(_git("status", "-s"))}
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
-def _processor() -> str:
-    import torch
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(ROOT), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()
 
+
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""Matrices too large for memory: read and written as .npy files in blocks of rows."""
+"""Read and write matrices that are larger than memory, as .npy files in blocks of rows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import BinaryIO, TypeGuard
 import numpy as np
 
 from attribution.errors import InputError
-from attribution.runtime.safe_files import regular
+from attribution.runtime.safe_files import atomic, regular
 
-BLOCK_ROWS = 4096  # at most: enough for a product of matrices to run at full speed
+BLOCK_ROWS = 4096  # enough for a matrix product to run at full speed
 BLOCK_BYTES = 1 << 27
-PIECE_BYTES = 1 << 20  # what stays in a core's cache, and malloc need not ask the system for
+PIECE_BYTES = 1 << 20  # fits in a core's cache, and malloc reuses it
 
 
 def row_slices(n: int, columns: int, limit: int = 0) -> Iterator[slice]:
-    """Divide n rows of so many float32 columns into blocks of bounded size, in order.
+    """Divide n rows of float32 values into blocks of bounded size, in order.
 
     Args:
-        limit: bytes of a block, where that is not BLOCK_BYTES.
+        limit: bytes of a block; 0 means BLOCK_BYTES.
     """
     rows = max(1, min(BLOCK_ROWS, (limit or BLOCK_BYTES) // (4 * max(1, columns))))
     for start in range(0, n, rows):
@@ -30,10 +30,10 @@ def row_slices(n: int, columns: int, limit: int = 0) -> Iterator[slice]:
 
 
 def row_blocks(*matrices: np.ndarray, columns: int = 0) -> Iterator[np.ndarray]:
-    """The rows of matrices (n, columns) that lie one below the other, a block at a time.
+    """Yield the rows of matrices (n, columns) that are stacked vertically, in blocks.
 
     Args:
-        columns: of what is made of a block, where that is wider than the block.
+        columns: of the result computed from a block, if it is wider than the block.
     """
     for matrix in matrices:
         for rows in row_slices(len(matrix), max(matrix.shape[1], columns)):
@@ -41,24 +41,24 @@ def row_blocks(*matrices: np.ndarray, columns: int = 0) -> Iterator[np.ndarray]:
 
 
 def pieces(block: np.ndarray) -> Iterator[np.ndarray]:
-    """A block's rows, so few at a time that what is computed of them alone costs no memory traffic."""
+    """Divide a block into pieces that fit in a core's cache together with results of their size."""
     return (block[rows] for rows in row_slices(len(block), block.shape[1], PIECE_BYTES))
 
 
 def ahead(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same blocks, the next one made in another thread while the last one is used."""
+    """Yield the same blocks; the next one is computed in a thread while the last one is used."""
     iterator = iter(blocks)
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, iterator, None)
-        while (block := coming.result()) is not None:
-            coming = thread.submit(next, iterator, None)
+        following = thread.submit(next, iterator, None)
+        while (block := following.result()) is not None:
+            following = thread.submit(next, iterator, None)
             yield block
 
 
 def read_rows(matrix: np.ndarray, rows: slice) -> np.ndarray:
-    """Rows of a matrix (n, columns); those of a memory-mapped file are read into new memory.
+    """Rows of a matrix (n, columns), copied if it is a memory-mapped file.
 
-    Every page of a map that was looked at would stay in this process's memory.
+    Pages of a memory map would stay in this process's memory after their use.
     """
     if not _is_whole_file(matrix):
         return matrix[rows]
@@ -73,30 +73,30 @@ def read_rows(matrix: np.ndarray, rows: slice) -> np.ndarray:
 
 
 def _is_whole_file(matrix: np.ndarray) -> TypeGuard[np.memmap]:
-    """Whether row i of the matrix is row i of its file: not so of a slice of a map."""
+    """Whether a matrix is the memory map of a whole file, and not a slice of one."""
     return (
         isinstance(matrix, np.memmap)
         and matrix.filename is not None
-        and matrix.mode != "c"  # its changes are in memory alone
+        and matrix.mode != "c"  # copy-on-write: changes are not in the file
         and matrix.flags.c_contiguous
         and matrix.offset + matrix.nbytes == os.path.getsize(matrix.filename)
     )
 
 
 def open_matrix(file: Path) -> np.ndarray:
-    """Memory map of a .npy file, read only; never an archive or a pickle, unlike np.load.
+    """Memory map of a .npy file, read-only; refuses archives and pickles, unlike np.load.
 
     Raises:
-        Exception: of many kinds, where it is not one, or shorter than its header says.
+        Exception: of many types, if it is not such a file or is shorter than its header says.
     """
     return np.lib.format.open_memmap(regular(file), mode="r")
 
 
 def reserve(files: Iterable[Path]) -> None:
-    """Let the disk set room aside for files that are to be written through memory maps.
+    """Reserve the disk space of files that are written through memory maps.
 
     Raises:
-        OSError: there is none; a write into such a map would end the process.
+        OSError: the disk is full. Without this, a write to the map would kill the process.
     """
     for file in files:
         if hasattr(os, "posix_fallocate"):
@@ -107,34 +107,30 @@ def reserve(files: Iterable[Path]) -> None:
 def write_matrix(
     file: Path, blocks: Iterable[np.ndarray], shape: tuple[int, int], dtype: str = "<f4"
 ) -> None:
-    """Write rows as they come, by default as float32; the file appears whole or not at all.
+    """Write a matrix from its blocks of rows, whole or not at all.
 
     Args:
-        blocks: arrays (rows, columns) in order, each used before the next is asked for.
+        blocks: arrays (rows, columns) in order; each is written before the next is computed.
         shape: of the whole matrix.
-        dtype: as numpy spells it in a file.
+        dtype: numpy's name for it in a file; by default float32.
 
     Raises:
-        InputError: a value that the type cannot hold, or not finite. The file is not there then.
+        InputError: a value is not finite, or too large for the type.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with atomic(file) as unfinished:
         with unfinished.open("wb") as out:
             header = {"descr": dtype, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(out, header)
             n = sum(_write_block(out, block, file.stem, shape[1], dtype) for block in blocks)
         if n != shape[0]:
-            raise ValueError(f"{file.name}: {n} rows came, of {shape[0]}")
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            raise ValueError(f"{file.name}: expected {shape[0]} rows, got {n}")
 
 
 def _write_block(out: BinaryIO, block: np.ndarray, name: str, columns: int, dtype: str) -> int:
-    with np.errstate(over="ignore"):  # what the type cannot hold becomes inf, and is refused
+    with np.errstate(over="ignore"):  # a value that is too large becomes inf, and is refused below
         block = np.ascontiguousarray(block, dtype=dtype)
     if block.shape[1:] != (columns,):
-        raise ValueError(f"{name}: a block of shape {block.shape}, not (rows, {columns})")
+        raise ValueError(f"{name}: expected a block of shape (rows, {columns}), got {block.shape}")
     if not np.isfinite(block).all():
         raise InputError(
             f"{name}: not all are finite; raise lambda_reg, and look for a diverged checkpoint"

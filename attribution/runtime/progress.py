@@ -1,4 +1,4 @@
-"""What a person at the terminal is told: lines, and the progress of what takes long."""
+"""Messages and progress bars on stderr; results go to stdout."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 from attribution.errors import redact
 
 
 @contextmanager
 def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yield a function that advances the line, by one unless told; it shows the rate and the time left."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total, initial=done, desc=name, file=sys.stderr, disable=None, leave=False
-    ) as bar:
+    """Show a progress bar; yield the function that advances it, by 1 or by its argument."""
+    shown = {"file": sys.stderr, "disable": None, "leave": False}  # None: on a terminal only
+    with tqdm(desc=name, total=total, initial=done, **shown) as bar:
         yield bar.update
 
 
 def say(message: str) -> None:
-    """Write a line to stderr, without credentials; stdout is for results."""
+    """Write a line to stderr, without credentials."""
     print(redact(message), file=sys.stderr, flush=True)

@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 
+Files = dict[
+    str, np.ndarray
+]  # content of files as uint8, (size,), by path relative to their folder
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -32,6 +36,52 @@ def atomic(path: Path) -> Iterator[Path]:
         unfinished = Path(folder) / path.name
         yield unfinished
         os.replace(unfinished, path)
+
+
+def read_folder(folder: Path) -> Files:
+    """The content of all files under a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {p.relative_to(folder).as_posix(): np.fromfile(p, np.uint8) for p in paths}
+
+
+def write_folder(folder: Path, files: Files) -> None:
+    """Make a folder with these files, whole or not at all; a folder that is already there stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with atomic(folder) as unfinished:
+            unfinished.mkdir()
+            for name, content in files.items():
+                path = unfinished / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.data)  # numpy's tofile does not notice a full disk
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # Another process was first, with the same result.
+
+
+class ResultStore:
+    """Small results by key, one .npz file each, which a restarted command finds again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> dict[str, np.ndarray] | None:
+        """The arrays stored under a key, or None if there are none or the file is damaged."""
+        try:
+            with np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
+                return dict(file) or None
+        except Exception:  # zipfile and numpy raise many types for a damaged file
+            return None
+
+    def put(self, key: str, arrays: dict[str, np.ndarray]) -> None:
+        """Store arrays under a key, whole or not at all."""
+        with atomic(self.folder / f"{key}.npz") as unfinished:
+            np.savez(unfinished, allow_pickle=False, **arrays)
 
 
 def regular(file: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A signal ends a command within seconds: as an exception first, and by force where that takes too long."""
+"""End a command within seconds of a signal: first by an exception, by force if that takes too long."""
 
 from __future__ import annotations
 
@@ -11,135 +11,97 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-GRACE_SECONDS = 4.0  # to end workers and to tell the tracking store
+GRACE_SECONDS = 4.0  # to end workers and to mark the runs
 AGAIN_SECONDS = 0.05  # until an exception that Python dropped is raised once more
-HOLD_SECONDS = 1.5  # that an exception waits for what is to be done whole
-# Ctrl-C; what `kill`, batch systems and `mlflow run` send; a terminal that is closed.
-STOPPING = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+# Ctrl-C; `kill`, batch systems and `mlflow run`; a closed terminal.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_asked: list[int] = []  # of the block under way
-_held = False  # whether an exception has to wait
-_pending: list[Callable[[], Any]] = []  # what calls off the raising of the one that waits
+
+class _Handler:
+    """Raise KeyboardInterrupt on the first signal, and ignore later ones.
+
+    Attributes:
+        asked: the number of the signal, or empty.
+        waits: whether stop_after raises the exception.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.waits = False
+
+    def __call__(self, number: int, _: object) -> None:
+        if self.asked:
+            return
+        self.asked.append(number)
+        _later(GRACE_SECONDS, os._exit, 128 + number)
+        if not self.waits:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+
+    def raise_again(self, dropped: Any) -> None:
+        """Handle an exception that Python dropped, as it does in destructors and weakref callbacks."""
+        if self.asked and dropped.exc_type is KeyboardInterrupt:
+            _later(AGAIN_SECONDS, os.kill, os.getpid(), self.asked.pop())
+        else:
+            sys.__unraisablehook__(dropped)
+
+
+_handler = _Handler()  # of the block in progress; signals belong to the whole process
 
 
 def is_stopping() -> bool:
-    """Whether a signal has asked for the end: some libraries make another error of the interrupt."""
-    return bool(_asked)
+    """Whether a signal has arrived; some libraries replace the KeyboardInterrupt by their own error."""
+    return bool(_handler.asked)
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt in the block on the first signal; later ones do not disturb the clearing up.
+    """Turn the first signal in the block into a KeyboardInterrupt; yield a list that gets its number.
 
-    Yields a list that then holds the signal's number: Ray replaces the exception by one of its own. Where
-    the clearing up takes more than GRACE_SECONDS (a tracking server that does not answer), the process
-    ends without it: worker processes notice, and end too. What is ignored (`nohup`) stays so.
+    If the block has not ended GRACE_SECONDS later, for instance because a tracking server does not
+    answer, the process exits. A signal that is ignored, as under `nohup`, stays ignored.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other one
-        yield []
-        return
-    global _asked
-    asked: list[int] = []
-    _asked = asked
-
-    def stop(number: int, _: object) -> None:
-        for each in known:
-            signal.signal(each, signal.SIG_IGN)
-        if not asked:
-            asked.append(number)
-            _later(GRACE_SECONDS, os._exit, 128 + number)
-        if _held and not _pending:
-            signal.signal(number, stop)  # for what comes next, from the timer or a person
-            timer = _later(HOLD_SECONDS, signal.pthread_kill, threading.get_ident(), number)
-            _pending.extend([timer.cancel, lambda: signal.signal(number, signal.SIG_IGN)])
-            return
-        _pending.clear()
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    def unraisable(what: Any) -> None:
-        if not (asked and what.exc_type is KeyboardInterrupt):
-            hook(what)
-            return
-        # It was raised in a destructor or a weak reference's callback, where Python drops it: once more.
-        signal.signal(asked[0], stop)
-        _later(AGAIN_SECONDS, signal.pthread_kill, threading.get_ident(), asked[0])
-
-    known = {each: signal.getsignal(each) for each in STOPPING}
-    known = {each: handler for each, handler in known.items() if handler != signal.SIG_IGN}
-    hook, sys.unraisablehook = sys.unraisablehook, unraisable
-    for each in known:
-        signal.signal(each, stop)
+    global _handler
+    _handler = _Handler()
+    handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = [signal.signal(number, _handler) for number in handled]
+    hook, sys.unraisablehook = sys.unraisablehook, _handler.raise_again
     try:
-        yield asked
+        yield _handler.asked
     finally:
-        _asked = []
+        for number, handler in zip(handled, before):
+            signal.signal(number, handler)
         sys.unraisablehook = hook
-        for each, handler in known.items():
-            signal.signal(each, handler)
+        _handler = _Handler()
 
 
 @contextmanager
 def stop_after() -> Iterator[None]:
-    """Raise a KeyboardInterrupt that comes in the block at its end: it is done whole or not at all.
-
-    But within HOLD_SECONDS: what does not answer is not waited for.
-    """
-    global _held
-    _held = True
+    """Delay the KeyboardInterrupt of a signal to the end of the block, which is never half done."""
+    handler, stopping = _handler, is_stopping()
+    handler.waits = True
     try:
         yield
     finally:
-        _held = False
-        if _pending:
-            for call_off in _pending:
-                call_off()
-            _pending.clear()
-            raise KeyboardInterrupt
+        handler.waits = False
+    if handler.asked and not stopping:
+        raise KeyboardInterrupt
 
 
-def _later(seconds: float, function: Callable, *arguments: Any) -> threading.Timer:
+def _later(seconds: float, function: Callable, *arguments: Any) -> None:
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
     timer.start()
-    return timer
 
 
 def end(code: int) -> NoReturn:
-    """End with this exit code without taking Python's modules apart, which takes seconds with PyTorch.
+    """Exit now, without the seconds that Python needs to tear PyTorch down; atexit functions run.
 
-    What is registered with atexit runs: Ray ends its cluster there. Output that cannot be written is
-    a failure, as without this.
+    Unwritten output is a failure, as in a normal exit.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # nobody reads on, or a disk is full
+        except OSError:  # a closed pipe or a full disk
             code = code or 1
     os._exit(code)
-
-
-@contextmanager
-def held_for_children() -> Iterator[None]:
-    """Start processes in the block that Ctrl-C does not reach: their parent ends them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def sigterm_kept() -> Iterator[None]:
-    """Undo what the block does to the handling of SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)

@@ -22,18 +22,12 @@ from attribution.gradients import per_sample
 from attribution.gradients.sketch import dealt
 from attribution.models import classifier
 from attribution.models.batches import batches_of
-from attribution.runtime.device import resolve_device, resolve_precision
+from attribution.runtime.device import keep_freed_memory, resolve_device, resolve_precision
 from attribution.runtime.hashing import derive_seed
-from attribution.runtime.memory import keep_freed_memory
 from attribution.runtime.npy_blocks import open_matrix, reserve
-from attribution.runtime.parallel import (
-    Files,
-    parallel_map,
-    read_folder,
-    resolve_jobs,
-    write_folder,
-)
+from attribution.runtime.parallel import parallel_map, resolve_jobs
 from attribution.runtime.progress import progress
+from attribution.runtime.safe_files import Files, read_folder, write_folder
 from attribution.scores import traker_adapters
 
 # Examples of a task: what is featurised at a time, and kept when a run is killed.

@@ -17,8 +17,7 @@ from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.gradients import per_sample
 from attribution.models import classifier
-from attribution.runtime.device import resolve_device
-from attribution.runtime.memory import keep_freed_memory
+from attribution.runtime.device import keep_freed_memory, resolve_device
 from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write_matrix
 from attribution.runtime.progress import progress
 from attribution.scores.features import Store, featurize

@@ -23,7 +23,6 @@ from conftest import Place, child_environment, refused
 from mlflow.exceptions import MlflowException
 
 from attribution.errors import InputError
-from attribution.runtime import signals
 from attribution.runtime.signals import STOPPING, ended_by_signals
 from attribution.tracking import database, replay
 from attribution.tracking.run_lifecycle import end_dead_runs, open_run, signature
@@ -85,12 +84,13 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_clearing_up_that_takes_too_long_is_cut_short() -> None:
-    code = """if True:
+@pytest.mark.parametrize("block", ["signals.ended_by_signals()", "signals.stop_after()"])
+def test_a_block_that_takes_too_long_to_end_is_cut_short(block: str) -> None:
+    code = f"""if True:
         import os, signal, time
-        from attribution import signals
+        from attribution.runtime import signals
         signals.GRACE_SECONDS = 0.1
-        with signals.ended_by_signals():
+        with signals.ended_by_signals(), {block}:
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             finally:
@@ -102,7 +102,7 @@ def test_clearing_up_that_takes_too_long_is_cut_short() -> None:
 def test_the_end_runs_what_is_registered_and_does_not_take_itself_apart() -> None:
     code = """if True:
         import atexit
-        from attribution import signals
+        from attribution.runtime import signals
         class Slow:
             def __del__(self):
                 print("taken apart")
@@ -117,7 +117,7 @@ def test_the_end_runs_what_is_registered_and_does_not_take_itself_apart() -> Non
 
 @pytest.mark.parametrize("code, expected", [(0, 1), (2, 2)])
 def test_a_command_whose_output_could_not_be_written_has_failed(code: int, expected: int) -> None:
-    program = f"from attribution import signals\nprint('said')\nsignals.end({code})"
+    program = f"from attribution.runtime import signals\nprint('said')\nsignals.end({code})"
     buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", program]
@@ -288,17 +288,6 @@ def test_a_run_is_begun_and_ended_whole(
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert run.info.status == expected and reached == (function == "end_run")
     assert mlflow.active_run() is None
-
-
-def test_what_is_to_be_done_whole_is_not_waited_for_for_long(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(signals, "HOLD_SECONDS", 0.1)
-    with pytest.raises(KeyboardInterrupt), ended_by_signals() as asked, signals.stop_after():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)  # as a store that does not answer
-    cancel_timers()
-    assert asked == [signal.SIGTERM]
 
 
 def test_a_run_that_the_store_could_not_end_is_marked_when_it_answers_again(

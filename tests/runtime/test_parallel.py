@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import functools
-import io
 import os
 import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attribution.cli import command
 from attribution.errors import InputError
-from attribution.runtime import parallel
 from attribution.runtime.parallel import (
     ATTEMPTS,
     MOVES,
-    LostWorker,
-    ResultStore,
     ask,
     end_workers,
     parallel_map,
-    read_folder,
     resolve_jobs,
     start_workers,
-    write_folder,
 )
+from attribution.runtime.pool import LostWorker
 
 
 def difference(a: int, b: int) -> int:
@@ -108,39 +101,19 @@ def test_a_function_that_fails_in_an_early_worker_is_nobodys_concern() -> None:
     assert sorted(parallel_map(refuse, [(0,), (1,)], 2)) == [(0, 0), (1, 1)]
 
 
-def test_workers_started_early_end_with_an_error_of_the_command(
-    new_place, monkeypatch: pytest.MonkeyPatch
+def fail_after(calls: Path) -> None:
+    with calls.open("a") as file:
+        file.write("called\n")
+    raise RuntimeError("of the function itself")
+
+
+def test_an_error_of_the_function_that_is_asked_is_raised_and_it_is_not_called_again(
+    tmp_path: Path,
 ) -> None:
-    pids: set[int] = set()
-
-    def start(*given) -> None:
-        start_workers(*given)
-        pids.update(parallel._Workers.executor._processes)
-
-    monkeypatch.setattr(parallel, "start_workers", start)
-    end_workers()
-    place = new_place("early")
-    argv = place.argv("finetune", dataset="/nowhere", jobs=2)
-    with place.active(), pytest.raises(SystemExit) as ended:
-        command.run_entry_point("finetune", lambda *_: None, lambda *_: None, argv, early=True)
-    assert ended.value.code == 2 and pids
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-
-
-@pytest.mark.parametrize(
-    "given", [{"jobs": 1}, {"backend": "ray", "jobs": 2}, {"device": "cuda", "jobs": 2}]
-)
-def test_where_tasks_run_elsewhere_no_worker_starts_early(
-    given: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list = []
-    monkeypatch.setattr(parallel, "start_workers", lambda *given: started.append(given))
-    command._start_workers("finetune", given)
-    assert not started
-    command._start_workers("finetune", {"device": "cpu", "jobs": 2})
-    assert len(started) == 1
+    start_workers(2, os.getpid)
+    with pytest.raises(RuntimeError, match="of the function itself"):
+        ask(fail_after, tmp_path / "calls")
+    assert (tmp_path / "calls").read_text() == "called\n"
 
 
 def test_what_is_asked_is_answered_by_a_worker_or_here() -> None:
@@ -243,106 +216,3 @@ def test_a_machine_that_goes_away_changes_no_batch() -> None:
     function, batches = losing(MOVES, moved=True)
     with pytest.raises(InputError, match="task 0: its machine went away, 10 times"):
         list(parallel_map(function, [(64,)], 1, smaller=smaller))
-
-
-def test_a_folder_is_what_it_was_after_it_has_travelled(tmp_path: Path) -> None:
-    (tmp_path / "a" / "deep").mkdir(parents=True)
-    (tmp_path / "a" / "deep" / "file").write_bytes(b"\x00\xff")
-    (tmp_path / "a" / "empty").touch()
-    write_folder(tmp_path / "new" / "b", read_folder(tmp_path / "a"))
-    write_folder(tmp_path / "new" / "b", {"late": np.zeros(1, np.uint8)})  # the first one stays
-    found = {
-        path.name: path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file()
-    }
-    assert found == {"file": b"\x00\xff", "empty": b""}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ResultStore:
-    return ResultStore(tmp_path / "deep" / "store")
-
-
-def archive(**arrays) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def test_what_is_put_is_what_another_store_on_the_folder_gets(store: ResultStore) -> None:
-    arrays = {"a": np.arange(5), "b": np.float32([[1.5, np.nan]])}
-    store.put("key", arrays)
-    found = ResultStore(store.folder).get("key")
-    assert found.keys() == arrays.keys()
-    for name, array in arrays.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array)
-
-
-def test_an_unknown_key_gives_none(store: ResultStore) -> None:
-    assert store.get("key") is None
-
-
-def test_a_second_put_replaces_the_first(store: ResultStore) -> None:
-    store.put("key", {"a": np.zeros(3)})
-    store.put("key", {"a": np.ones(2)})
-    np.testing.assert_array_equal(store.get("key")["a"], [1, 1])
-
-
-def test_after_a_put_nothing_but_the_result_lies_in_the_folder(store: ResultStore) -> None:
-    store.put("key", {"a": np.zeros(3)})
-    assert [path.name for path in store.folder.iterdir()] == ["key.npz"]
-
-
-@pytest.mark.parametrize("earlier", [True, False])
-def test_a_put_that_is_cut_off_leaves_what_was_there_before(
-    store: ResultStore, monkeypatch, earlier: bool
-) -> None:
-    if earlier:
-        store.put("key", {"a": np.zeros(3)})
-
-    def cut_off(file: Path, **arrays) -> None:
-        Path(file).write_bytes(b"PK\x03\x04 and no more")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(np, "savez", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        store.put("key", {"a": np.ones(3)})
-    found = store.get("key")
-    assert found["a"].tolist() == [0, 0, 0] if earlier else found is None
-
-
-@pytest.mark.parametrize("length", [0, 1, 30, 100, -30, -1])
-def test_a_truncated_result_counts_as_none(store: ResultStore, length: int) -> None:
-    (store.folder / "key.npz").write_bytes(archive(a=np.arange(20))[:length])
-    assert store.get("key") is None
-
-
-def test_a_result_with_any_changed_byte_is_whole_or_counts_as_none(store: ResultStore) -> None:
-    original = archive(a=np.arange(4))
-    for position in range(len(original)):
-        for value in {0, 9, 255} - {original[position]}:
-            changed = bytearray(original)
-            changed[position] = value
-            (store.folder / "key.npz").write_bytes(changed)
-            found = store.get("key")
-            if found:  # a byte that carries nothing, or the member's name
-                assert all(np.array_equal(array, np.arange(4)) for array in found.values())
-
-
-@pytest.mark.parametrize("content", [b"not an archive", b"PK\x03\x04"])
-def test_a_file_that_is_no_archive_counts_as_none(store: ResultStore, content: bytes) -> None:
-    (store.folder / "key.npz").write_bytes(content)
-    assert store.get("key") is None
-
-
-def test_a_lone_array_in_place_of_an_archive_counts_as_none(store: ResultStore) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, np.zeros(3))
-    (store.folder / "key.npz").write_bytes(buffer.getvalue())
-    assert store.get("key") is None
-
-
-def test_a_pickled_result_counts_as_none(store: ResultStore) -> None:
-    content = archive(a=np.array([{"an": "object"}], dtype=object))
-    (store.folder / "key.npz").write_bytes(content)
-    assert store.get("key") is None

@@ -165,9 +165,13 @@ def test_a_task_reserves_the_fraction_of_a_gpu_that_it_is_given(on_ray) -> None:
     assert mapped(whereabouts, [(0,)], config)[0][2] == 0.25
 
 
-def place_of(data: Any, _: int) -> tuple[str, int, int, bool]:
-    """Node of this task, and where in which shared file its pixels lie (Linux)."""
-    time.sleep(0.1)
+def place_of(data: Any, folder: str, _: int) -> tuple[str, int, int, bool]:
+    """Node of this task, and where in which shared file its pixels are (Linux)."""
+    node = ray.get_runtime_context().get_node_id()
+    Path(folder, node).touch()
+    deadline = time.monotonic() + 60
+    while len(list(Path(folder).iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)  # until a task runs on the other node
     array = data.pixels()
     address = array.__array_interface__["data"][0]
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -175,7 +179,6 @@ def place_of(data: Any, _: int) -> tuple[str, int, int, bool]:
         start, end = (int(part, 16) for part in span.split("-"))
         if start <= address < end:
             where = int(offset, 16) + address - start
-            node = ray.get_runtime_context().get_node_id()
             return node, int(inode), where, array.flags.writeable
     raise AssertionError("not mapped")
 
@@ -183,7 +186,8 @@ def place_of(data: Any, _: int) -> tuple[str, int, int, bool]:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's memory maps")
 def test_the_pixels_are_placed_once_a_node_and_shared_by_its_tasks(on_ray, tmp_path: Path) -> None:
     data = toy_data(tmp_path / "data", n_train=300, size=32)  # small objects are not stored
-    tasks = [(i,) for i in range(20)]
+    (tmp_path / "nodes").mkdir()
+    tasks = [(str(tmp_path / "nodes"), i) for i in range(20)]
     places = mapped(place_of, tasks, on_ray(), shared=(data,))
     assert len({node for node, *_ in places}) == len({place[:3] for place in places}) == 2
     assert all(inode for _, inode, *_ in places) and not any(place[3] for place in places)
