@@ -1,4 +1,4 @@
-"""report.html: the comparison as one page, whose words follow its figures."""
+"""report.html: the comparison of arms as one page."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import Trial, trial_name
+from attribution.experiments.arms import ARMS, Trial, trial_name
 from attribution.experiments.comparison import CONTROLS, JUDGED, Comparison, verdict
 from attribution.reporting import html, terminal
+from attribution.reporting.mlflow_notes import first_line
 
-GALLERY = 24  # examples shown of an arm
-CLASSES = 30  # at most; of more those with the largest differences are shown
+GALLERY = 24  # examples shown for each arm
+CLASSES = 30  # classes shown: those with the largest differences
 TONES = {"better than random": "good", "worse than random": "bad"}
-VAGUE = ("not significant after Holm", "indistinguishable from random")
-# What an arm's examples are shown in the order of, where that is not rising alignment.
+VERDICTS = (*TONES, "not significant after Holm", "indistinguishable from random")
+ACTED = {"remove": "removed", "relabel": "relabelled", "both": "removed or relabelled"}
+# The column that an arm's examples are sorted by, and whether it rises; alignment rises by default.
 ORDER = {
     "harmful": ("trust", True),
     "harmful_loss": ("trust", True),
@@ -32,13 +34,13 @@ ORDER = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the page is made of.
+    """Everything that the page shows.
 
     Attributes:
         comparison: the result of the ablation stage.
         figures: files of the figures 'comparison' and, if more than one share was tried, 'curves'.
         quality: the table of `evaluate` for the same scores, if there is one.
-        run_ids: of this run and of those that it was built on, by name ('trak run').
+        run_ids: ids of this run and of those that it builds on, by name ('trak run').
         versions: from machine.hardware.
     """
 
@@ -52,13 +54,13 @@ class Report:
 
 
 def page(report: Report) -> str:
-    """The whole page."""
-    config, data, table = report.config, report.data, report.comparison.table
+    """The whole page as HTML."""
+    data, table = report.data, report.comparison.table
     embedded = {name: html.embedded(path.read_bytes()) for name, path in report.figures.items()}
     return html.render(
         "report",
-        dataset=Path(config.dataset).name,
-        sentences=sentences(config, data, table),
+        dataset=Path(report.config.dataset).name,
+        sentences=_sentences(report.config, data, table),
         comparisons=[_comparison(table, m) for m in JUDGED if f"{m}_mean" in table],
         power=terminal.power(table),
         figure=embedded["comparison"],
@@ -66,34 +68,34 @@ def page(report: Report) -> str:
         classes=_classes(report.comparison.per_class),
         arms=_arms(data, report.comparison),
         quality=_quality(report.quality) if report.quality is not None else None,
+        explained={arm: first_line(ARMS[arm]) for arm in table["arm"]},
         run_ids=report.run_ids,
-        settings=config.group("data", "training", "finetune", "trak", "ablation"),
+        settings=report.config.group("data", "training", "finetune", "trak", "ablation"),
         versions=report.versions,
         n_seeds=int(table["n_seeds"].iloc[0]),
         n_test=len(data.rows("test")),
     )
 
 
-def sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str]:
-    """What was done, and what came of it, in three sentences."""
+def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str]:
+    """Three sentences: how the scores were made, how the arms were compared, the result."""
     n = {split: f"{len(data.rows(split)):,}" for split in ("train", "validation", "test")}
     share = f"{100 * config.subset_fraction:.3g} %"
     flips = int(data.table("train")["is_flipped"].sum())
-    planted = f", {flips} of whose labels were flipped on purpose" if flips else ""
+    planted = f" ({flips} labels were flipped on purpose)" if flips else ""
     seeds = int(table["n_seeds"].iloc[0])
-    judged = table[~table["arm"].isin(CONTROLS) & (table["n_removed"] > 0)]
-    acted = {"remove": "removed", "relabel": "relabelled", "both": "removed or relabelled"}
     return [
-        f"{config.num_models} models ({Path(config.model).name}) were trained on {share} each of "
-        f"{n['train']} training images of {len(data.class_names)} classes{planted}, and TRAK scored "
-        f"every image for its effect on {n['validation']} validation images.",
-        f"What each arm chose was {acted[config.action]}, the model was trained again under {seeds} "
-        f"paired seeds, and its accuracy was read on {n['test']} test images that no choice had seen.",
-        _finding(judged),
+        f"{config.num_models} models ({Path(config.model).name}) were trained, each on {share} of "
+        f"{n['train']} training images of {len(data.class_names)} classes{planted}. TRAK then scored "
+        f"the effect of every training image on {n['validation']} validation images.",
+        f"Each arm chose examples, which were {ACTED[config.action]}. The model was then retrained "
+        f"with {seeds} paired seeds and tested on {n['test']} test images that no choice depended on.",
+        _finding(table[~table["arm"].isin(CONTROLS) & (table["n_removed"] > 0)]),
     ]
 
 
 def _finding(judged: pd.DataFrame) -> str:
+    """The arms by verdict, with their change in accuracy."""
     found: dict[str, list[str]] = {}
     for _, row in judged.iterrows():
         name = trial_name(row["arm"], row["action"], row["frac"])
@@ -101,48 +103,39 @@ def _finding(judged: pd.DataFrame) -> str:
         found.setdefault(verdict(row), []).append(difference)
     if not found:
         return "No arm was compared."
-    parts = [
-        f"{words}: {', '.join(found.get(words, ['none']))}"
-        for words in (*TONES, *VAGUE)
-        if words in found or words == "better than random"
-    ]
-    return f"In test accuracy, against random choice of as many: {'; '.join(parts)}."
+    none = "" if VERDICTS[0] in found else "No arm is better than random removal. "
+    parts = [f"{words}: {', '.join(found[words])}" for words in VERDICTS if words in found]
+    return f"{none}Test accuracy, compared with the same number of random examples: {'; '.join(parts)}."
 
 
 def _comparison(table: pd.DataFrame, metric: str) -> dict[str, Any]:
-    versus, rows = f"{metric}_vs_random", []
-    for _, row in table.iterrows():
-        words, is_compared = verdict(row, metric), pd.notna(row[versus])
-        low, high = row[f"{versus}_ci_low"], row[f"{versus}_ci_high"]
-        rows.append(
-            {
-                "name": trial_name(row["arm"], row["action"]),
-                "frac": row["frac"],
-                "count": int(row["n_removed"]),
-                "mean": row[f"{metric}_mean"],
-                "half": (row[f"{metric}_ci_high"] - row[f"{metric}_ci_low"]) / 2,
-                "difference": row[versus] if is_compared else None,
-                "difference_half": (high - low) / 2,
-                "low": low,
-                "high": high,
-                "p": row[f"{versus}_p_holm"],
-                "verdict": words,
-                "tone": TONES.get(words, ""),
-            }
-        )
+    """The table of one metric, and the scale that its intervals are drawn to."""
+    versus = f"{metric}_vs_random"
     ends = table[[f"{versus}_ci_low", f"{versus}_ci_high"]].abs().max().max()
+    rows = [
+        {
+            "cells": terminal.cells(row, metric),
+            "is_compared": pd.notna(row[versus]),
+            "low": row[f"{versus}_ci_low"],
+            "difference": row[versus],
+            "high": row[f"{versus}_ci_high"],
+            "tone": TONES.get(verdict(row, metric), ""),
+        }
+        for _, row in table.iterrows()
+    ]
     scale = float(ends) if ends > 0 else 1.0
     return {"metric": metric.replace("_", " "), "rows": rows, "scale": scale}
 
 
 def _classes(table: pd.DataFrame) -> dict[str, Any]:
+    """The table of effects on each class, in percentage points."""
     stem = "accuracy_vs_random"
     low, mean, high = (100 * table[name] for name in (f"{stem}_ci_low", stem, f"{stem}_ci_high"))
     table = table.assign(
         name=[trial_name(r.arm, r.action, r.frac) for r in table.itertuples()],
         mean=mean,
         half=(high - low) / 2,
-        # Seeds that all agree, as few may, give no interval.
+        # Without a difference between seeds there is no interval.
         excludes=((low > 0) | (high < 0)) & (low < high),
     )
     largest = mean.abs().groupby(table["label_name"]).max().sort_values(ascending=False)
@@ -167,7 +160,7 @@ def _classes(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _arms(data: ImageData, comparison: Comparison) -> list[dict[str, Any]]:
-    """The counts of every trial, and one gallery for each arm: a larger share begins with the same."""
+    """Every trial with its counts; a gallery for the first trial of each arm, since later ones extend it."""
     shown: set[tuple[str, str]] = set()
     found = []
     for outcome in comparison.outcomes:
@@ -181,6 +174,7 @@ def _arms(data: ImageData, comparison: Comparison) -> list[dict[str, Any]]:
 def _arm(
     data: ImageData, comparison: Comparison, trial: Trial, with_gallery: bool
 ) -> dict[str, Any]:
+    """What one trial chose: counts, flips, classes, and a gallery of its first examples."""
     removed, metrics = comparison.removed(trial), comparison.removal_metrics(trial)
     value, rises = ORDER.get(trial.arm, ("alignment", True))
     count = GALLERY if with_gallery else 0
@@ -193,7 +187,7 @@ def _arm(
     return {
         "name": trial.name,
         "count": round(sum(per_class.values())),
-        "different": len(removed),  # more than count, where every seed has a draw of its own
+        "different": len(removed),  # more than count if each seed drew its own
         "value": value.replace("_", " "),
         "precision": metrics.get("flips_precision"),
         "recall": metrics.get("flips_recall"),
@@ -203,20 +197,21 @@ def _arm(
 
 
 def _quality(table: pd.DataFrame) -> dict[str, Any]:
-    ceiling, rows = table["noise_ceiling"].iloc[0], []
-    for _, row in table.iterrows():
-        share = row["lds_share_of_ceiling"]
-        rows.append(
-            {
-                "method": row["method"],
-                "lds": terminal.interval(row, "lds", ".3f"),
-                "share": f"{100 * share:.0f} %" if pd.notna(share) else "",
-                "auroc": terminal.interval(row, "auroc", ".3f"),
-            }
-        )
-    known = f" A noise ceiling of {ceiling:.3f} is about the most that any method could reach."
+    """The table of `evaluate`, and a sentence on how to read it."""
+    ceiling = table["noise_ceiling"].iloc[0]
+    rows = [
+        {
+            "method": row["method"],
+            "lds": terminal.interval(row, "lds", ".3f"),
+            "share": terminal.share_of_ceiling(row),
+            "auroc": terminal.interval(row, "auroc", ".3f"),
+        }
+        for _, row in table.iterrows()
+    ]
     sentence = (
-        "LDS is the rank correlation between what scores predict for models trained on random "
-        "subsets and what those models did, the mean over validation images, with a 95 % interval."
+        "LDS is the rank correlation between the predicted and the measured margins of models "
+        "trained on random subsets: the mean over validation images, with a 95 % interval."
     )
-    return {"rows": rows, "sentence": sentence + (known if np.isfinite(ceiling) else "")}
+    if np.isfinite(ceiling):
+        sentence += f" No method can get much above the noise ceiling of {ceiling:.3f}."
+    return {"rows": rows, "sentence": sentence}

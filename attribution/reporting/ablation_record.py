@@ -88,7 +88,7 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
         gallery = figures.removed_gallery(data, removed, trial.name)
         figures.save(gallery, folder / "removed.png")
 
-    note = f"{mlflow_notes.first_line(ARMS[trial.arm])}\n\n{words}; {mlflow_notes.ARM}"
+    note = f"{mlflow_notes.first_line(ARMS[trial.arm])}\n\nVerdict: {words}. {mlflow_notes.ARM}"
     return Record(
         name=trial.name,
         tags={"stage": "ablation_arm", "arm": trial.arm, "verdict": words, NOTE: note},

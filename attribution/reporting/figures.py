@@ -1,4 +1,4 @@
-"""Every picture: training curves, galleries of examples, the comparison of arms."""
+"""Figures: training curves, galleries of examples, the comparison of arms, the evaluation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def training_curves(histories: Sequence[list[dict[str, float]]]) -> Figure:
-    """Training and validation loss, and validation accuracy, of every checkpoint by epoch."""
+    """Loss and validation accuracy of every checkpoint by epoch."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for history in histories:
@@ -54,10 +54,8 @@ class _Tile:
 
 
 def _gallery(lines: Sequence[Sequence[_Tile | None]], title: str) -> Figure:
-    """Lines of tiles from left to right; None leaves a place empty.
-
-    On one pair of axes: a pair for each tile takes four times as long.
-    """
+    """Rows of tiles; None leaves a place empty."""
+    # One pair of axes for all tiles: one for each tile takes four times as long.
     width, height = 1.15 * max([6, *map(len, lines)]), 1.4 * max(1, len(lines))  # inches
     figure = Figure(figsize=(width, height + 0.3))
     axes = figure.add_axes((0, 0, 1, height / (height + 0.3)))
@@ -76,25 +74,23 @@ def _gallery(lines: Sequence[Sequence[_Tile | None]], title: str) -> Figure:
 
 
 def _tiles(data: ImageData, table: pd.DataFrame, column: str, colour: str = "") -> list[_Tile]:
-    """The training examples of a table with the values of a column, by default red where flipped."""
-    pixels, train = data.pixels(), data.rows("train")
-    return [
-        _Tile(
-            pixels[train[row.position]],
-            _caption(row, getattr(row, column)),
-            colour or (HARMFUL if row.is_flipped else NEUTRAL),
-        )
-        for row in table.itertuples()
-    ]
+    """Training examples with the values of a column; without a colour, flipped ones are red."""
+    pixels, train, tiles = data.pixels(), data.rows("train"), []
+    for row in table.itertuples():
+        flipped = " (flipped)" if row.is_flipped else ""
+        caption = f"{row.label_name}{flipped}\n{getattr(row, column):+.3g}"
+        own = colour or (HARMFUL if flipped else NEUTRAL)
+        tiles.append(_Tile(pixels[train[row.position]], caption, own))
+    return tiles
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it is: a dollar sign would start a formula."""
+    """Escape dollar signs, which start a formula in matplotlib."""
     return text.replace("$", r"\$")
 
 
 def score_gallery(data: ImageData, scores: Scores, targets: int = 6, k: int = 4) -> Figure:
-    """For some targets spread over the classes: the most helpful and most harmful examples."""
+    """The most helpful and most harmful examples of some targets of different classes."""
     chosen = list(scores.targets.groupby("label").head(1).head(targets).index)
     shown = scores.select(chosen)
     pixels, validation, lines = data.pixels(), data.rows("validation"), []
@@ -108,7 +104,7 @@ def score_gallery(data: ImageData, scores: Scores, targets: int = 6, k: int = 4)
 
 
 def explanation(data: ImageData, found: Explanation) -> Figure:
-    """What was predicted, with the examples that raised (above) and lowered (below) its margin."""
+    """A prediction, with the examples that raised (above) and lowered (below) its margin."""
     own = f"{found.predicted} {found.probability:.2f}"
     if not found.is_right:
         own += f"\n({found.label} {found.label_probability:.2f})"
@@ -121,13 +117,8 @@ def explanation(data: ImageData, found: Explanation) -> Figure:
     return _gallery(lines, title)
 
 
-def _caption(row: Any, value: float) -> str:
-    flipped = " (flipped)" if row.is_flipped else ""
-    return f"{row.label_name}{flipped}\n{value:+.3g}"
-
-
 def removed_gallery(data: ImageData, removed: pd.DataFrame, title: str, limit: int = 48) -> Figure:
-    """The first removed examples by alignment (lowest first); a red frame marks a known flip."""
+    """The removed examples with the lowest alignment; a red frame marks a known flip."""
     shown = removed.sort_values("alignment", kind="stable").head(limit)
     tiles = _tiles(data, shown, "alignment")
     lines = [tiles[i : i + 12] for i in range(0, len(tiles), 12)]
@@ -146,7 +137,7 @@ def comparison(table: pd.DataFrame) -> Figure:
     right.axvline(0, color=NEUTRAL, linewidth=0.8)
     left.set_yticks(y, [_plain(name) for name in names])
     left.set(xlabel="test accuracy (mean, 95 % interval over seeds)")
-    right.set(xlabel="difference from random removal of as many (paired, 95 %)")
+    right.set(xlabel="difference from the same number of random examples (paired, 95 %)")
     return figure
 
 
@@ -183,7 +174,7 @@ def _intervals(axes: Axes, table: pd.DataFrame, y: np.ndarray, mean: str, stem: 
 
 
 def evaluation(table: pd.DataFrame, brittle: pd.DataFrame | None) -> Figure:
-    """LDS beside its ceiling, AUROC for planted flips, and how far targets fell, by method."""
+    """Each method's LDS, its AUROC for planted flips, and how far it made margins fall."""
     panels = [("lds", "linear datamodeling score (LDS)")]
     if "auroc" in table:
         panels.append(("auroc", "AUROC for planted flips"))

@@ -1,52 +1,43 @@
-"""Pages of HTML: one self-contained file each, in which every text from data is escaped."""
+"""HTML pages: each is one file that needs no other, with every text from data escaped."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from attribution.data.dataset import ImageData
 from attribution.scores.explanation import Explanation
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-SHOWN = 128  # pixels a side, at most: a page holds a hundred pictures
-
-
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+SHOWN = 128  # pixels: images are embedded no larger, because a page holds a hundred of them
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from templates/NAME.html."""
-    return _environment().get_template(f"{template}.html").render(**values)
+    """Fill in templates/NAME.html."""
+    return TEMPLATES.get_template(f"{template}.html").render(**values)
 
 
 def embedded(content: bytes) -> str:
-    """A PNG as an address that holds it."""
+    """A PNG as a data: address."""
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def picture(pixels: np.ndarray) -> str:
-    """An image, uint8 (h, w, 3), as such an address; made smaller where it is larger than it is shown."""
+    """An image, uint8 (h, w, 3), as a data: address, at most SHOWN pixels wide and high."""
     file, image = io.BytesIO(), Image.fromarray(pixels)
     image.thumbnail((SHOWN, SHOWN))
     image.save(file, "PNG", optimize=True)
@@ -54,12 +45,12 @@ def picture(pixels: np.ndarray) -> str:
 
 
 def tiles(data: ImageData, table: pd.DataFrame, value: str, tone: str = "") -> list[dict[str, Any]]:
-    """What the template's gallery shows of training examples.
+    """Training examples as the gallery of the templates shows them.
 
     Args:
         table: with position, label_name, is_flipped, true_label.
-        value: the column whose figure stands under the image.
-        tone: class of the frame: helpful, harmful, or none.
+        value: the column that is shown under the image.
+        tone: CSS class of the frame: helpful, harmful, or none.
     """
     pixels, rows = data.pixels(), data.rows("train")
     return [
@@ -76,7 +67,7 @@ def tiles(data: ImageData, table: pd.DataFrame, value: str, tone: str = "") -> l
 
 
 def explanations(data: ImageData, found: Iterable[Explanation], run_ids: dict[str, str]) -> str:
-    """The page of `explain`."""
+    """The page of the explain stage: every prediction with the examples behind it."""
     shown = [
         {
             "name": each.name,

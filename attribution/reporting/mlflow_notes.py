@@ -1,7 +1,4 @@
-"""What a person sees in MLflow's own pages: a note on every run, links, and a saved view of the arms.
-
-Notes are markdown, of which a run's page shows the first few lines unfolded.
-"""
+"""What MLflow's own pages show of a run: parts of its note, and a saved view of the arms."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 
-# Columns of the view of arms, in this order, with their width in pixels.
+# Columns of the view, in this order, with their width in pixels.
 COLUMNS = {
     "metrics.`accuracy_mean`": 130,
     "tags.`verdict`": 220,
@@ -18,22 +15,22 @@ COLUMNS = {
     "params.`n_removed`": 110,
     "metrics.`accuracy_vs_random_p_holm`": 210,
 }
-# Charts of the same view, for whoever presses the chart button.
+# Charts of the same view, behind MLflow's chart button.
 CHARTS = {"accuracy_mean": "BAR", "accuracy_vs_random": "BAR", "accuracy": "LINE"}
-ARM = "what it removed is `removed.png` under **Artifacts**."
+ARM = "`removed.png` under **Artifacts** shows the examples that it chose."
 
 
 def first_line(function: Callable) -> str:
-    """What a function's docstring says first."""
+    """The first line of a function's docstring."""
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def arms_view(run_id: str, name: str) -> tuple[str, str]:
-    """The experiment tag that makes the view behind `arms_link`, which MLflow lists under Views."""
+    """The experiment tag (name, value) that saves the table of arms as a view, which arms_link opens."""
     widths = {"attributes.`Run Name`": 150, **COLUMNS, "runDateAndNestInfo": 130, "duration": 90}
     kept = {"deleted": False, "isGenerated": False}
     chart = {"metricSectionId": "arms", "runsCountToCompare": 20, **kept}
-    # One point a seed: MLflow would smooth the line through them.
+    # MLflow would smooth the line through the points of the seeds.
     axes = {"xAxisKey": "step", "scaleType": "linear", "lineSmoothness": 0}
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{run_id}'",

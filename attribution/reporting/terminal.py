@@ -1,90 +1,81 @@
-"""The comparison in words and figures, for a terminal."""
+"""Tables for the terminal: the comparison of arms, the evaluation of methods, explanations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from attribution.errors import printable
 from attribution.experiments.arms import trial_name
 from attribution.experiments.comparison import JUDGED, verdict
 from attribution.experiments.statistics import detectable_effect, seeds_needed
 
-if TYPE_CHECKING:
-    from rich.console import Console
+WIDTH = 134  # columns of a log file or a pipe
 
 
 def print_comparison(table: pd.DataFrame) -> None:
-    """Print the comparison table with intervals, adjusted p-values and a verdict for each arm."""
-    console = _console()
+    """Print the comparison with intervals, adjusted p-values and a verdict for each arm."""
     seeds = int(table["n_seeds"].iloc[0])
     for metric in JUDGED:
-        if f"{metric}_mean" not in table:
-            continue
-        name = metric.replace("_", " ")
-        columns = "arm", "frac", "removed", name, "vs random", "p (Holm)", ""
-        title = f"Test {name} over {seeds} paired seeds, 95 % intervals"
-        _print(console, title, columns, [_cells(row, metric) for _, row in table.iterrows()])
-    console.print(power(table), soft_wrap=True, highlight=False)
+        if f"{metric}_mean" in table:
+            name = metric.replace("_", " ")
+            columns = "arm", "frac", "removed", name, "vs random", "p (Holm)", ""
+            title = f"Test {name} over {seeds} paired seeds, 95 % intervals"
+            _print(title, columns, [cells(row, metric) for _, row in table.iterrows()])
+    _console().print(power(table), soft_wrap=True, highlight=False)
 
 
 def _console() -> Console:
-    """A fixed width where there is no terminal, so that a log or a pipe gets whole lines."""
-    from rich.console import Console
-
+    """A console that does not break lines in a log or a pipe."""
     console = Console()
-    return Console(width=None if console.is_terminal else max(console.width, 134))
+    return Console(width=None if console.is_terminal else max(console.width, WIDTH))
 
 
-def _print(console: Console, title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
-    """A table whose first and last columns are words and whose others are figures."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
+def _print(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
+    """Print a table: the first and the last columns hold words, the others hold figures."""
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for i, column in enumerate(columns):
-        side: Literal["left", "right"] = (
-            "left" if column in (columns[0], "example", "") else "right"
-        )
-        # Where a table is too wide words give way, and figures do not.
-        width = max((len(row[i]) for row in rows), default=0) if side == "right" else None
+        is_text = column in (columns[0], "example", "")
+        side: Literal["left", "right"] = "left" if is_text else "right"
+        # In a narrow terminal words are cut off, figures are not.
+        width = None if is_text else max((len(row[i]) for row in rows), default=0)
         shown.add_column(column, justify=side, no_wrap=bool(column), min_width=width)
     for row in rows:
-        # A name in brackets is no markup, and one with control characters steers no terminal.
+        # Text: rich would read a name in brackets as markup.
         shown.add_row(*(Text(printable(text)) for text in row))
-    console.print(shown)
+    _console().print(shown)
 
 
 def print_evaluation(table: pd.DataFrame) -> None:
-    """Print what each method is worth, with intervals."""
+    """Print how well each method predicts retrained models and finds flips, with intervals."""
     columns = "method", "LDS", "of ceiling", "slope", "AUROC of flips", "AP", "first 10 %", "20 %"
     ceiling = table["noise_ceiling"].iloc[0]
     known = f"noise ceiling of LDS {ceiling:.3f}" if pd.notna(ceiling) else "one model on each"
     title = f"Methods against retrained subsets ({known}), 95 % intervals"
-    rows = []
-    for _, row in table.iterrows():
-        share = row["lds_share_of_ceiling"]
-        rows.append(
-            [
-                row["method"],
-                interval(row, "lds", ".3f"),
-                f"{100 * share:.0f} %" if pd.notna(share) else "",
-                interval(row, "calibration_slope", ".2f"),
-                interval(row, "auroc", ".4f"),
-                _figure(row, "average_precision", ".3f"),
-                _figure(row, "recall_10pct", ".3f"),
-                _figure(row, "recall_20pct", ".3f"),
-            ]
-        )
-    _print(_console(), title, columns, rows)
+    rows = [
+        [
+            row["method"],
+            interval(row, "lds", ".3f"),
+            share_of_ceiling(row),
+            interval(row, "calibration_slope", ".2f"),
+            interval(row, "auroc", ".4f"),
+            figure(row, "average_precision", ".3f"),
+            figure(row, "recall_10pct", ".3f"),
+            figure(row, "recall_20pct", ".3f"),
+        ]
+        for _, row in table.iterrows()
+    ]
+    _print(title, columns, rows)
 
 
 def print_brittleness(table: pd.DataFrame) -> None:
-    """Print what removing the most supporting examples of single targets did to them."""
+    """Print how predictions change without the examples that support them most."""
     first = table.iloc[0]
     title = (
         f"{first['targets']} targets, each retrained without {first['k']} examples, 95 % intervals"
@@ -93,7 +84,7 @@ def print_brittleness(table: pd.DataFrame) -> None:
         [row["removed"], interval(row, "flipped", ".2f"), interval(row, "margin_change", "+.2f")]
         for _, row in table.iterrows()
     ]
-    _print(_console(), title, ("removed", "predictions flipped", "change of the margin"), rows)
+    _print(title, ("removed", "predictions flipped", "change of the margin"), rows)
 
 
 def print_explanations(table: pd.DataFrame) -> None:
@@ -114,53 +105,63 @@ def print_explanations(table: pd.DataFrame) -> None:
                 "flipped" if row["is_flipped"] else "",
             ]
         )
-    title = "What raised, and what lowered, the margin of each label most"
-    _print(_console(), title, columns, rows)
+    _print("Training examples that raised or lowered the margin of each label most", columns, rows)
 
 
-def _figure(row: pd.Series, name: str, form: str) -> str:
+def figure(row: pd.Series, name: str, form: str) -> str:
+    """A figure as text; empty if the row does not have it."""
     return f"{row[name]:{form}}" if name in row and pd.notna(row[name]) else ""
 
 
 def interval(row: pd.Series, name: str, form: str) -> str:
-    """A figure with its interval, '0.574 [0.547, 0.589]'; empty where there is none."""
-    if not _figure(row, name, form):
-        return ""
-    low, high = (_figure(row, f"{name}_ci_{end}", form) for end in ("low", "high"))
-    return f"{_figure(row, name, form)} [{low}, {high}]"
+    """A figure with its interval, '0.574 [0.547, 0.589]'; empty if the row does not have it."""
+    mean, low, high = (figure(row, f"{name}{end}", form) for end in ("", "_ci_low", "_ci_high"))
+    return f"{mean} [{low}, {high}]" if mean else ""
+
+
+def share_of_ceiling(row: pd.Series) -> str:
+    """A method's LDS as a percentage of the noise ceiling; empty if that is unknown."""
+    share = row["lds_share_of_ceiling"]
+    return f"{100 * share:.0f} %" if pd.notna(share) else ""
 
 
 def power(table: pd.DataFrame) -> str:
-    """What the run could have seen, and how many seeds its largest unclear difference needs."""
+    """The accuracy change that this many seeds can detect, and how many the largest unclear one needs."""
     rows = table[table["accuracy_vs_random"].notna()]
     if rows.empty:
         return ""
-    seeds = int(table["n_seeds"].iloc[0])
-    detectable = rows["accuracy_vs_random_detectable"]
+    seeds, detectable = int(table["n_seeds"].iloc[0]), rows["accuracy_vs_random_detectable"]
     if not detectable.max() > 0:
         return (
-            f"All {seeds} seeds gave each arm the same difference from random: no power is known."
+            f"All {seeds} seeds gave each arm the same difference from random, so their power is "
+            "unknown."
         )
     text = (
-        f"With {seeds} seeds a difference from random of {detectable.median():.4f} (median over arms; "
-        f"{detectable.min():.4f} to {detectable.max():.4f}) is found with 80 % power, before Holm."
+        f"{seeds} seeds can detect an accuracy change of about ±{detectable.median():.2g} "
+        "(80 % power)."
     )
-    unclear = [row for _, row in rows.iterrows() if verdict(row) == "indistinguishable from random"]
-    if unclear:
-        row = max(unclear, key=lambda row: abs(row["accuracy_vs_random"]))
-        effect, spread = (
-            row["accuracy_vs_random"],
-            detectable[row.name] / detectable_effect(1, seeds),
-        )
-        with suppress(ValueError):  # an effect of zero
-            text += (
-                f" Were {effect:+.4f} of {row['arm']} {row['frac']:.3g} its true effect, "
-                f"{seeds_needed(effect, spread)} seeds would show it."
-            )
-    return text
+    is_unclear = [verdict(row) == "indistinguishable from random" for _, row in rows.iterrows()]
+    unclear = rows[is_unclear]
+    if unclear.empty:
+        return text
+    row = unclear.loc[unclear["accuracy_vs_random"].abs().idxmax()]
+    effect, spread = (
+        row["accuracy_vs_random"],
+        row["accuracy_vs_random_detectable"] / detectable_effect(1, seeds),
+    )
+    try:
+        needed = seeds_needed(effect, spread)
+    except ValueError:  # no effect at all
+        return text
+    name = trial_name(row["arm"], row["action"], row["frac"])
+    return (
+        f"{text} To confirm {name} at {effect:+.4f} you would need about {needed} seeds: "
+        f"--num_seeds {needed}"
+    )
 
 
-def _cells(row: pd.Series, metric: str) -> list[str]:
+def cells(row: pd.Series, metric: str) -> list[str]:
+    """The texts of one row of the comparison, for one metric."""
     versus = f"{metric}_vs_random"
     compared = pd.notna(row[versus])
     return [
@@ -175,5 +176,5 @@ def _cells(row: pd.Series, metric: str) -> list[str]:
 
 
 def _half_width(row: pd.Series, name: str) -> str:
-    """Student's t intervals are symmetric, so one number says both ends."""
+    """Half the interval's width: Student's t intervals are symmetric."""
     return f"± {(row[f'{name}_ci_high'] - row[f'{name}_ci_low']) / 2:.4f}"

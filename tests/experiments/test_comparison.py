@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from toy import toy_config, toy_data
 
@@ -15,8 +17,10 @@ from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.experiments.arms import Trial
 from attribution.experiments.comparison import (
+    CLASS_COLUMNS,
     Comparison,
     Outcome,
+    class_effects,
     compare,
     comparison_table,
     retrain,
@@ -465,3 +469,39 @@ def test_a_damaged_result_in_the_store_is_computed_again(data, tmp_path, count, 
     second = retrain(*arguments)
     assert len(count) == 4  # the stack of both seeds, again
     np.testing.assert_array_equal(first[0], second[0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(2, 4))
+def test_class_effects_are_those_of_explicit_loops(tmp_path_factory, seed, classes, seeds) -> None:
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, 7)])
+    spec = [("none", 0), ("random", 2), ("random", 3), ("harmful", 2), ("negative", 3)]
+    trials = [Trial(arm, size / 9, (np.arange(size),) * seeds) for arm, size in spec]
+    logits = [rng.normal(size=(seeds, len(labels), classes)) for _ in spec]
+    right = [
+        [(each.argmax(2) == labels)[:, labels == c].mean(1) for c in range(classes)]
+        for each in logits
+    ]
+    outcomes = [Outcome(trial, {}, found) for trial, found in zip(trials, right, strict=True)]
+    names = [f"c{i}" for i in range(classes)]
+    table = class_effects(outcomes, labels, names)
+    assert list(table) == CLASS_COLUMNS and len(table) == 2 * classes
+    rows = iter(table.to_dict("records"))
+    for treated, control in ((3, 1), (4, 2)):
+        for label in range(classes):
+            d = []
+            for s in range(seeds):
+                own = [i for i in range(len(labels)) if labels[i] == label]
+                hits = [
+                    sum(logits[t][s, i].argmax() == label for i in own) for t in (treated, control)
+                ]
+                d.append((hits[0] - hits[1]) / len(own))
+            row = next(rows)
+            assert (row["arm"], row["label_name"]) == (spec[treated][0], f"c{label}")
+            assert row["n_test"] == len(own) and row["frac"] == round(spec[treated][1] / 9, 6)
+            assert row["accuracy_vs_random"] == pytest.approx(np.mean(d), abs=1e-12)
+            half = stats.t.ppf(0.975, seeds - 1) * np.std(d, ddof=1) / np.sqrt(seeds)
+            low, high = np.mean(d) - half, np.mean(d) + half
+            assert row["accuracy_vs_random_ci_low"] == pytest.approx(low, abs=1e-9)
+            assert row["accuracy_vs_random_ci_high"] == pytest.approx(high, abs=1e-9)

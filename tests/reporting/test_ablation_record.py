@@ -1,4 +1,4 @@
-"""The record of an ablation: its note must stay within what MLflow shows."""
+"""The note of an ablation's run, and the quality of the scores as far as it is known."""
 
 from __future__ import annotations
 
@@ -7,21 +7,33 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from attribution.reporting.ablation_record import MOST_ARMS, _note
-
-RUN, TRAK = "a" * 32, "b" * 32
+from attribution.errors import InputError
+from attribution.reporting import ablation_record
+from attribution.reporting.ablation_record import MOST_ARMS
 
 
 @pytest.mark.parametrize("count", [3, 300])
-def test_the_note_of_very_many_arms_names_the_best_and_is_not_cut_off(count: int) -> None:
+def test_the_note_of_very_many_arms_is_whole(count: int) -> None:
     none = {"arm": "none", "action": "remove", "frac": 0.0, "n_removed": 0}
     arms = [{**none, "frac": i / 1000, "accuracy_mean": i / count} for i in range(count)]
-    children = [f"{i:032x}" for i in range(count)]
-    job = SimpleNamespace(experiment_id="0", run_id=RUN, run_ids={"trak": TRAK})
-    note = _note(job, SimpleNamespace(table=pd.DataFrame(arms)), children)
+    runs = [f"{i:032x}" for i in range(count)]
+    job = SimpleNamespace(experiment_id="7", run_id="b" * 32, run_ids={"trak": "a" * 32})
+    note = ablation_record._note(job, SimpleNamespace(table=pd.DataFrame(arms)), runs)
     shown = min(count, MOST_ARMS)
-    assert len(note) < 8000  # MLflow cuts off what is longer
-    assert RUN in note and TRAK in note
-    assert all((run in note) == (i >= count - shown) for i, run in enumerate(children))
+    assert len(note) < 8000
+    assert all((run in note) == (i >= count - shown) for i, run in enumerate(runs))
     assert note.count("\n- **none") == shown
     assert ("and 260 more" in note) == (count == 300)
+    assert "a" * 32 in note and "b" * 32 in note
+
+
+def test_a_report_is_made_where_the_table_of_evaluate_is_gone(monkeypatch, capsys) -> None:
+    def gone(run_id: str, path: str) -> None:
+        raise InputError(f"{path} is gone from run {run_id}")
+
+    monkeypatch.setattr(ablation_record, "artifact_path", gone)
+    monkeypatch.setattr(ablation_record, "newest", lambda stage, terms: "e5")
+    assert ablation_record._quality("t1") is None
+    assert "evaluation.csv is gone from run e5" in capsys.readouterr().err
+    monkeypatch.setattr(ablation_record, "newest", lambda stage, terms: None)
+    assert ablation_record._quality("t1") is None and not capsys.readouterr().err

@@ -717,7 +717,7 @@ def test_a_side_may_be_empty(tmp_path, empty) -> None:
 
     data, none = toy_data(tmp_path / "data"), made_up().helpful[:0]
     found = made_up(**dict.fromkeys(empty, none))
-    figures.explanation(data, found, tmp_path / "found.png")
+    figures.save(figures.explanation(data, found), tmp_path / "found.png")
     assert min(Image.open(tmp_path / "found.png").size) > 100
     page = pages.explanations(data, [found], {"trak run": "0123"})
     assert page.count("<img") == 1 + 2 * ("helpful" not in empty) + ("harmful" not in empty)

@@ -29,7 +29,7 @@ from attribution.tracking.stage_runs import NOTE
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 # The smallest run of the digits preset that has every page.
 DIGITS = {
