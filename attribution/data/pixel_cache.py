@@ -98,7 +98,7 @@ def _read(folder: Path, table: pd.DataFrame, size: int) -> dict[str, str] | None
     try:
         bad = dict(json.loads((folder / "skipped.json").read_text()))
         pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         return None
     n = int((~table["digest"].isin(bad)).sum())
     return bad if pixels.shape == (n, size, size, 3) and pixels.dtype == np.uint8 else None
@@ -136,8 +136,7 @@ def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config)
                     count += 1
     if bad:
         shorter = _new_pixels(file.with_suffix(".shorter"), count, config)
-        for chunk in chunks(count):
-            shorter[chunk] = pixels[chunk]
+        shorter[:] = pixels[:count]
         os.replace(file.with_suffix(".shorter"), file)
     return bad
 
