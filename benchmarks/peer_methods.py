@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
+from attribution.experiments.ekfac import Analysis
 from attribution.gradients.per_sample import capture, margins
 from attribution.models import classifier
 from attribution.models.batches import batches_of
 from attribution.scores import trak
 from attribution.scores.features import make_traker
 
-QUERY_BATCH = 128  # kronfluence keeps one gradient per target of a batch
 QUERIES = 1  # targets for measuring the speed of methods that have no separate features
 
 
@@ -290,21 +289,21 @@ def _captum(problem: Problem, loader: DataLoader) -> Any:
 
 def kronfluence(problem: Problem) -> Scores:
     """EK-FAC influence on minus the margin, its examples' measurement: positive = helpful."""
-    analyses = [EkfacAnalysis(problem, folder) for folder in problem.checkpoints]
+    analyses = [_kronfluence(problem, folder) for folder in problem.checkpoints]
     values = 0.0
     for analysis in analyses:
         analysis.fit()
         values = values + analysis.pairwise()
 
     def self_influence() -> np.ndarray:
-        return np.mean([analysis.self_scores() for analysis in analyses], axis=0)
+        return np.mean([analysis.self_influence() for analysis in analyses], axis=0)
 
     return Scores(values / len(analyses), self_influence)
 
 
 def kronfluence_features(problem: Problem) -> Callable[[], float]:
     """A function that fits factors, scores a few targets and returns the seconds of the fixed part."""
-    analysis = EkfacAnalysis(problem, problem.checkpoints[0], QUERIES)
+    analysis = _kronfluence(problem, problem.checkpoints[0], QUERIES)
 
     def run() -> float:
         fixed = analysis.fit()
@@ -314,82 +313,13 @@ def kronfluence_features(problem: Problem) -> Callable[[], float]:
     return run
 
 
-class EkfacAnalysis:
-    """kronfluence on one checkpoint."""
-
-    def __init__(self, problem: Problem, folder: Path, queries: int | None = None) -> None:
-        from kronfluence.analyzer import Analyzer, prepare_model
-        from kronfluence.arguments import FactorArguments, ScoreArguments
-
-        task = _kronfluence_task()
-        self.analyzer = Analyzer(
-            analysis_name=folder.parent.name,
-            model=prepare_model(load(folder), task),
-            task=task,
-            cpu=True,
-            disable_tqdm=True,
-            output_dir=str(problem.work / "kronfluence"),
-        )
-        self.train = problem.loader("train").dataset
-        self.targets = problem.loader(TARGETS, queries).dataset
-        self.batch = problem.batch
-        self.factors = FactorArguments(strategy="ekfac")
-        self.scores = ScoreArguments(damping_factor=None)
-
-    def fit(self) -> float:
-        """Fit all factors; gives the seconds of the step that does not depend on the examples."""
-        told = {"factors_name": "ekfac", "factor_args": self.factors, "overwrite_output_dir": True}
-        sized = told | {"dataset": self.train, "per_device_batch_size": self.batch}
-        self.analyzer.fit_covariance_matrices(**sized)
-        start = time.perf_counter()
-        self.analyzer.perform_eigendecomposition(**told)
-        fixed = time.perf_counter() - start
-        self.analyzer.fit_lambda_matrices(**sized)
-        return fixed
-
-    def pairwise(self) -> np.ndarray:
-        """Scores (n_train, n_targets)."""
-        self.analyzer.compute_pairwise_scores(
-            query_dataset=self.targets,
-            per_device_query_batch_size=min(QUERY_BATCH, len(self.targets)),
-            **self._told("pairwise"),
-        )
-        return self.analyzer.load_pairwise_scores("pairwise")["all_modules"].numpy().T
-
-    def self_scores(self) -> np.ndarray:
-        """Self-influence (n_train,) of the loss."""
-        self.analyzer.compute_self_scores(**self._told("self"))
-        return self.analyzer.load_self_scores("self")["all_modules"].numpy()
-
-    def _told(self, name: str) -> dict[str, Any]:
-        return {
-            "scores_name": name,
-            "factors_name": "ekfac",
-            "train_dataset": self.train,
-            "per_device_train_batch_size": self.batch,
-            "score_args": self.scores,
-            "overwrite_output_dir": True,
-        }
-
-
-def _kronfluence_task() -> Any:
-    from kronfluence.task import Task
-
-    class Classification(Task):
-        """Cross-entropy in training; minus the margin is what is measured on a target."""
-
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            images, labels = batch
-            logits = model(images)
-            if sample:  # labels that the model itself would draw: the true Fisher matrix
-                labels = logits.detach().softmax(1).multinomial(1).flatten()
-            return nn.functional.cross_entropy(logits, labels, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            images, labels = batch
-            return -margins(model(images), labels).sum()
-
-    return Classification()
+def _kronfluence(problem: Problem, folder: Path, queries: int | None = None) -> Analysis:
+    train, targets = (
+        problem.loader(split, limit).dataset
+        for split, limit in (("train", None), (TARGETS, queries))
+    )
+    work = problem.work / "kronfluence" / folder.parent.name
+    return Analysis(classifier.load(folder), train, targets, problem.batch, work)
 
 
 # ---- a baseline

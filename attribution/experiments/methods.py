@@ -1,10 +1,11 @@
-"""The methods that are judged side by side: TRAK and its variants, and what is cheaper."""
+"""The methods that evaluate compares: TRAK, its variants, and cheaper ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from attribution.config import Config, nearest
 from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
+from attribution.experiments.ekfac import ekfac_scores
 from attribution.models import classifier
 from attribution.models.batches import batches_of
 from attribution.models.predict import prediction_batch_size
@@ -26,11 +28,11 @@ from attribution.scores.trak import score
 
 @dataclass(frozen=True)
 class Attribution:
-    """What a method says; one of the two may be missing.
+    """The scores of a method, its ranking of training examples, or both.
 
     Attributes:
         values: (n_train, n_targets), positive = helpful; may be a memory map.
-        trust: (n_train,), low = suspect; by default the mean of `values` over targets.
+        trust: (n_train,), low = suspect.
     """
 
     values: np.ndarray | None = None
@@ -38,14 +40,14 @@ class Attribution:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Attribution:
-        """Scores, and their mean over targets as the ranking."""
+        """Scores, with their mean over targets as the ranking."""
         means = [block.mean(axis=1, dtype=np.float64) for block in row_blocks(values)]
         return cls(values, np.concatenate(means))
 
 
 @dataclass
 class Subject:
-    """What the methods get: the checkpoints that made the scores, their data, and a folder."""
+    """The input of every method: the checkpoints behind the scores, the data, and a work folder."""
 
     config: Config
     data: ImageData
@@ -55,26 +57,26 @@ class Subject:
 
     @cached_property
     def stores(self) -> list[Store]:
-        """Features of every checkpoint, made once for all methods that need them."""
+        """Features of every checkpoint, computed once for all methods that need them."""
         return featurize(self.config, self.data, self.checkpoints, self.work)
 
     @cached_property
     def penultimate(self) -> list[list[np.ndarray]]:
-        """What each checkpoint's last layer receives of train and targets, in unit length."""
+        """Inputs of every checkpoint's last layer for train and targets, scaled to length one."""
         return [
-            [_unit(_penultimate(self, folder, split)) for split in ("train", TARGETS)]
+            [_penultimate(self, folder, split) for split in ("train", TARGETS)]
             for folder in self.checkpoints
         ]
 
     def write(self, name: str, blocks: Iterator[np.ndarray]) -> np.ndarray:
-        """A score matrix from its rows, as a memory map."""
+        """Write a score matrix from blocks of rows; returns it as a memory map."""
         file = self.work / f"{name}.npy"
         write_matrix(file, blocks, self.scores.values.shape)
         return open_matrix(file)
 
 
 def trak(subject: Subject) -> Attribution:
-    """The scores as they are, and the trust that `harmful` goes by."""
+    """TRAK scores as the trak stage stored them, and the trust score that harmful ranks by."""
     return Attribution(subject.scores.values, subject.scores.train["trust"].to_numpy())
 
 
@@ -96,12 +98,12 @@ def _trak(subject: Subject, weight: str) -> Attribution:
 
 
 def gradient_dot(subject: Subject) -> Attribution:
-    """Product of the projected gradients of the margins, the mean over checkpoints (GradDot)."""
+    """Dot product of the projected gradients of the margins, the mean over checkpoints (GradDot)."""
     return _gradients(subject, "gradient_dot", lambda x: x)
 
 
 def gradient_cosine(subject: Subject) -> Attribution:
-    """The same of gradients scaled to length one (GradCos)."""
+    """Cosine of the projected gradients of the margins, the mean over checkpoints (GradCos)."""
     return _gradients(subject, "gradient_cosine", _unit)
 
 
@@ -118,12 +120,12 @@ def _gradients(
 
 
 def penultimate(subject: Subject) -> Attribution:
-    """Cosine of what the last layer receives, negative where labels differ; mean over checkpoints."""
+    """Cosine of the last layer's inputs, negated if labels differ; the mean over checkpoints."""
     return Attribution.of(subject.write("penultimate", penultimate_similarity(subject)))
 
 
 def penultimate_similarity(subject: Subject, signed: bool = True) -> Iterator[np.ndarray]:
-    """Rows (b, n_targets) of the similarity; unsigned, examples of other labels count 0."""
+    """Blocks of rows (b, n_targets) of the similarity; unsigned, it is 0 if labels differ."""
     sides = subject.penultimate
     labels, own = subject.data.labels("train"), subject.data.labels(TARGETS)
     for rows in row_slices(len(labels), len(own)):
@@ -143,7 +145,7 @@ def _penultimate(subject: Subject, folder: Path, split: str) -> np.ndarray:
         for images, _ in batches_of(subject.config, subject.data, split, size, device):
             model(images)
     hook.remove()
-    return np.concatenate(found)
+    return _unit(np.concatenate(found))
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -152,12 +154,12 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def loss(subject: Subject) -> Attribution:
-    """Minus the ensemble's loss, out of sample where the masks allow."""
+    """Minus the ensemble's loss, from models that did not train on the example where possible."""
     return Attribution(trust=-subject.scores.train["loss"].to_numpy())
 
 
 def confident(subject: Subject) -> Attribution:
-    """cleanlab's label quality."""
+    """Label quality by confident learning (cleanlab)."""
     return Attribution(trust=subject.scores.train["label_quality"].to_numpy())
 
 
@@ -167,7 +169,7 @@ def self_influence(subject: Subject) -> Attribution:
 
 
 def random(subject: Subject) -> Attribution:
-    """Normal noise: what nothing looks like."""
+    """Normal noise: the floor that every method has to beat."""
     rng = np.random.default_rng(subject.config.seed)
     m = subject.scores.values.shape[1]
     blocks = (rng.standard_normal((len(b), m)) for b in row_blocks(subject.scores.values))
@@ -175,14 +177,10 @@ def random(subject: Subject) -> Attribution:
 
 
 def ekfac(subject: Subject) -> Attribution:
-    """kronfluence's EK-FAC influence, the mean over checkpoints (requirements-benchmark.txt)."""
-    from benchmarks import peer_methods
-
-    (subject.work / "ekfac").mkdir(exist_ok=True)
-    problem = peer_methods.Problem(
-        subject.config, subject.data, list(subject.checkpoints), subject.work / "ekfac", batch=64
+    """EK-FAC influence by kronfluence, the mean over checkpoints."""
+    return Attribution.of(
+        ekfac_scores(subject.config, subject.data, subject.checkpoints, subject.work / "ekfac")
     )
-    return Attribution.of(peer_methods.kronfluence(problem).values)
 
 
 METHODS: dict[str, Callable[[Subject], Attribution]] = {
@@ -192,20 +190,20 @@ METHODS: dict[str, Callable[[Subject], Attribution]] = {
         confident, self_influence, random, ekfac,
     )
 }  # fmt: skip
-
-
-# What makes features of its own: every checkpoint is featurised once more.
+# Methods for which every checkpoint's gradients are computed once more.
 FEATURISING = {"trak_unweighted", "trak_weighted", "gradient_dot", "gradient_cosine"}
 
 
-def check_methods(names: list[str]) -> None:
-    """Refuse what is unknown or not installed.
+def check_methods(names: Sequence[str]) -> None:
+    """Refuse unknown methods, and one whose package is not installed.
 
     Raises:
-        InputError: with the nearest valid names.
+        InputError: with the nearest valid names, or the package to install.
     """
-    from importlib.util import find_spec
-
+    if not names:
+        raise InputError(
+            "methods: names none; leave the parameter out for all that need no extra package"
+        )
     for name in names:
         if name not in METHODS:
             raise InputError(f"methods={name}: unknown; {nearest(name, list(METHODS), limit=20)}")
@@ -213,5 +211,3 @@ def check_methods(names: list[str]) -> None:
         raise InputError(
             "methods=ekfac: needs kronfluence; pip install -r requirements-benchmark.txt"
         )
-    if not names:
-        raise InputError("methods: names none; leave it out for all that need no extra package")

@@ -1,21 +1,27 @@
-"""Paired comparisons between arms, with intervals and p-values adjusted for how many there are."""
+"""Statistics of the comparison and the evaluation: intervals, tests, power, detection, LDS."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from scipy import stats
+from scipy.optimize import brentq
+from sklearn.metrics import average_precision_score, roc_auc_score
+from statsmodels.stats.multitest import multipletests
 
 from attribution.runtime.npy_blocks import row_blocks
 
 CONFIDENCE = 0.95
+MOST_SEEDS = 10**6
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its two-sided 95 % interval and the p-value of being zero."""
+    """A mean with its two-sided 95 % interval and the p-value of the hypothesis that it is zero."""
 
     mean: float
     ci_low: float
@@ -24,16 +30,14 @@ class Estimate:
 
 
 def mean_estimate(values: np.ndarray) -> Estimate:
-    """Student's t interval of the mean of (n_seeds,) values, n_seeds at least 2.
+    """Student's t interval and test of the mean of (n_seeds,) values, n_seeds at least 2.
 
-    Values without spread give an interval of no width, and Student's t has nothing to say; p is
-    then 1 where they are zero, else that of the sign-flip test, 2^(1 - n_seeds).
+    Student's t is undefined if the values have no spread. The interval then has no width, and p is
+    1 if they are zero, else that of the sign-flip test, 2^(1 - n_seeds).
 
     Raises:
         ValueError: fewer than two values, or one that is not finite.
     """
-    from scipy import stats
-
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or not np.isfinite(values).all():
         raise ValueError("an interval needs at least two finite values")
@@ -48,7 +52,7 @@ def mean_estimate(values: np.ndarray) -> Estimate:
 
 
 def paired_difference(treated: np.ndarray, control: np.ndarray) -> Estimate:
-    """Mean of treated - control over seeds that both share, paired seed by seed.
+    """Mean of treated - control, paired seed by seed.
 
     Raises:
         ValueError: the two do not have the same seeds.
@@ -60,23 +64,21 @@ def paired_difference(treated: np.ndarray, control: np.ndarray) -> Estimate:
 
 
 def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, float]:
-    """Bias-corrected and accelerated 95 % bootstrap interval of the mean (Efron 1987), from scipy.
+    """Bias-corrected and accelerated 95 % bootstrap interval of the mean (Efron 1987), by scipy.
 
-    Its level is expanded for few values, of which the plain interval is too narrow (of ten normal
-    ones it holds the mean 89 times in 100): Phi's tail beyond sqrt(n / (n - 1)) Student's t quantile
-    in place of 2.5 % (Hesterberg 2015, "What Teachers Should Know About the Bootstrap").
+    For few values the plain interval is too narrow: for ten normal values it holds the mean 89 times
+    in 100. Its level is therefore raised (Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap"): each tail is the normal tail beyond sqrt(n / (n - 1)) times Student's t quantile.
 
     Args:
         values: (n_seeds,); without spread the interval has no width.
     """
-    from scipy import stats
-
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values) <= 1e-12 * max(1.0, abs(values[0])):
         return float(values.mean()), float(values.mean())
     n = len(values)
     wide = np.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
-    level = 1 - 2 * max(stats.norm.sf(wide), 1 / draws)  # no draw lies beyond the last
+    level = 1 - 2 * max(stats.norm.sf(wide), 1 / draws)  # no quantile lies beyond the last draw
     found = stats.bootstrap(
         (values,), np.mean, confidence_level=level, n_resamples=draws, rng=0
     ).confidence_interval
@@ -84,13 +86,12 @@ def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, fl
 
 
 def power(effect: float, n_seeds: int, alpha: float = 0.05) -> float:
-    """Chance that a two-sided paired t test finds a mean difference of so many standard deviations.
+    """Chance that a two-sided paired t test detects a mean difference of `effect` standard deviations.
 
-    The noncentral t distribution as a mean over the spread's own distribution, chi with n - 1
-    degrees of freedom: scipy's, and with it statsmodels', is NaN where the effect is large.
+    The noncentral t distribution is computed as a mean over the distribution of the sample's spread
+    (chi with n - 1 degrees of freedom). statsmodels' TTestPower relies on scipy's noncentral t, which
+    is NaN for large effects.
     """
-    from scipy import stats
-
     df, shift = n_seeds - 1, abs(effect) * np.sqrt(n_seeds)
     nodes, weights = _nodes()
     spread = np.sqrt(stats.chi2.ppf((nodes + 1) / 2, df) / df)
@@ -99,7 +100,7 @@ def power(effect: float, n_seeds: int, alpha: float = 0.05) -> float:
     return float(weights @ found / 2)
 
 
-@cache  # 10 ms, and a comparison asks for hundreds of powers
+@cache  # takes 10 ms, and a comparison computes hundreds of powers
 def _nodes() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(200)
 
@@ -107,55 +108,46 @@ def _nodes() -> tuple[np.ndarray, np.ndarray]:
 def detectable_effect(
     spread: float, n_seeds: int, at_power: float = 0.8, alpha: float = 0.05
 ) -> float:
-    """The smallest mean difference that a two-sided paired t test finds with this power.
+    """The smallest mean difference that a two-sided paired t test detects with this power.
 
     Args:
         spread: standard deviation of the paired difference over seeds.
     """
-    from scipy.optimize import brentq
-
     size = brentq(lambda x: power(x, n_seeds, alpha) - at_power, 0, 1e4 / np.sqrt(n_seeds))
     return spread * float(size)
 
 
 def seeds_needed(effect: float, spread: float, at_power: float = 0.8, alpha: float = 0.05) -> int:
-    """How many paired seeds a two-sided t test needs to find a mean difference with this power.
+    """How many paired seeds a two-sided t test needs to detect a mean difference with this power.
 
     Args:
         effect: the difference; its sign does not matter.
         spread: standard deviation of the paired difference over seeds.
 
     Raises:
-        ValueError: an effect of zero, or so small that more than a million seeds would be needed.
+        ValueError: an effect of zero, or so small that more than MOST_SEEDS would be needed.
     """
     if effect == 0 or not np.isfinite([effect, spread]).all():
         raise ValueError("the effect must be a finite number other than 0")
     if spread == 0:
         return 2
-    size, low, high = abs(effect) / spread, 2, 10**6
-    if power(size, high, alpha) < at_power:
-        raise ValueError(f"an effect of {effect:.3g} would need more than {high} seeds")
-    while low < high:  # power rises with the number of seeds
-        middle = (low + high) // 2
-        if power(size, middle, alpha) < at_power:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    size = abs(effect) / spread
+    if power(size, MOST_SEEDS, alpha) < at_power:
+        raise ValueError(f"an effect of {effect:.3g} would need more than {MOST_SEEDS} seeds")
+    counts = range(2, MOST_SEEDS + 1)  # power rises with the number of seeds
+    return counts[bisect_left(counts, at_power, key=lambda n: power(size, n, alpha))]
 
 
-def holm(p_values: list[float]) -> list[float]:
+def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment: keeps the family-wise error rate (Holm 1979)."""
-    from statsmodels.stats.multitest import multipletests
-
     return multipletests(p_values, method="holm")[1].tolist() if p_values else []
 
 
 def detection_metrics(is_flipped: np.ndarray, rankings: dict[str, np.ndarray]) -> dict[str, float]:
-    """How well rankings find planted label noise: AUROC and recall in the first 10 %.
+    """How well rankings find flipped labels: AUROC and recall in the first 10 %.
 
     Args:
-        is_flipped: (n_train,) bool; with no flips, or nothing else, there is nothing to measure.
+        is_flipped: (n_train,) bool; if all or none are flipped, the result is empty.
         rankings: name to (n_train,) values, low = suspect.
     """
     return {
@@ -170,12 +162,10 @@ def detection(is_flipped: np.ndarray, values: np.ndarray, draws: int = 200) -> d
     """AUROC (with a 95 % bootstrap interval), average precision, recall in the first 10 and 20 %.
 
     Args:
-        is_flipped: (n,) bool; with no flips, or nothing else, there is nothing to measure.
+        is_flipped: (n,) bool; if all or none are flipped, the result is empty.
         values: (n,), low = suspect.
-        draws: of the bootstrap over examples; 0 gives no interval.
+        draws: of the bootstrap over examples; 0 leaves out the interval.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
     if is_flipped.all() or not is_flipped.any():
         return {}
     found = {"auroc": float(roc_auc_score(is_flipped, -values))}
@@ -194,7 +184,7 @@ def detection(is_flipped: np.ndarray, values: np.ndarray, draws: int = 200) -> d
 
 
 def _with_both(is_flipped: np.ndarray, draws: int) -> Iterator[np.ndarray]:
-    """Bootstrap draws of rows, flips and others each drawn from their own."""
+    """Bootstrap draws of rows; flipped and other examples are drawn separately."""
     rng = np.random.default_rng(0)
     sides = np.flatnonzero(is_flipped), np.flatnonzero(~is_flipped)
     for _ in range(draws):
@@ -202,10 +192,10 @@ def _with_both(is_flipped: np.ndarray, draws: int) -> Iterator[np.ndarray]:
 
 
 def lds(values: np.ndarray, masks: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Linear datamodeling score of each target, (m,), from -1 to 1; NaN where margins are constant.
+    """Linear datamodeling score of each target, (m,), from -1 to 1; NaN if its margins are constant.
 
-    Spearman's correlation over subsets of the margin that was measured with the one predicted, the
-    sum of the scores of the examples that a subset holds (Park et al. 2023, definition 2.4).
+    Spearman's correlation, over subsets, of the measured margin with the predicted one: the sum of
+    the scores of the subset's examples (Park et al. 2023, definition 2.4).
 
     Args:
         values: (n, m) scores, positive = helpful.
@@ -216,7 +206,7 @@ def lds(values: np.ndarray, masks: np.ndarray, margins: np.ndarray) -> np.ndarra
 
 
 def predicted_margins(values: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Sum of the scores of the examples that each subset holds, (S, m), by blocks of rows."""
+    """Sum of the scores of each subset's examples, (S, m), computed by blocks of rows."""
     predicted, start = np.zeros((len(masks), values.shape[1])), 0
     for block in row_blocks(values):
         held = masks[:, start : start + len(block)]
@@ -232,10 +222,10 @@ def lds_difference(
     margins: np.ndarray,
     draws: int = 1000,
 ) -> Estimate:
-    """Mean LDS of scores less that of other scores of the same targets and subsets.
+    """Mean LDS of scores minus that of a control, for the same targets and subsets.
 
-    The 95 % interval is a percentile bootstrap over subsets and targets, both drawn anew; ranks are
-    those within the subsets drawn. p is not given (NaN).
+    The 95 % interval is a percentile bootstrap over subsets and targets; values are ranked within
+    each draw. p is NaN.
 
     Args:
         values, control: (n, m) scores, positive = helpful.
@@ -252,35 +242,34 @@ def lds_difference(
 
 
 def resampled(rows: int, columns: int, draws: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Indices of bootstrap draws of a matrix, its rows and its columns both drawn anew."""
+    """Indices of bootstrap draws of a matrix: both rows and columns are drawn."""
     rng = np.random.default_rng(0)
     for _ in range(draws):
         yield np.ix_(rng.integers(rows, size=rows), rng.integers(columns, size=columns))
 
 
 def percentile_interval(drawn: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the 95 % interval of bootstrap draws, along their first axis; NaN ones do not count."""
+    """Ends of the 95 % interval of bootstrap draws, along their first axis; NaN draws do not count."""
     low, high = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high
 
 
 def slope(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """Slope of actual on predicted margins (S, m), both less their mean over subsets, pooled.
+    """Slope of actual on predicted margins (S, m), each minus its mean over subsets, pooled.
 
-    1 is calibrated; below 1, changes are predicted too large.
+    1 is calibrated; below 1, predicted changes are too large.
     """
     x, y = (values - values.mean(axis=0) for values in (predicted, actual))
     return float((x * y).sum() / np.square(x).sum())
 
 
 def noise_ceiling(margins: np.ndarray) -> np.ndarray:
-    """The LDS that knowing each subset's expected margin would have, (m,), at least 0.
+    """The LDS of a perfect method that knows each subset's expected margin, (m,), at least 0.
 
-    The mean of R repeats correlates with its expectation by the square root of its reliability,
-    which Spearman and Brown's formula gives from the correlation of single repeats. The root of
-    few subsets' noise makes the mean over targets a little low (simulated, for ceilings of .5 to
-    .8: by .02 to .04 with 50 subsets and 2 repeats, by at most .01 with 100 and 3), and for targets
-    that nothing moves not zero but .2.
+    The mean of R repeats correlates with its expectation by the square root of its reliability, which
+    the Spearman-Brown formula gives from the correlation between single repeats. With few subsets the
+    mean over targets is a little low (in simulation, for ceilings of .5 to .8: by .02 to .04 with 50
+    subsets and 2 repeats, by at most .01 with 100 and 3). For targets that nothing moves it is .2, not 0.
 
     Args:
         margins: (S, R, m), R at least 2.
@@ -293,10 +282,11 @@ def noise_ceiling(margins: np.ndarray) -> np.ndarray:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Correlation of ranks down the columns of two (S, m) matrices, (m,)."""
-    from scipy.stats import rankdata
+    """Rank correlation of each column of two (S, m) matrices, (m,).
 
-    ranks = [rankdata(x, axis=0) for x in (a, b)]
+    scipy's spearmanr correlates every column with every other.
+    """
+    ranks = [stats.rankdata(x, axis=0) for x in (a, b)]
     a, b = (r - r.mean(axis=0) for r in ranks)
     with np.errstate(invalid="ignore"):
         return (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))

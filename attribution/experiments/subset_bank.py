@@ -1,4 +1,4 @@
-"""The bank that attribution is judged by: models retrained on random subsets, and their margins."""
+"""The bank that methods are judged by: models retrained on random subsets, and their margins."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from attribution.scores.artifact import local_folder
 
 @dataclass(frozen=True)
 class Bank:
-    """Actual margins of models that saw random subsets; never the checkpoints that are scored.
+    """Margins of models that were trained on random subsets; the scores come from other models.
 
     Attributes:
-        masks: (S, n_train) bool, which examples each subset holds.
+        masks: (S, n_train) bool, the examples in each subset.
         margins: (S, R, n_targets) float64, margin of each target under each of R retrainings.
     """
 
@@ -39,7 +39,7 @@ class Bank:
         return self.margins.shape[1]
 
     def save(self, folder: Path, config: Config, data: ImageData) -> None:
-        """Write masks.npy, margins.npy and, last, spec.json, which says what it was built for."""
+        """Write masks.npy, margins.npy and spec.json, which says what the bank was built for."""
         np.save(folder / "masks.npy", self.masks)
         np.save(folder / "margins.npy", self.margins)
         subsets, repeats, _ = self.margins.shape
@@ -55,20 +55,20 @@ class Bank:
 
 
 def fingerprint(config: Config, data: ImageData) -> str:
-    """What a bank was built for: data, labels, model and training settings, whatever the seed."""
+    """Hash of what a bank is built for: data, labels, model and training settings, but no seed."""
     return training_key(dataclasses.replace(config, seed=0), data)
 
 
 def load_bank(source: str, config: Config, data: ImageData) -> Bank:
-    """A saved bank from a folder or a run ('runs:/RUN_ID/bank'), checked against what it is for.
+    """Read a bank from a folder or a run ('runs:/RUN_ID/bank') and check that it fits.
 
     Raises:
-        InputError: unreadable, of another shape than it says, or built for something else.
+        InputError: unreadable, inconsistent, or built for something else.
     """
     folder = local_folder(source, "bank")
     try:
         wanted = read_json(folder / "spec.json")["fingerprint"]
-        # Mapped, a file is never taken to be larger than it is.
+        # As memory maps, so that a damaged header cannot ask for more memory than the file has.
         masks, margins = (open_matrix(folder / f"{name}.npy") for name in ("masks", "margins"))
     except Exception as error:  # numpy and json raise many kinds on broken files
         raise InputError(f"bank={source}: cannot be read ({reason(error)})") from None
@@ -78,13 +78,16 @@ def load_bank(source: str, config: Config, data: ImageData) -> Bank:
             "leave it out to build one"
         )
     shape = len(data.rows("train")), len(data.rows(TARGETS))
-    right = masks.ndim == 2 and margins.ndim == 3 and (masks.shape[1], margins.shape[2]) == shape
-    if not right or len(masks) != len(margins) or min(margins.shape) == 0 or len(masks) < 2:
-        raise InputError(f"bank={source}: arrays {masks.shape}, {margins.shape} do not fit {shape}")
+    fits = masks.ndim == 2 and margins.ndim == 3 and (masks.shape[1], margins.shape[2]) == shape
+    if not fits or len(masks) != len(margins) or min(margins.shape) == 0 or len(masks) < 2:
+        raise InputError(
+            f"bank={source}: arrays of shape {masks.shape} and {margins.shape} do not fit "
+            f"{shape[0]} training examples and {shape[1]} targets"
+        )
     if not is_bool(masks) or margins.dtype.kind != "f":
         raise InputError(
-            f"bank={source}: masks are {masks.dtype} and margins {margins.dtype}, "
-            "not truth values and real numbers"
+            f"bank={source}: masks are {masks.dtype} and margins {margins.dtype}; "
+            "they have to be truth values and real numbers"
         )
     if not np.isfinite(margins).all():
         raise InputError(f"bank={source}: a margin is not finite")
@@ -101,23 +104,22 @@ def build_bank(
 ) -> Bank:
     """Train `num_repeats` models on each of `num_subsets` random subsets of share `alpha`.
 
-    The first subsets and repeats of a larger bank are those of a smaller one, and what `work`
-    holds is not trained again.
+    A larger bank begins with the subsets and repeats of a smaller one, so that only the rest is
+    trained.
+
+    Args:
+        work: folder of finished retrainings.
     """
     n = len(data.rows("train"))
     masks = np.zeros((num_subsets, n), dtype=bool)
     for s, mask in enumerate(masks):
         rng = np.random.default_rng(derive_seed(config.seed, "bank", s))
         mask[rng.permutation(n)[: round(alpha * n)]] = True
-    wanted = [
-        Series(
-            f"subsets, repeat {r}",
-            [derive_seed(config.seed, "bank", s, r) for s in range(num_subsets)],
-            masks,
-        )
-        for r in range(num_repeats)
-    ]
+    series = []
+    for r in range(num_repeats):
+        seeds = [derive_seed(config.seed, "bank", s, r) for s in range(num_subsets)]
+        series.append(Series(f"subsets, repeat {r}", seeds, masks))
     labels = data.labels(TARGETS)
-    logits = retrained_logits(config, data, wanted, TARGETS, work, "bank")
+    logits = retrained_logits(config, data, series, TARGETS, work, "bank")
     repeats = [np.stack([margins(each, labels) for each in repeat]) for repeat in logits]
     return Bank(masks, np.stack(repeats, axis=1))
