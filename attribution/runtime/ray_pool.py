@@ -64,12 +64,9 @@ class RayPool(Pool):
 
     def _room(self) -> list[int]:
         """Number of cores of each living machine that has the GPUs for a task."""
-        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        return [
-            int(resources["CPU"])
-            for resources in nodes
-            if resources.get("CPU", 0) >= 1 and resources.get("GPU", 0) >= self.gpus
-        ]
+        living = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        cores = [int(found.get("CPU", 0)) for found in living if found.get("GPU", 0) >= self.gpus]
+        return [count for count in cores if count]
 
     def _no_room(self) -> str:
         if self.gpus:
@@ -81,14 +78,8 @@ class RayPool(Pool):
 
     @property
     def window(self) -> int:  # type: ignore[override]
-        """config.jobs, or twice the number of tasks that fit on the cluster now."""
-        if self.config.jobs:
-            return self.config.jobs
-        total = self.ray.cluster_resources()
-        slots = total.get("CPU", 0) // self.cpus
-        if self.gpus:
-            slots = min(slots, total.get("GPU", 0) // self.gpus)
-        return max(1, 2 * int(slots))
+        """config.jobs, or twice the number of tasks that the cores of the cluster can run now."""
+        return self.config.jobs or max(1, 2 * (sum(self._room()) // self.cpus))
 
     def submit(self, arguments: tuple) -> Future:
         """Start function(*shared, *arguments) on a machine that Ray chooses."""
