@@ -183,6 +183,7 @@ class Config:
     backend: str = option("execution", "where tasks run: processes on this machine, or a Ray cluster (requirements-ray.txt)", "local", choices=("local", "ray"))
     ray_address: str = option("execution", "host:port of a running Ray cluster, or auto; empty takes RAY_ADDRESS, or starts a cluster on this machine", "")
     gpus_per_task: float = option("execution", "GPUs per task with backend=ray and device=cuda; 0.25 puts four tasks on a GPU", 1.0, at_least=0)
+    gpu_kernels: str = option("execution", "on a GPU, compute features with this project's Triton kernels if a comparison on two images passes; off uses PyTorch's operations alone", "on", choices=("on", "off"))
     cache_dir: str = option("execution", "folder for decoded images and unfinished work", _default_cache_dir)
     # fmt: on
 

@@ -1,9 +1,20 @@
-"""Time of TRAK features against a training step of the same model, batch and precision."""
+"""Time of TRAK features against a training step of the same model, batch and precision.
+
+With --before FOLDER, the features of another checkout are timed in turn with these.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import torch
@@ -30,6 +41,25 @@ SETTINGS = {  # name: (ResNet config, image size, batch, proj_dim, num_blocks)
     "mini-16": (None, 16, 256, 256, 10),  # preset digits
 }
 
+# Run in another checkout: for every line of its input, features of the model and images in a file.
+OTHER = """
+import sys, torch
+try:
+    from attribution.gradients.sketch import Sketch
+    from attribution.runtime.memory import keep_freed_memory
+except ImportError:  # before the rooms
+    from attribution.memory import keep_freed_memory
+    from attribution.sketch import Sketch
+keep_freed_memory()
+model, images, labels, k, blocks, bfloat16, threads = torch.load(sys.argv[1], weights_only=False)
+torch.set_num_threads(threads)
+sketch = Sketch(k, num_blocks=blocks)
+for _ in sys.stdin:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        sketch.features(model, images, labels)[0].cpu()
+    print(flush=True)
+"""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this sub-benchmark."""
@@ -37,6 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto", help="auto, cpu, or cuda")
     parser.add_argument("--batch", type=int, default=0, help="0: as listed; on a GPU as in `trak`")
+    parser.add_argument(
+        "--before", default="", help="folder of another checkout whose features are timed too"
+    )
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -47,16 +80,41 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name in options.settings:
         for precision in options.precisions:
-            rows += _compare(name, precision, device, options.repeats, options.batch)
+            rows += _compare(name, precision, device, options)
     return rows
 
 
+@contextlib.contextmanager
+def _features_before(folder: str, job: tuple) -> Iterator[Callable[[], Any]]:
+    """A function that computes features once in a process of the checkout in `folder`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "job.pt"
+        torch.save(job, file)
+        environment = os.environ | {"PYTHONPATH": folder}
+        command = [sys.executable, "-c", OTHER, str(file)]
+        with subprocess.Popen(
+            command, stdin=PIPE, stdout=PIPE, text=True, cwd=scratch, env=environment
+        ) as process:
+            lines, replies = process.stdin, process.stdout
+            assert lines and replies
+
+            def features() -> None:
+                lines.write("\n")
+                lines.flush()
+                if not replies.readline():
+                    raise RuntimeError(f"{folder}: its features ended with an error, printed above")
+
+            yield features
+            lines.close()
+
+
 def _compare(
-    name: str, precision: str, device: Any, repeats: int, batch: int
+    name: str, precision: str, device: Any, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
 
     config, size, usual, k, blocks = SETTINGS[name]
-    batch = batch or (usual if device.type == "cpu" else feature_batch_size(size, device.type))
+    usual = usual if device.type == "cpu" else feature_batch_size(size, device.type)
+    batch = options.batch or usual
     model = make_model(config).eval()
     classifier.place(model, device, size)
     images = torch.randn(batch, 3, size, size, device=device)
@@ -93,9 +151,15 @@ def _compare(
         "step, contiguous": lambda: step(other, other_images),
         "features": features,
     }
-    seconds = measure(sides, repeats, warm_up=2)
-    base = min(statistics.median(seconds[side]) for side in sides if side != "features")
-    return [
+    bfloat16, threads = precision == "bfloat16", torch.get_num_threads()
+    job = model, images, labels, k, blocks, bfloat16, threads
+    with contextlib.ExitStack() as stack:
+        if options.before:
+            before = stack.enter_context(_features_before(options.before, job))
+            sides["features, before"] = before
+        seconds = measure(sides, options.repeats, warm_up=2)
+    base = min(statistics.median(seconds[side]) for side in sides if side.startswith("step"))
+    rows = [
         {
             "setting": f"{name}, batch {batch}, {blocks} x {k}, {precision}",
             "side": side,
@@ -104,3 +168,8 @@ def _compare(
         }
         for side, values in seconds.items()
     ]
+    if options.before:
+        pairs = zip(seconds["features"], seconds["features, before"], strict=True)
+        row = {"setting": rows[0]["setting"], "side": "features / before, median of rounds"}
+        rows.append(row | {"ratio": statistics.median(now / then for now, then in pairs)})
+    return rows

@@ -13,6 +13,7 @@ from conftest import Place
 from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData
+from attribution.gradients.layer_rules import Call
 from attribution.gradients.per_sample import capture
 from attribution.gradients.sketch import Sketch
 from attribution.models import classifier, cuda_graphs
@@ -55,7 +56,7 @@ def test_per_sample_gradients_equal_one_backward_pass_each() -> None:
 
 @pytest.mark.parametrize("k, blocks", [(64, 1), (32, 4), (2048, 1)])
 def test_features_are_those_of_the_cpu(k: int, blocks: int) -> None:
-    """In float64, which the kernels do not compute in: these are the routes of a CPU."""
+    """In float64, for which there are no kernels: these are the routes of a CPU."""
     model, (images, labels) = mini(torch.float64), batch(torch.float64)
     sketch = Sketch(k, dtype=torch.float64, num_blocks=blocks)
     here, margins_here = sketch.features(model, images, labels)
@@ -73,6 +74,10 @@ def test_features_by_kernels_are_those_of_the_cpu(
     sketch = Sketch(k, num_blocks=blocks)
     here, _ = sketch.features(model, images, labels)
     there, _ = sketch.features(model.cuda(), images.cuda(), labels.cuda())
+    assert sketch._call_types[model] is not Call  # the kernels passed the comparison
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4 * float(here.abs().max()))
+    plain = Sketch(k, num_blocks=blocks, gpu_kernels=False)
+    there, _ = plain.features(model, images.cuda(), labels.cuda())
     torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4 * float(here.abs().max()))
 
 

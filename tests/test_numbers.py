@@ -22,6 +22,7 @@ from attribution.experiments.statistics import (
     paired_difference,
 )
 from attribution.experiments.subset_bank import Bank
+from attribution.gradients import GradientError
 from attribution.gradients.per_sample import capture
 from attribution.gradients.per_sample import margins as torch_margins
 from attribution.models import classifier
@@ -182,7 +183,7 @@ def test_a_training_set_too_small_for_a_batch_is_refused(toy, kept: int) -> None
 
 def test_one_class_has_no_margin() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1)).eval()
-    with pytest.raises(InputError, match="at least two classes"):
+    with pytest.raises(GradientError, match="at least two classes"):
         capture(model, torch.zeros(2, 3, 1, 1), torch.zeros(2, dtype=torch.int64))
 
 

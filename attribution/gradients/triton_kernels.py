@@ -1,17 +1,30 @@
-"""Triton kernels for a GPU: per-sample weight gradients without patches in memory, and sums over positions."""
+"""Everything for GPUs: Triton kernels, calls that use them, and their comparison with the plain path.
+
+The kernels form per-sample weight gradients without patches in memory, and sum over positions. Only
+sketch.py imports this module, and only when images are on a GPU.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-# Of a tile: columns and positions at a time, then warps and stages of its pipeline.
+from attribution.gradients.errors import GradientError
+from attribution.gradients.layer_rules import Call, Stray, padding_of
+from attribution.gradients.per_sample import capture
+
+# For each type, a tile's columns and positions at a time, then warps and stages of its pipeline.
 TILES = {
     torch.float32: (64, 32, 4, 3),
     torch.bfloat16: (64, 64, 4, 3),
     torch.float16: (64, 64, 4, 3),
 }
 SPAN = 1024  # positions that one program of _position_sums adds up
+# Largest relative error of a layer that passes for rounding of operands to TF32 or bfloat16.
+TOLERANCE = 2e-2
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -26,15 +39,17 @@ def _outer_products(
     KW: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BO: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of sum_t delta_t x a_t of one sample, with t over the output's positions.
+    """A tile of sum_t delta_t x a_t of one sample, where t runs over the output's positions.
 
-    After every row come `gap` zeros.
+    `gap` zeros follow every row.
     """
     b = tl.program_id(2).to(tl.int64)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     first = tl.program_id(0) * BP
     p = first + tl.arange(0, BP)
-    if ALIGNED:  # one tap of the kernel a tile, and neighbouring channels, all of them there
+    if (
+        ALIGNED
+    ):  # a tile has one tap of the kernel, and adjacent channels without any beyond the last
         c, tap = first % C + tl.arange(0, BP), first // C
         down, right = (tap // KW) * ddy, (tap % KW) * ddx
     else:
@@ -75,7 +90,7 @@ def outer_products(
     out: Tensor,
     tf32: bool,
 ) -> None:
-    """Write per-sample gradients of a convolution's weight, signed, to `out`, and zeros after each row.
+    """Write signed per-sample gradients of a convolution's weight to `out`, and zeros after each row.
 
     Args:
         x: its input (b, C, H, W), any strides.
@@ -84,7 +99,7 @@ def outer_products(
         row_signs: (O,) float32.
         column_signs: (P,) float32, P = kernel size x C, channels last.
         out: (b, O, P) float32, its last stride 1.
-        tf32: compute products of float32 in TF32, as PyTorch's convolutions do by default.
+        tf32: compute float32 products in TF32, as PyTorch's convolutions do by default.
     """
     (_, kw), (sy, sx), (top, left), (ddy, ddx) = geometry
     (b, channels, height, width), outputs = x.shape, delta.shape[1]
@@ -137,3 +152,78 @@ def position_sums(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     plain, weighted = out.sum(1).unbind(1)
     return plain, weighted
+
+
+@dataclass
+class KernelCall(Call):
+    """A call whose gradients come from the kernels where they apply, and from the plain path elsewhere."""
+
+    def has_kernels(self) -> bool:
+        """Whether the kernels apply: to types that the GPU's matrix units multiply, without groups."""
+        return self.groups == 1 and {self.delta.dtype, self.input.dtype} <= TILES.keys()
+
+    def vectors(self) -> dict[str, Tensor]:
+        """As Call's."""
+        if not (isinstance(self.module, nn.BatchNorm2d) and self.has_kernels()):
+            return super().vectors()
+        sums, weighted = position_sums(self.input, self.delta)
+        found = {"weight": self.batch_norm_weight(sums, weighted), "bias": sums}
+        return {name: found[kind] for kind, name in self.names.items()}
+
+    def products(
+        self, rows: slice, signs: tuple[Tensor, Tensor] | None = None, stride: int | None = None
+    ) -> Tensor:
+        """As Call's; with signs, products may be computed in TF32."""
+        if not (signs and self.has_kernels()):
+            return super().products(rows, signs, stride)
+        x, delta = self.input[rows], self.delta[rows]
+        module: Any = self.module
+        if isinstance(module, nn.Linear):  # a convolution over a column of positions
+            x, delta = (t.reshape(len(t), -1, t.shape[-1]).mT[..., None] for t in (x, delta))
+            geometry = (1, 1), (1, 1), (0, 0), (1, 1)
+            tf32 = torch.backends.cuda.matmul.allow_tf32
+        else:
+            (top, _), (left, _) = padding_of(module)
+            geometry = module.kernel_size, module.stride, (top, left), module.dilation
+            tf32 = torch.backends.cudnn.allow_tf32
+            delta = delta.contiguous(memory_format=torch.channels_last)
+        _, outputs, patch = self.shape()
+        out = delta.new_empty(len(delta), outputs, stride or patch, dtype=torch.float32)
+        outer_products(x, delta, geometry, *signs, out[..., :patch], tf32)
+        return out
+
+    def rows_of_products(self) -> int:
+        """As Call's."""
+        return self.shape()[1] if self.has_kernels() else super().rows_of_products()
+
+    def hashing_pays(self, k: int) -> bool:
+        """As Call's, by costs in ns measured on one H100."""
+        if not self.has_kernels():
+            return super().hashing_pays(k)
+        positions, outputs, patch = self.shape()
+        hashing = positions * (0.026 * k + 0.0073 * (outputs + patch))
+        product = 2e-5 if self.delta.dtype == torch.float32 else 1e-5
+        return hashing < outputs * patch * (product * positions + 0.004)
+
+
+def compare(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Compare the gradients of these images by kernels and by the plain path, layer by layer.
+
+    Raises:
+        GradientError: those of a layer differ by more than rounding.
+    """
+
+    def receive(call: Call | Stray) -> None:
+        if isinstance(call, Stray):
+            return
+        found, plain = call.vectors(), Call.vectors(call)
+        if call.has_matrix:
+            name, (_, outputs, patch), rows = call.names["weight"], call.shape(), slice(len(images))
+            signs = torch.ones(outputs + patch, device=call.delta.device).split([outputs, patch])
+            found[name], plain[name] = call.products(rows, signs), Call.products(call, rows, signs)
+        for name, expected in plain.items():
+            error = float((found[name] - expected).norm() / expected.norm().clamp(min=1e-30))
+            if not error <= TOLERANCE:
+                raise GradientError(f"{name}: kernels differ from the plain path by {error:.1%}")
+
+    capture(model, images, labels, receive, call_type=KernelCall)

@@ -251,7 +251,9 @@ def make_traker(
         if precision == torch.bfloat16:
             gradients = traker_adapters.BFloat16GradientComputer
         length = num_blocks * config.proj_dim
-        projector = traker_adapters.SketchProjector(length, seed, device, num_blocks)
+        projector = traker_adapters.SketchProjector(
+            length, seed, device, num_blocks, config.gpu_kernels == "on"
+        )
     else:
         gradients = FunctionalGradientComputer
         projector = BasicProjector(

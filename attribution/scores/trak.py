@@ -15,7 +15,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
-from attribution.gradients import per_sample
+from attribution.gradients import GradientError, per_sample
 from attribution.models import classifier
 from attribution.runtime.device import keep_freed_memory, resolve_device
 from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write_matrix
@@ -74,7 +74,11 @@ def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
     classifier.check_image_size(model, config.image_size)
     if config.projector == "sketch":
         size = (2, 3, config.image_size, config.image_size)
-        per_sample.check(model, torch.randn(size, generator=torch.Generator().manual_seed(0)))
+        images = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        try:
+            per_sample.check(model, images)
+        except GradientError as error:
+            raise InputError(f"model={config.model}: {error}") from error
 
 
 def compute_scores(

@@ -12,6 +12,7 @@ from trak.projectors import AbstractProjector
 from trak.score_computers import AbstractScoreComputer
 
 from attribution.errors import InputError
+from attribution.gradients import GradientError
 from attribution.gradients.per_sample import margins
 from attribution.gradients.sketch import Sketch
 
@@ -104,26 +105,43 @@ class SketchProjector(AbstractProjector):
 
     Args:
         proj_dim: length of the features, all blocks together.
+        gpu_kernels: as Sketch's.
     """
 
     _model_id: int | None
     _sketch: Sketch | None
 
     def __init__(
-        self, proj_dim: int, seed: int = 0, device: str = "cpu", num_blocks: int = 1
+        self,
+        proj_dim: int,
+        seed: int = 0,
+        device: str = "cpu",
+        num_blocks: int = 1,
+        gpu_kernels: bool = True,
     ) -> None:
         super().__init__(0, proj_dim, seed, "sketch", device)
-        self.num_blocks = num_blocks
+        self.num_blocks, self.gpu_kernels = num_blocks, gpu_kernels
         self.free_memory()
 
     def project(self, grads: Pending, model_id: int) -> Tensor:
-        """Features (B, proj_dim) float32, new memory, which traker divides in place."""
+        """Features (B, proj_dim) float32, new memory, which traker divides in place.
+
+        Raises:
+            InputError: the model's gradients would be wrong or incomplete.
+        """
         if self._sketch is None or self._model_id != model_id:
             self._model_id = model_id
             size, seed = self.proj_dim // self.num_blocks, f"{self.seed}/{model_id}"
-            self._sketch = Sketch(size, seed, num_blocks=self.num_blocks)
+            self._sketch = Sketch(
+                size, seed, num_blocks=self.num_blocks, gpu_kernels=self.gpu_kernels
+            )
         with torch.autocast(grads.images.device.type, torch.bfloat16, enabled=grads.bfloat16):
-            features, grads.margins = self._sketch.features(grads.model, grads.images, grads.labels)
+            try:
+                features, grads.margins = self._sketch.features(
+                    grads.model, grads.images, grads.labels
+                )
+            except GradientError as error:
+                raise InputError(f"model: {error}") from error
         return features
 
     def free_memory(self) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import re
 
 import pytest
 import torch
+from small_models import small_resnet
 from torch import nn
 
 pytest.importorskip("triton")
 
-from attribution.gradients import layer_rules, triton_kernels
+from attribution.gradients import sketch as sketch_module
+from attribution.gradients import triton_kernels
 from attribution.gradients.layer_rules import Call
 from attribution.gradients.sketch import Sketch
+from attribution.gradients.triton_kernels import KernelCall
 from attribution.models import classifier
 
 # conftest.py has Triton interpret kernels where there is no GPU.
@@ -71,47 +74,118 @@ def test_position_sums(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(weighted.cpu(), (delta * x).sum((2, 3)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("k, blocks", [(64, 1), (32, 4)])
-def test_a_sketch_by_kernels_is_the_sketch(
-    monkeypatch: pytest.MonkeyPatch, k: int, blocks: int, exact
-) -> None:
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors say that they are on a GPU, where there is none; nothing has been said to stderr yet."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    sketch_module._say.cache_clear()
+
+
+def small_model() -> nn.Module:
     torch.manual_seed(0)
-    model = classifier.build("resnet-mini", ("dark", "bright"), 0).eval().to(DEVICE)
+    body = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(144, 3)).eval().to(DEVICE)
+
+
+def small_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(3, 3, 6, 6, device=DEVICE), torch.arange(3, device=DEVICE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k, blocks", [(64, 1), (32, 4)])
+def test_a_sketch_by_kernels_is_the_sketch(k: int, blocks: int, exact, as_on_a_gpu, capsys) -> None:
+    model = small_resnet().float().to(DEVICE)
     images, labels = torch.randn(2, 3, 16, 16, device=DEVICE), torch.arange(2, device=DEVICE)
     found = []
     for chosen in (True, False):
-        monkeypatch.setattr(Call, "has_kernels", lambda call, chosen=chosen: chosen)
-        found.append(Sketch(k, num_blocks=blocks).features(model, images, labels)[0])
+        sketch = Sketch(k, num_blocks=blocks, gpu_kernels=chosen)
+        found.append(sketch.features(model, images, labels)[0])
     assert not torch.equal(*found)  # two ways
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * float(found[1].abs().max()))
+    assert capsys.readouterr().err == ""
+
+
+def twice(x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return 2 * delta.sum((2, 3)).float(), 2 * (delta * x).sum((2, 3)).float()
+
+
+def one_tap_missing(*arguments, **more) -> None:
+    outer_products(*arguments, **more)
+    arguments[5][..., 0] = 0
+
+
+def not_compiled(*_, **__) -> None:
+    raise RuntimeError("no C compiler\nwas found")
+
+
+outer_products = triton_kernels.outer_products
+FAULTS = {
+    "wrong sums": ("position_sums", twice, "GradientError: 1.weight: kernels differ"),
+    "wrong products": ("outer_products", one_tap_missing, "GradientError: .*kernels differ"),
+    "an exception": ("outer_products", not_compiled, "RuntimeError: no C compiler was found"),
+    "no Triton": ("compare", not_compiled, "RuntimeError: no C compiler was found"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_kernels_leads_to_the_plain_path_and_one_line(
+    fault: str, as_on_a_gpu, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, function, says = FAULTS[fault]
+    monkeypatch.setattr(triton_kernels, name, function)
+    batch = small_batch()
+    expected = Sketch(16, gpu_kernels=False).features(small_model(), *batch)
+    for _ in range(2):  # a sketch for each checkpoint
+        sketch = Sketch(16)
+        for model in (small_model(), small_model()):
+            found = sketch.features(model, *batch)
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+            assert sketch._call_types[model] is Call
+    line = capsys.readouterr().err
+    assert re.fullmatch(f"GPU kernels are off, features are slower: {says}.*\n", line)
+
+
+def test_kernels_that_agree_are_compared_once_a_model_and_used(
+    as_on_a_gpu, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, sizes = triton_kernels.compare, []
+
+    def counting(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+        sizes.append(len(images))
+        compare(model, images, labels)
+
+    monkeypatch.setattr(triton_kernels, "compare", counting)
+    sketch, model = Sketch(16), small_model()
+    for _ in range(2):
+        sketch.features(model, *small_batch())
+    assert sizes == [2] and sketch._call_types[model] is KernelCall
+    assert capsys.readouterr().err == ""
+
+
+def test_kernels_that_are_switched_off_are_not_tried(
+    as_on_a_gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_kernels, "compare", lambda *_: pytest.fail("compared"))
+    Sketch(16, gpu_kernels=False).features(small_model(), *small_batch())
 
 
 @pytest.mark.parametrize(
-    "expected, gpu, groups, dtype",
+    "expected, groups, dtype",
     [
-        (True, True, 1, torch.float32),
-        (True, True, 1, torch.bfloat16),
-        (False, True, 1, torch.float64),
-        (False, True, 2, torch.float32),
-        (False, False, 1, torch.float32),
+        (True, 1, torch.float32),
+        (True, 1, torch.bfloat16),
+        (False, 1, torch.float64),
+        (False, 2, torch.float32),
     ],
 )
-def test_kernels_apply_on_a_gpu_to_whole_layers_of_types_it_multiplies(
-    expected: bool, gpu: bool, groups: int, dtype: torch.dtype
+def test_kernels_apply_to_whole_layers_of_types_that_a_gpu_multiplies(
+    expected: bool, groups: int, dtype: torch.dtype
 ) -> None:
     conv, x = nn.Conv2d(2, 2, 1, groups=groups), torch.zeros(1, 2, 1, 1)
-    delta = SimpleNamespace(is_cuda=gpu, device=torch.device(DEVICE), dtype=dtype)
-    assert Call(conv, {}, x, 0, delta).has_kernels() == expected
-
-
-def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device(DEVICE)
-    assert layer_rules.kernels(device) is triton_kernels
-    layer_rules.kernels.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(triton_kernels, "position_sums", None)  # as where it cannot be compiled
-        assert layer_rules.kernels(device) is None
-    layer_rules.kernels.cache_clear()
+    call = KernelCall(conv, {}, x, 0, torch.zeros(1, 2, 1, 1, dtype=dtype))
+    assert call.has_kernels() == expected
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no bfloat16")
