@@ -62,11 +62,14 @@ def _difference(then: Path, now: Path) -> str:
     if sha256(then) == sha256(now):
         return ""
     old, new = _numbers(then), _numbers(now)
-    if [(k, v.shape) for k, v in old.items()] != [(k, v.shape) for k, v in new.items()]:
-        return "another shape"
-    apart = [np.abs(np.subtract(old[k], new[k], dtype=np.float64)).max(initial=0) for k in old]
-    largest = np.nanmax(apart, initial=0)
-    return f"differs by at most {largest:.3g}" if largest > 0 else "not identical bit by bit"
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old or name not in new or old[name].shape != new[name].shape:
+            return f"{name}: another shape"
+    apart = {k: np.abs(np.subtract(old[k], new[k], dtype=np.float64)).max(initial=0) for k in old}
+    name = max(apart, key=lambda k: np.nan_to_num(apart[k]), default="")
+    if not apart or not apart[name] > 0:
+        return "not identical bit by bit"
+    return f"differs by at most {apart[name]:.3g} ({name})"
 
 
 def _numbers(file: Path) -> dict[str, np.ndarray]:
@@ -75,7 +78,7 @@ def _numbers(file: Path) -> dict[str, np.ndarray]:
         table = pd.read_csv(file).select_dtypes("number")
         return {name: table[name].to_numpy() for name in table}
     loaded = np.load(file, allow_pickle=False)
-    return {"": loaded} if file.suffix == ".npy" else dict(loaded)
+    return {file.stem: loaded} if file.suffix == ".npy" else dict(loaded)
 
 
 def _say_changes(original: str, replay: str) -> None:

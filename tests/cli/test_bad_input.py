@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from conftest import COLOURS, SMALL, Place, Result, check_refusal, refused, run_id, write_images
 
+from attribution.cli.main import run_command
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOTHING: dict[str, Any] = {"dataset": None, **dict.fromkeys(SMALL), "jobs": 1}
 
@@ -314,16 +316,11 @@ def test_a_cache_that_cannot_be_written(place: Place, tmp_path: Path, stage: str
 def test_a_file_store(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, scheme: str
 ) -> None:
-    from attribution.cli.command import run_entry_point
-    from scripts import finetune
-
     uri = f"{scheme}{tmp_path / 'mlruns'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(SystemExit) as stop:
-        argv = place.argv("finetune")
-        run_entry_point("finetune", finetune.make, finetune.show, argv)
+    code = run_command("finetune", place.argv("finetune"))
     said = capsys.readouterr()
-    check_refusal(Result(stop.value.code, said.out, said.err, []), f"MLFLOW_TRACKING_URI={uri}")
+    check_refusal(Result(code, said.out, said.err, []), f"MLFLOW_TRACKING_URI={uri}")
     assert not (tmp_path / "mlruns").exists()
 
 

@@ -470,9 +470,9 @@ def test_a_replay_that_differs_says_where_and_fails(replayed) -> None:
     ("now", "said"),
     [
         ({"a": [1.0, 2.0]}, ""),
-        ({"a": [1.0, 2.5]}, "differs by at most 0.5"),
-        ({"a": [1.0, np.nan]}, "other bits"),
-        ({"a": np.float32([1, 2])}, "other bits"),
+        ({"a": [1.0, 2.5]}, "differs by at most 0.5 (a)"),
+        ({"a": [1.0, np.nan]}, "not identical bit by bit"),
+        ({"a": np.float32([1, 2])}, "not identical bit by bit"),
         ({"a": [1.0]}, "a: another shape"),
         ({"a": [1.0, 2.0], "b": [0]}, "b: another shape"),
     ],

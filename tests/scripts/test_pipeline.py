@@ -525,7 +525,7 @@ def test_an_interrupted_finetune_goes_on_with_the_next_checkpoint(
 
     monkeypatch.setattr(checkpoints, "train", train)
     stopped = place.run("trak")
-    assert stopped.code == 130 and "the same command goes on" in stopped.err
+    assert stopped.code == 130 and "the same command continues" in stopped.err
     assert "Traceback" not in stopped.err
     assert stopped.runs[0].info.status == "KILLED"
     assert not any(run.info.status in ("FINISHED", "RUNNING") for run in stopped.runs)

@@ -1,0 +1,68 @@
+"""One command: what it computes, hands on, reuses, and deletes at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlflow
+import pytest
+from conftest import Place
+
+from attribution.cli import main
+from attribution.tracking import artifacts
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+
+
+def weights(place: Place, run_id: str) -> dict[str, bytes]:
+    files = place.artifacts(run_id).rglob("*.safetensors")
+    return {file.parent.name: file.read_bytes() for file in files}
+
+
+def test_only_checkpoints_that_the_command_made_go_at_its_end_and_they_come_back_the_same(
+    new_place: Callable[..., Place],
+) -> None:
+    place = new_place("kept")
+    first = place.done("trak", keep_checkpoints="best")
+    first_id = first.tags["finetune_run_id"]
+    best = weights(place, first_id)
+    assert f"1 checkpoints of run {first_id} deleted" in first.err and len(best) == 1
+    assert place.done("ablation").made() == {"ablation"}  # needs no checkpoint
+
+    again = place.done("trak", lambda_reg=0.7)
+    both = weights(place, again.tags["finetune_run_id"])
+    assert again.made() == {"finetune", "trak"}
+    assert len(both) == 2 and best.items() <= both.items()
+
+    reused = place.done("trak", lambda_reg=0.3, keep_checkpoints="none")
+    own = again.tags["finetune_run_id"]
+    assert reused.made() == {"trak"} and reused.tags["finetune_run_id"] == own
+    assert f"run {own} was made by an earlier command; its checkpoints are kept" in reused.err
+    assert weights(place, own) == both
+
+
+def test_a_command_fetches_nothing_back_that_it_has_just_computed(
+    new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands that need all upstream stages, in a store whose artifacts cannot be read."""
+    for stage in ("ablation", "evaluate"):
+        place = new_place(f"unreadable-{stage}")
+        with monkeypatch.context() as patch:
+            patch.setattr(mlflow.artifacts, "download_artifacts", None)
+            patch.setattr(artifacts, "local_root", lambda uri: None)
+            given = {"num_subsets": 10, "num_repeats": 1} if stage == "evaluate" else {}
+            result = place.done(stage, **given)
+        assert result.made() == {"finetune", "trak", stage}
+        assert place.unfinished() == {f for f in place.unfinished() if f.startswith("retrainings")}
+
+
+def test_an_error_of_the_code_is_shown_whole_but_without_credentials(
+    new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError("could not open https://me:s3cret@host/x")
+
+    monkeypatch.setattr(main.importlib, "import_module", broken)
+    result = new_place("broken").run("finetune")
+    assert result.code == 1 and "Traceback" in result.err and "***@host" in result.err
+    assert "s3cret" not in result.err
