@@ -53,10 +53,7 @@ def estimate(config: Config, data: ImageData) -> Estimate:
 
 def run(job: Job) -> Finetuned:
     """Draw each checkpoint's part of the training set, then train the checkpoints."""
-    config, n = job.config, len(job.data.rows("train"))
-    masks = checkpoints.subset_masks(n, config.num_models, config.subset_fraction, config.seed)
-    work = job.stage_folder("finetune")
-    return Finetuned.of(masks, checkpoints.train_checkpoints(config, job.data, masks, work))
+    return checkpoints.finetune(job.config, job.data, job.stage_folder("finetune"))
 
 
 def record(job: Job, result: Finetuned) -> Record:
