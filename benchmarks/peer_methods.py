@@ -106,8 +106,7 @@ def ours(problem: Problem, **settings: Any) -> Scores:
 def ours_features(problem: Problem, **settings: Any) -> Callable[[], None]:
     """A function that featurises the training split with the first checkpoint."""
     config, n = dataclasses.replace(problem.config, **settings), len(problem.data.rows("train"))
-    work = problem.work / "ours"
-    engine, state = make_traker(config, n, problem.checkpoints[0], work, 0, "cpu")
+    engine, state = make_traker(config, n, problem.checkpoints[0], problem.work / "ours")
     return _featurizing(problem, engine, state)
 
 

@@ -99,7 +99,7 @@ def make_scores(work: Path, checkpoints: int) -> None:
         store.targets.unlink(missing_ok=True)
     (work / "scores.npy").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    found = combine(stores, work / "scores.npy", LAMBDA_REG, "mean", torch.device("cpu"))
+    found = combine(stores, work / "scores.npy", Ridge(LAMBDA_REG))
     n, m = found.values.shape
     groups, weights = np.arange(m) % GROUPS, np.full(GROUPS, 1 / GROUPS)
     train = pd.DataFrame(

@@ -48,7 +48,7 @@ def estimate(config: Config, data: ImageData) -> Estimate:
 
 def run(job: Job) -> Scored:
     """Project the gradients of every example under each checkpoint, and combine them to scores."""
-    finetuned, run_id = job.result("finetune"), job.upstream["finetune"].run_id
+    run_id = job.upstream["finetune"].run_id
     origin = {
         "estimator_version": ESTIMATOR_VERSION,
         "fingerprint": fingerprint("trak", job.config, job.data),
@@ -56,9 +56,7 @@ def run(job: Job) -> Scored:
     }
     # Unfinished features of other checkpoints are of no use.
     work = job.stage_folder("trak", run_id)
-    return scored.score_training_set(
-        job.config, job.data, finetuned.members, finetuned.folders, work, origin
-    )
+    return scored.score_training_set(job.config, job.data, job.result("finetune"), work, origin)
 
 
 def record(job: Job, result: Scored) -> Record:

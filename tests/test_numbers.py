@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,107 +24,14 @@ from attribution.experiments.subset_bank import Bank
 from attribution.gradients import GradientError
 from attribution.gradients.per_sample import capture
 from attribution.gradients.per_sample import margins as torch_margins
-from attribution.models import classifier
 from attribution.models.ensemble import Ensemble, label_quality
 from attribution.models.predict import margins
 from attribution.models.train import train, train_stacked
 from attribution.reporting import terminal
 from attribution.runtime.device import resolve_precision
-from attribution.scores import trak
-from attribution.scores.alignment import auto_groups, group_alignment, group_weights
-from attribution.scores.artifact import Scores, top_k
-from attribution.scores.suspects import near_duplicates
-from attribution.scores.traker_adapters import RidgeScoreComputer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RNG = np.random.default_rng(0)
-
-
-# -- Gram matrices ---------------------------------------------------------------------------------
-
-
-def tau(train: np.ndarray, targets: np.ndarray, lambda_reg: float) -> np.ndarray:
-    """Scores (n, m) of features, as the project computes them."""
-    phi, psi = (torch.from_numpy(np.asarray(x, np.float32)) for x in (train, targets))
-    computer = RidgeScoreComputer(torch.float32, "cpu", lambda_reg=lambda_reg)
-    found = torch.zeros(len(phi), len(psi))
-    computer.get_scores(computer.get_x_xtx_inv(phi, computer.get_xtx(phi)), psi, found)
-    return found.numpy()
-
-
-def dual(train: np.ndarray, targets: np.ndarray, lambda_reg: float) -> np.ndarray:
-    """The same by way of the n x n matrix: Phi (Phi'Phi + l I)^-1 = (Phi Phi' + l I)^-1 Phi."""
-    kernel = train @ train.T
-    ridge = lambda_reg * np.square(train).sum() / train.shape[1]
-    return np.linalg.solve(kernel + ridge * np.eye(len(train)), train @ targets.T)
-
-
-SMALL = RNG.normal(size=(5, 20))  # n < k
-
-
-@pytest.mark.parametrize(
-    ("features", "targets"),
-    {
-        "fewer examples than features": (SMALL, RNG.normal(size=(3, 20))),
-        "one target": (RNG.normal(size=(30, 6)), RNG.normal(size=(1, 6))),
-        "one example": (RNG.normal(size=(1, 4)), RNG.normal(size=(2, 4))),
-        "every example twice": (np.repeat(SMALL, 2, axis=0), SMALL),
-        "all the same": (np.tile(SMALL[:1], (7, 1)), SMALL),
-        "large": (1e12 * SMALL, 1e12 * SMALL),
-        "small": (1e-12 * SMALL, 1e-12 * SMALL),
-    }.values(),
-)
-def test_with_a_ridge_scores_are_those_of_the_dual_form(features, targets) -> None:
-    expected = dual(features, targets, 0.1)
-    np.testing.assert_allclose(
-        tau(features, targets, 0.1), expected, atol=1e-5 * abs(expected).max()
-    )
-
-
-@pytest.mark.parametrize("copies", [1, 2, 5])
-def test_copies_share_what_one_would_have(copies: int) -> None:
-    """Of unit vectors, each so many times, the Gram matrix is a multiple of the identity."""
-    found = tau(np.repeat(np.eye(4), copies, axis=0), np.eye(4), 0.5)
-    expected = np.repeat(np.eye(4), copies, axis=0) / (copies * 1.5)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
-
-
-def test_of_equal_features_every_score_is_the_closed_form_s() -> None:
-    n, k, ridge = 7, 3, 0.25
-    features = np.ones((n, k)) * [1, -2, 0.5]
-    np.testing.assert_allclose(
-        tau(features, features, ridge), np.full((n, n), 1 / (n * (1 + ridge / k))), rtol=1e-6
-    )
-
-
-@pytest.mark.parametrize(
-    ("features", "lambda_reg", "says"),
-    {
-        "n < k, no ridge": (SMALL, 0, "singular with lambda_reg 0 and proj_dim 20; raise"),
-        "copies, no ridge": (np.tile(SMALL[:2, :4], (9, 1)), 0, "singular"),
-        "a ridge below rounding": (np.tile(SMALL[:1, :4], (9, 1)), 1e-9, "singular"),
-        "zero": (np.zeros((5, 2)), 0.1, "zero, or nearly so"),
-        "squares that vanish": (1e-20 * SMALL, 0.1, "zero, or nearly so"),
-        "squares that overflow": (1e25 * SMALL, 0.1, "not finite"),
-        "NaN": (np.where(SMALL > 1, np.nan, SMALL), 0.1, "not finite"),
-        "infinite": (np.where(SMALL > 1, np.inf, SMALL), 0.1, "not finite"),
-    }.values(),
-)
-def test_a_gram_matrix_that_cannot_be_solved_is_refused(features, lambda_reg, says) -> None:
-    with pytest.raises(InputError, match=says):
-        tau(features, np.ones((1, features.shape[1])), lambda_reg)
-
-
-def test_a_factor_that_is_not_finite_is_refused() -> None:
-    computer = RidgeScoreComputer(torch.float32, "cpu", lambda_reg=0.1)
-    with pytest.raises(InputError, match="singular"):
-        computer.factor(torch.full((1, 2, 2), np.nan, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("lambda_reg", [-1.0, np.nan, np.inf])
-def test_a_ridge_that_is_no_ridge_is_refused(lambda_reg: float) -> None:
-    with pytest.raises(InputError, match="lambda_reg"):
-        RidgeScoreComputer(torch.float32, "cpu", lambda_reg=lambda_reg)
 
 
 # -- models that are no good -----------------------------------------------------------------------
@@ -139,29 +45,6 @@ def toy(tmp_path_factory):
 PRECISIONS = ["float32"] + ["bfloat16"] * (
     resolve_precision("auto", torch.device("cpu")) == torch.bfloat16
 )
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    ("scale", "says"),
-    [
-        (1e20, "features are not finite"),  # the margin is a number, the gradient's square is none
-        (3e38, "the margin of sample 0 is not finite"),
-        (0.0, "zero, or nearly so"),  # of the layers below the head
-    ],
-)
-def test_a_checkpoint_whose_gradients_overflow_or_vanish_is_refused(
-    toy, tmp_path: Path, precision: str, scale: float, says: str
-) -> None:
-    model = classifier.build("resnet-mini", toy.class_names, 0)
-    with torch.no_grad():
-        model.classifier[1].weight.sign_().mul_(scale)
-    classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
-    config = toy_config(proj_dim=8, num_blocks=2, num_models=1, lambda_reg=0.1)
-    config = replace(config, feature_precision=precision)
-    with pytest.raises(InputError, match=says):
-        trak.compute_scores(config, toy, [tmp_path / "model"], tmp_path / "work")
-    assert not (tmp_path / "work" / "scores.npy").exists()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -207,43 +90,6 @@ def test_an_ensemble_that_is_certain_has_finite_losses_and_probabilities() -> No
 
 
 # -- scores that say nothing -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("largest", [True, False])
-def test_the_best_of_scores_that_are_not_finite_are_refused(bad: float, largest: bool) -> None:
-    values = np.zeros((9, 2), np.float32)
-    values[5, 1] = bad
-    scores = Scores(values, pd.DataFrame({"position": range(9)}), pd.DataFrame(index=range(2)), {})
-    with pytest.raises(InputError, match="^target=1: a score of it is not finite"):
-        scores.top(1, 3) if largest else scores.bottom(1, 3)
-    assert len(scores.top(0, 3)) == 3
-    if not np.isinf(bad) or (bad > 0) == largest:
-        with pytest.raises(InputError, match="^scores: not all are finite"):
-            top_k(values, 3, largest)
-
-
-@pytest.mark.parametrize("kind", ["exp_loss", "loss", "uniform", "paper"])
-@pytest.mark.parametrize("losses", [[0, 0, 0], [1e6, 0, 1e6], [800, 1, 1], [7, 7, 7]])
-def test_weights_of_groups_are_finite_and_sum_to_one(kind: str, losses: list[float]) -> None:
-    weights = group_weights(np.array(losses, float), np.array([0, 1, 2]), kind)
-    assert np.isfinite(weights).all() and weights.min() >= 0
-    assert weights.sum() == pytest.approx(1)
-    if len(set(losses)) == 1:
-        np.testing.assert_allclose(weights, 1 / 3)
-
-
-def test_alignment_with_one_target_is_its_column() -> None:
-    values = RNG.normal(size=(6, 1)).astype(np.float32)
-    weights = group_weights(np.array([3.0]), np.array([0]), "exp_loss")
-    np.testing.assert_array_equal(group_alignment(values, np.array([0]), weights), values[:, 0])
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, -1e30])
-def test_labels_whose_scores_are_all_equal_are_not_divided(value: float) -> None:
-    labels = np.array([0, 0, 0, 1, 1, 1])
-    found = auto_groups(np.full((4, 6), value, np.float32), labels)
-    np.testing.assert_array_equal(found, labels)
 
 
 def judged(values: np.ndarray, margins: np.ndarray) -> pd.Series:
@@ -312,12 +158,6 @@ def test_seeds_without_spread_claim_no_power() -> None:
 
 
 # -- images ----------------------------------------------------------------------------------------
-
-
-def test_images_without_contrast_are_near_duplicates_of_nothing() -> None:
-    assert (
-        near_duplicates(np.zeros((4, 6), np.float32), np.array([0, 1, 0, 1])).tolist() == [-1] * 4
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One number for each training example: how much it helps the groups of targets that need help."""
+"""Alignment: one number per training example, how much it helps the groups of targets."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from attribution.errors import InputError
 from attribution.runtime.npy_blocks import pieces, row_blocks
 
 AUTO = "auto"
-SMALLEST_HALF = 0.05  # of a label's targets; a smaller pseudo-group is left with its label
+SMALLEST_HALF = 0.05  # share of a label's targets; a smaller half stays with its label
 
 
 def group_ids(targets: pd.DataFrame, groups: str, scores: np.ndarray | None = None) -> np.ndarray:
-    """The group of each target, (n_targets,), as whole numbers from 0.
+    """Group of each target, (n_targets,) whole numbers from 0.
 
     Args:
-        groups: a column, or 'auto'.
-        scores: (n_train, n_targets), needed by 'auto' alone.
+        targets: one row per target.
+        groups: a column of `targets`, or 'auto'.
+        scores: (n_train, n_targets); only needed for 'auto'.
 
     Raises:
-        InputError: no such column, or it has a single value.
+        InputError: an unknown column, or one with a single value or a missing value.
     """
     if groups == AUTO:
         assert scores is not None
@@ -32,15 +33,21 @@ def group_ids(targets: pd.DataFrame, groups: str, scores: np.ndarray | None = No
         raise InputError(f"groups={groups}: no such column; {nearest(groups, valid, limit=10)}")
     ids = pd.factorize(targets[groups], sort=True)[0]
     if ids.min() < 0 or ids.max() < 1:
-        raise InputError(f"groups={groups}: the column must have two values or more, none missing")
+        raise InputError(
+            f"groups={groups}: the column must have at least two values, and none missing"
+        )
     return ids
 
 
 def check_groups(examples: pd.DataFrame, groups: str) -> None:
     """Refuse a column that cannot group the targets, before anything is trained.
 
+    Args:
+        examples: all examples, with their split.
+        groups: a column of `examples`, or 'auto'.
+
     Raises:
-        InputError: no such column, a single value, or a group without a validation example.
+        InputError: an unknown column, a single value, or a group without validation examples.
     """
     if groups == AUTO:
         return
@@ -52,21 +59,21 @@ def check_groups(examples: pd.DataFrame, groups: str) -> None:
     lost = sorted(map(str, set(examples[groups]) - known))
     if lost:
         raise InputError(
-            f"groups={groups}: no validation example in group {lost[0]!r}, so that nothing would "
-            "be known of what helps it; merge it with another, or use groups=label"
+            f"groups={groups}: group {lost[0]!r} has no validation example, so nothing could tell "
+            "which examples help it; merge it with another group, or use groups=label"
         )
 
 
 def auto_groups(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Pseudo-groups of targets that the training set serves differently, (n_targets,).
+    """Pseudo-groups of targets that different training examples help, (n_targets,) from 0.
 
-    Each label's targets are split by the sign of the first principal component of their
+    The targets of each label are split by the sign of the first principal component of their
     normalised score columns (Jain et al. 2024, "Data Debiasing with Datamodels (D3M)", section 4,
-    Auto-D3M). A label stays whole where one side would hold fewer than 5 % of its targets.
+    Auto-D3M). A label stays whole if one side would have fewer than 5 % of its targets, or one.
 
     Args:
         scores: (n_train, n_targets); may be a memory map.
-        labels: (n_targets,)
+        labels: (n_targets,) labels of the targets.
     """
     columns = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     grams = [np.zeros((len(c), len(c))) for c in columns]
@@ -85,7 +92,7 @@ def auto_groups(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _first_component(gram: np.ndarray) -> np.ndarray:
-    """First principal component of vectors of length one, (n,), from their products before scaling."""
+    """First principal component of vectors scaled to length one, (n,), from their Gram matrix (n, n)."""
     lengths = np.sqrt(np.diag(gram))
     scale = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     cosine = gram * np.outer(scale, scale)
@@ -95,14 +102,14 @@ def _first_component(gram: np.ndarray) -> np.ndarray:
 
 
 def group_weights(losses: np.ndarray, groups: np.ndarray, kind: str) -> np.ndarray:
-    """Weight of each group, (n_groups,), summing to 1.
+    """Weight of each group, (n_groups,), with sum 1.
 
     Args:
-        losses: (n_targets,) ensemble loss in nats of each target.
+        losses: (n_targets,) ensemble loss of each target in nats.
         groups: (n_targets,) from group_ids.
-        kind: 'exp_loss' (exp of the group's mean loss: a worse group weighs more), 'loss',
-            'uniform', or 'paper' (exp of minus the loss, the formula of the D3M workshop paper
-            read literally, under which a worse group weighs less; kept to compare).
+        kind: 'exp_loss' (exp of the group's mean loss: a worse group weighs more), 'loss' (the mean
+            loss), 'uniform', or 'paper' (exp of minus the mean loss, the formula of the D3M paper
+            taken literally: a worse group weighs less; for comparison).
     """
     mean_loss = np.bincount(groups, losses) / np.bincount(groups)
     weights = {
@@ -115,10 +122,10 @@ def group_weights(losses: np.ndarray, groups: np.ndarray, kind: str) -> np.ndarr
 
 
 def group_alignment(scores: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Alignment of each training example, (n_train,), float64; positive = helpful.
+    """Alignment of each training example, (n_train,) float64; positive = helpful.
 
-    A_i = sum over groups g of w_g times the mean of scores[i, j] over the targets j in g
-    (Jain et al. 2024, "Data Debiasing with Datamodels (D3M)", equation 4).
+    A_i is the sum over groups g of w_g times the mean of scores[i, j] over the targets j of g (Jain
+    et al. 2024, "Data Debiasing with Datamodels (D3M)", equation 4).
 
     Args:
         scores: (n_train, n_targets), positive = helpful; may be a memory map.
@@ -136,20 +143,20 @@ def group_alignment(scores: np.ndarray, groups: np.ndarray, weights: np.ndarray)
 
 
 def unweighted(alignment: np.ndarray, row_weight: np.ndarray) -> np.ndarray:
-    """The alignment of scores without their rows' weights, (n_train,): exact, row by row."""
+    """Alignment without the row weights of the scores, (n_train,); 0 where a weight is 0."""
     return np.divide(alignment, row_weight, out=np.zeros(len(alignment)), where=row_weight > 0)
 
 
 def held_out_weights(masks: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """How much each training example counts as a target under each checkpoint, (M, n_train).
+    """Weight of each training example as a target under each checkpoint, (M, n_train).
 
-    Groups count alike, whatever their losses: wrong labels raise these, and with them the weight of the
-    very labels that are to be found. A group's share is its members', of whom only those count that the
-    checkpoint did not see: its margins say nothing of the examples that it was fitted to.
+    Every group has the same weight. Weights by loss would favour groups with many wrong labels, which
+    are what the result should find. Within a group only examples that the checkpoint did not see
+    count, all alike: a checkpoint's margins on examples it was fitted to say nothing.
 
     Args:
-        masks: (M, n_train) bool, which examples each checkpoint saw.
-        groups: (n_train,) group of each training example, numbered from 0.
+        masks: (M, n_train) bool, the examples that each checkpoint saw.
+        groups: (n_train,) group of each training example, from 0.
     """
     unseen, count = ~masks, groups.max() + 1
     members = np.stack([np.bincount(groups, row, count) for row in unseen])

@@ -1,24 +1,24 @@
-"""The score artifact: written once, then read as data, checked against its own hash and schema."""
+"""The score artifact: a matrix and two tables on disk, checked by hash and schema when read."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow
+from pyarrow.parquet import ParquetFile
 
 from attribution.errors import InputError, reason
 from attribution.runtime.npy_blocks import open_matrix, row_blocks, write_matrix
 from attribution.runtime.safe_files import read_json, sha256
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
 
 SCHEMA_VERSION = 2
 SIGN = "positive = helpful: the example's presence in training raises the target's margin"
@@ -29,33 +29,28 @@ REQUIRED_COLUMNS = {
     },
     "targets.parquet": {"position", "example_id", "label", "label_name", "loss"},
 }  # fmt: skip
-# What a column holds, where a table has it: other types would fail, or mislead, far from here.
+# Content of the columns that a table has: another type would fail or mislead later.
 KINDS = {
     "whole numbers": ("position", "label", "true_label", "predicted_label"),
     "finite numbers": (
-        "alignment",
-        "row_weight",
-        "trust",
-        "self_influence",
-        "loss",
-        "label_quality",
+        "alignment", "row_weight", "trust", "self_influence", "loss", "label_quality",
     ),
     "texts": ("example_id", "label_name", "file_name"),
     "truth values": ("is_flipped",),
-}
-MOST_TABLE_BYTES = 1 << 30  # of a table, decoded
+}  # fmt: skip
+MOST_TABLE_BYTES = 1 << 30  # size of a decoded table
 
 
 @dataclass(frozen=True)
 class Scores:
-    """TRAK scores with the examples that they are about.
+    """TRAK scores with tables of the examples they are about.
 
     Attributes:
-        values: (n_train, n_targets) float32, memory-mapped; values[i, j] is the effect of training
-            example i on target j's margin, positive = helpful.
-        train: one row a row of `values`, in the same order.
-        targets: one row a column of `values`, in the same order.
-        metadata: schema version, sign, estimator settings, fingerprints, sha256 of the matrix.
+        values: (n_train, n_targets) float32, a memory map. values[i, j] is the effect of training
+            example i on the margin (log-odds) of target j's label; positive = helpful.
+        train: training examples, one per row of `values`, in order.
+        targets: targets, one per column of `values`, in order.
+        metadata: schema version, sign, estimator settings, fingerprints, hashes of the files.
     """
 
     values: np.ndarray
@@ -64,33 +59,33 @@ class Scores:
     metadata: dict[str, Any]
 
     def top(self, target: int, k: int = 10) -> pd.DataFrame:
-        """The k training examples most helpful to a target, best first, with a `score` column.
+        """The k training examples most helpful to a target, with a `score` column, best first.
 
         Raises:
-            InputError: no such target, or k below 1.
+            InputError: an unknown target, k below 1, or a score that is not finite.
         """
         return self._ranked(target, k, sign=-1)
 
     def bottom(self, target: int, k: int = 10) -> pd.DataFrame:
-        """The k training examples most harmful to a target, worst first, with a `score` column.
+        """The k training examples most harmful to a target, with a `score` column, worst first.
 
         Raises:
-            InputError: no such target, or k below 1.
+            InputError: an unknown target, k below 1, or a score that is not finite.
         """
         return self._ranked(target, k, sign=1)
 
     def select(self, targets: list[int]) -> Scores:
-        """The scores of a few targets alone, in memory, read in one pass over the file."""
+        """The scores of some targets, in memory, read in one pass over the file."""
         blocks = [block[:, targets] for block in row_blocks(self.values)]
         table = self.targets.iloc[targets].reset_index(drop=True)
         return Scores(np.concatenate(blocks), self.train, table, self.metadata)
 
     def top_per_target(self, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """`top` of every target, in one pass over the file: see top_k."""
+        """`top` of every target in one pass over the file: see top_k."""
         return top_k(self.values, k)
 
     def bottom_per_target(self, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """`bottom` of every target, in one pass over the file: see top_k."""
+        """`bottom` of every target in one pass over the file: see top_k."""
         return top_k(self.values, k, largest=False)
 
     def _ranked(self, target: int, k: int, sign: int) -> pd.DataFrame:
@@ -100,7 +95,7 @@ class Scores:
             raise InputError(f"k={k}: must be at least 1")
         column = np.asarray(self.values[:, target])
         if not np.isfinite(column).all():
-            raise InputError(f"target={target}: a score of it is not finite")
+            raise InputError(f"target={target}: one of its scores is not finite")
         order = np.argsort(sign * column, kind="stable")[:k]
         return self.train.iloc[order].assign(score=column[order])
 
@@ -110,14 +105,14 @@ def top_k(values: np.ndarray, k: int, largest: bool = True) -> tuple[np.ndarray,
 
     Args:
         values: (n_train, n_targets), positive = helpful; may be a memory map.
-        largest: or else the k lowest.
+        largest: False for the k lowest scores.
 
     Returns:
-        Positions of the training examples, int64 (n_targets, k), and their scores, float32
-        (n_targets, k): the best first, equal ones by position; fewer than k where n_train is.
+        Positions of the training examples, (n_targets, k) int64, and their scores, (n_targets, k)
+        float32; the best first, equal scores in order of position. k is at most n_train.
 
     Raises:
-        InputError: k below 1, or a score among the best that is not finite.
+        InputError: k below 1, or one of the best scores is not finite.
     """
     if k < 1:
         raise InputError(f"k={k}: must be at least 1")
@@ -129,23 +124,23 @@ def top_k(values: np.ndarray, k: int, largest: bool = True) -> tuple[np.ndarray,
         best.add(block if largest else -block, first)
         first += len(block)
     if not np.isfinite(best.scores).all():
-        raise InputError("scores: not all are finite")
+        raise InputError("scores: some are not finite")
     return best.rows, sign * best.scores
 
 
 @dataclass
 class _Best:
-    """The k best of each column so far, both (m, k), the best first, equal ones by row."""
+    """The k best scores of each column so far and their rows, (m, k); equal scores by row."""
 
     rows: np.ndarray
     scores: np.ndarray
 
     def add(self, block: np.ndarray, first: int) -> None:
-        """Take in rows (b, m), of which the topmost is row `first` of the matrix."""
-        # A later row has to be better, not equal: ties go to the earlier row. NaN gets in, and is told.
+        """Add rows (b, m) of the matrix, from row `first` on."""
+        # A later row must be better, not equal. NaN is taken in, so that top_k reports it.
         better = ~(block <= self.scores[:, -1])
         if len(block) > 1 and np.count_nonzero(better) > 4 * self.scores.size:
-            half = len(block) // 2  # fewer will pass in the second half, once the first is in
+            half = len(block) // 2  # after the first half, fewer of the second are better
             self.add(block[:half], first)
             self.add(block[half:], first + half)
             return
@@ -155,7 +150,7 @@ class _Best:
         row = np.concatenate([self.rows.ravel(), rows + first])
         score = np.concatenate([self.scores.ravel(), block[rows, columns]])
         score[np.isnan(score)] = np.inf
-        order = np.lexsort((-score, column))  # stable, and equal scores are in order of rows
+        order = np.lexsort((-score, column))  # stable: equal scores stay in order of rows
         counts = np.bincount(column, minlength=m)
         chosen = order[(np.cumsum(counts) - counts)[:, None] + np.arange(k)]
         self.rows, self.scores = row[chosen], score[chosen]
@@ -168,28 +163,28 @@ def write_scores(
     targets: pd.DataFrame,
     metadata: dict[str, Any],
 ) -> Scores:
-    """Write the artifact into a folder; metadata.json, written last, makes it whole.
+    """Write the artifact into a folder. metadata.json is written last and makes it complete.
 
     Args:
-        values: (n_train, n_targets), positive = helpful, which is written by blocks; or the file
-            that matrices.write_matrix made of it, which the folder gets as its own (linked, or copied).
+        values: (n_train, n_targets), positive = helpful; or a file that write_matrix made of them,
+            which is linked into the folder (copied on another file system) and stays in its place.
 
     Returns:
-        What was written, with the values in the folder and the whole metadata.
+        The scores in the folder, with the metadata that was written.
 
     Raises:
         InputError: a score is not finite, or the tables do not fit the matrix.
     """
-    file = folder / "scores.npy"
     matrix = open_matrix(values) if isinstance(values, Path) else values
     if matrix.shape != (len(train), len(targets)):
         raise InputError(
             f"scores: shape {matrix.shape} does not fit {len(train)} examples, {len(targets)} targets"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "scores.npy"
     if isinstance(values, Path):
         try:
-            os.link(values, file)  # the caller's stays until the artifact is safe
+            os.link(values, file)
         except OSError:  # another file system
             shutil.copyfile(values, file)
     else:
@@ -212,63 +207,60 @@ def write_scores(
 def load_scores(source: str | Path) -> Scores:
     """Read a score artifact from a folder, or from a run as 'runs:/RUN_ID/scores'.
 
-    Whoever wrote it: nothing is unpickled, and nothing read that is larger than its file.
+    Safe for artifacts by strangers: nothing is unpickled, and no file may claim to be larger than
+    it is.
 
     Raises:
-        InputError: something is missing, or differs from what metadata.json promises; a score that
-            is not finite; a column of another kind than it has to be.
+        InputError: a file is missing or damaged, or its content is not what metadata.json says.
     """
     folder = local_folder(str(source))
-    metadata = _read_metadata(folder, source)
-    matrix = folder / "scores.npy"
-    try:
-        has_hash = sha256(matrix) == metadata["sha256"]
-        values = open_matrix(matrix)
-    except Exception as error:  # numpy raises many kinds on a broken header
-        raise InputError(f"scores={source}: scores.npy cannot be read ({reason(error)})") from None
-    if not has_hash:
-        raise InputError(f"scores={source}: scores.npy does not have the hash in metadata.json")
-    if values.dtype != np.float32 or list(values.shape) != metadata["shape"]:
-        raise InputError(
-            f"scores={source}: scores.npy is {values.dtype} {values.shape}, "
-            f"not float32 {tuple(metadata['shape'])} as metadata.json says"
-        )
-    if not all(np.isfinite(block).all() for block in row_blocks(values)):
-        raise InputError(f"scores={source}: scores.npy holds values that are not finite")
-    train, targets = (
-        _read_table(folder / name, length, metadata["sha256_tables"][name], source)
-        for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True)
-    )
+    with _reading(source, "metadata.json"):
+        metadata = _read_metadata(folder / "metadata.json")
+    with _reading(source, "scores.npy"):
+        values = _read_matrix(folder / "scores.npy", metadata)
+    tables = []
+    for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True):
+        with _reading(source, name):
+            _check_hash(folder / name, metadata["sha256_tables"][name])
+            tables.append(_read_table(folder / name, length))
+    train, targets = tables
     return Scores(values, train, targets, metadata)
 
 
 def local_folder(source: str, parameter: str = "scores") -> Path:
-    """A folder that is named by its path, or as an artifact of a run ('runs:/RUN_ID/PATH').
+    """A folder given by its path, or as an artifact of a run ('runs:/RUN_ID/PATH').
 
     Raises:
-        InputError: the artifact cannot be had.
+        InputError: the artifact cannot be downloaded.
     """
     if "://" not in source and not source.startswith("runs:"):
         return Path(source)
-    import mlflow
+    import mlflow  # a second, which a folder on this disk need not wait for
 
     try:
         return Path(mlflow.artifacts.download_artifacts(source))
     except Exception as error:  # each artifact store raises its own kind
-        raise InputError(f"{parameter}={source}: cannot be had ({reason(error)})") from None
+        raise InputError(f"{parameter}={source}: cannot be downloaded ({reason(error)})") from None
 
 
-def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:
+@contextmanager
+def _reading(source: str | Path, name: str) -> Iterator[None]:
+    """Turn every error in the block into an InputError that names the source and the file."""
     try:
-        metadata = read_json(folder / "metadata.json")
-    except OSError:
-        raise InputError(
-            f"scores={source}: no metadata.json there; is it a scores folder?"
-        ) from None
-    except ValueError:
-        raise InputError(f"scores={source}: metadata.json is not valid JSON") from None
+        yield
+    except Exception as error:  # numpy, json and pyarrow raise many kinds on broken files
+        raise InputError(f"scores={source}: {name} cannot be used: {reason(error)}") from None
+
+
+def _check_hash(file: Path, promised: str) -> None:
+    if sha256(file) != promised:
+        raise ValueError("it does not have the hash in metadata.json")
+
+
+def _read_metadata(file: Path) -> dict[str, Any]:
+    metadata = read_json(file)
     if not isinstance(metadata, dict) or metadata.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"scores={source}: metadata.json is not of schema {SCHEMA_VERSION}")
+        raise ValueError(f"it does not have schema_version {SCHEMA_VERSION}")
     shape = metadata.get("shape")
     if not (
         isinstance(shape, list)
@@ -278,52 +270,50 @@ def _read_metadata(folder: Path, source: str | Path) -> dict[str, Any]:
         and isinstance(metadata.get("sha256_tables"), dict)
         and REQUIRED_COLUMNS.keys() <= metadata["sha256_tables"].keys()
     ):
-        raise InputError(f"scores={source}: metadata.json lacks a valid shape or hashes")
+        raise ValueError("it lacks a valid shape or hashes")
     return metadata
 
 
-def _read_table(path: Path, length: int, promised: str, source: str | Path) -> pd.DataFrame:
-    from pyarrow.parquet import ParquetFile
+def _read_matrix(file: Path, metadata: dict[str, Any]) -> np.ndarray:
+    _check_hash(file, metadata["sha256"])
+    values, shape = open_matrix(file), tuple(metadata["shape"])
+    if values.dtype != np.float32 or values.shape != shape:
+        raise ValueError(
+            f"it is {values.dtype} {values.shape}, not float32 {shape} as in metadata.json"
+        )
+    if not all(np.isfinite(block).all() for block in row_blocks(values)):
+        raise ValueError("it has values that are not finite")
+    return values
 
-    def refused(what: str) -> InputError:
-        return InputError(f"scores={source}: {path.name} {what}")
 
-    try:
-        if sha256(path) != promised:
-            raise refused("does not have its hash")
-        file = ParquetFile(path)
-        rows = file.metadata.num_rows
-        if rows != length:  # before a row is decoded: few bytes may claim many
-            raise refused(f"has {rows} rows, not {length}")
-        table = _decoded(file).to_pandas().reset_index(drop=True)
-    except InputError:
-        raise
-    except Exception as error:  # pyarrow raises many kinds on a broken file
-        raise refused(f"cannot be read ({reason(error)})") from None
-    missing = REQUIRED_COLUMNS[path.name] - set(table.columns)
+def _read_table(file: Path, length: int) -> pd.DataFrame:
+    parquet = ParquetFile(file)
+    rows = parquet.metadata.num_rows
+    if rows == length:  # checked before decoding: few bytes may claim many rows
+        table = _decoded(parquet).to_pandas().reset_index(drop=True)
+        rows = len(table)
+    if rows != length:
+        raise ValueError(f"it has {rows} rows, not {length}")
+    missing = REQUIRED_COLUMNS[file.name] - set(table.columns)
     if missing:
-        raise refused(f"lacks the columns {sorted(missing)}")
-    if len(table) != length:
-        raise refused(f"has {len(table)} rows, not {length}")
+        raise ValueError(f"it lacks the columns {sorted(missing)}")
     if not table.columns.is_unique:
-        raise refused("has two columns of one name")
+        raise ValueError("it has two columns of one name")
     for kind, names in KINDS.items():
         for name in names:
             if name in table and not _is_of(kind, table[name]):
-                raise refused(f"has a column {name} that does not hold {kind}")
+                raise ValueError(f"its column {name} does not hold {kind}")
     if (table["position"] != range(length)).any():
-        raise refused("is not in order of position")
+        raise ValueError("it is not in order of position")
     return table
 
 
 def _decoded(file: ParquetFile) -> pyarrow.Table:
-    """The rows of a file, some at a time: a long text that every row refers to is stored once.
+    """All rows of a file, decoded in batches: a long text that every row refers to is stored once.
 
     Raises:
-        ValueError: they take too much memory, or are not what their types say.
+        ValueError: the table is too large, or its values do not fit their types.
     """
-    import pyarrow
-
     groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
     size = sum(group.total_byte_size for group in groups)
     batches, taken = [], 0
@@ -334,9 +324,9 @@ def _decoded(file: ParquetFile) -> pyarrow.Table:
             if taken > MOST_TABLE_BYTES:
                 break
     if max(size, taken) > MOST_TABLE_BYTES:
-        raise ValueError(f"larger than {MOST_TABLE_BYTES >> 20} MiB")
+        raise ValueError(f"it is larger than {MOST_TABLE_BYTES >> 20} MiB")
     table = pyarrow.Table.from_batches(batches, file.schema_arrow)
-    table.validate(full=True)  # of texts, that they are UTF-8
+    table.validate(full=True)  # also that texts are UTF-8
     return table
 
 

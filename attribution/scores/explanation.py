@@ -1,7 +1,9 @@
-"""Why did the model predict this? The training examples that raised and lowered one margin most."""
+"""Why did the model predict this? The training examples that raised and lowered a margin most."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +20,22 @@ from attribution.models.ensemble import Ensemble
 from attribution.runtime.safe_files import regular
 from attribution.scores import stored_features
 from attribution.scores.artifact import Scores
+from attribution.scores.stored_features import StoredFeatures
 
-DEFAULT_ERRORS = 6  # mistakes that are explained if nothing is named
+DEFAULT_ERRORS = 6  # mistakes explained if no image, target or number of errors is given
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """One prediction with what it was made from.
+    """One prediction and the training examples behind it.
 
     Attributes:
-        name: 'target 17', or the file name of a picture.
-        pixels: uint8 (size, size, 3), as the model saw it.
-        label: its class; of a picture the class that was asked about. Scores are of its margin.
-        predicted, probability: by the ensemble, the mean over checkpoints.
-        label_probability: of `label`.
+        name: 'target 17', or the file name of an image.
+        pixels: uint8 (size, size, 3), as the model saw them.
+        label: class of the target; for an image, the class asked about. Scores are of its margin.
+        predicted: class predicted by the ensemble.
+        probability: mean probability of `predicted` over checkpoints.
+        label_probability: mean probability of `label` over checkpoints.
         helpful, harmful: training examples with a `score` column, above and below zero, the
             strongest first.
     """
@@ -50,7 +54,7 @@ class Explanation:
         return self.label == self.predicted
 
     def table(self) -> pd.DataFrame:
-        """One row an example shown: of what, whether helpful, rank from 1, and the train columns."""
+        """One row per example shown: the prediction, side, rank from 1, score, and train columns."""
         own = {
             "explained": self.name,
             "explained_label": self.label,
@@ -66,63 +70,70 @@ class Explanation:
         return table[first + [name for name in table if name not in first]]
 
 
+def explain(
+    config: Config,
+    data: ImageData,
+    scores: Scores,
+    members: Ensemble,
+    stored: StoredFeatures | None = None,
+    checkpoints: Sequence[Path] = (),
+) -> list[Explanation]:
+    """Explain the image, the targets and the most confident mistakes that the config names.
+
+    Args:
+        members: logits of the checkpoints.
+        stored: features of the training set; only for parameter `image`.
+        checkpoints: from_pretrained folders, in order; only for parameter `image`.
+
+    Raises:
+        InputError: nothing is named, and the ensemble makes no mistake.
+    """
+    found, targets = [], list(dict.fromkeys(config.target_numbers))
+    if stored:
+        found.append(explain_picture(config, data, scores, stored, checkpoints))
+    errors = config.errors
+    if not (errors or found or targets):
+        errors = DEFAULT_ERRORS
+    probabilities = members.validation_probabilities()
+    mistakes = confident_mistakes(probabilities, data.labels(TARGETS), errors)
+    targets += [target for target in mistakes if target not in targets]
+    if not (found or targets):
+        raise InputError(
+            f"errors={errors}: the ensemble makes no mistake on the targets; name one, e.g. target=0"
+        )
+    return found + explain_targets(data, scores, probabilities, targets, config.num_examples)
+
+
 def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
-    """Numbers of the misclassified examples, the one with the highest wrong probability first.
+    """Positions of the first `count` misclassified examples, the most confident mistake first.
 
     Args:
         probabilities: (n, C).
         labels: (n,).
 
     Raises:
-        InputError: they are of other data.
+        InputError: probabilities and labels differ in length.
     """
     if len(probabilities) != len(labels):
-        raise InputError(f"logits: are of {len(probabilities)} targets, the data has {len(labels)}")
+        raise InputError(
+            f"logits: they have {len(probabilities)} targets, but the data has {len(labels)}"
+        )
     predicted = probabilities.argmax(1)
     order = np.argsort(-probabilities.max(1), kind="stable")
     return [int(i) for i in order if predicted[i] != labels[i]][:count]
 
 
-def explain(
-    config: Config,
-    data: ImageData,
-    scores: Scores,
-    members: Ensemble,
-    stored: stored_features.StoredFeatures | None = None,
-    checkpoints: list[Path] | None = None,
-) -> list[Explanation]:
-    """Explain the picture, the targets and the most confident mistakes that the parameters name.
-
-    Args:
-        members: of the ensemble that was scored.
-        stored, checkpoints: features and folders of the ensemble, for parameter `image` alone.
-
-    Raises:
-        InputError: nothing was named, and the ensemble makes no mistake on targets.
-    """
-    found, targets = [], list(dict.fromkeys(config.target_numbers))
-    if stored and checkpoints:
-        found.append(explain_picture(config, data, scores, stored, checkpoints))
-    probabilities = members.validation_probabilities()
-    errors = config.errors or (0 if found or targets else DEFAULT_ERRORS)
-    mistakes = confident_mistakes(probabilities, data.labels(TARGETS), errors)
-    targets += [target for target in mistakes if target not in targets]
-    if not (found or targets):
-        raise InputError(f"errors={errors}: the ensemble makes no mistake on targets; use target=0")
-    return found + explain_targets(data, scores, probabilities, targets, config.num_examples)
-
-
 def explain_targets(
     data: ImageData, scores: Scores, probabilities: np.ndarray, targets: list[int], k: int
 ) -> list[Explanation]:
-    """Read the columns of these targets.
+    """Explain targets by their columns of the scores.
 
     Args:
         probabilities: (n_targets, C) by the ensemble.
-        k: examples on each side.
+        k: training examples on each side.
 
     Raises:
-        InputError: no such target.
+        InputError: a number that is no target.
     """
     _check_targets(targets, len(scores.targets))
     chosen, pixels, rows = scores.select(targets), data.pixels(), data.rows(TARGETS)
@@ -131,9 +142,8 @@ def explain_targets(
         _explain(
             f"target {target}",
             np.array(pixels[rows[target]]),
-            int(labels[target]),
-            probabilities[target],
-            data.class_names,
+            data.class_names[labels[target]],
+            dict(zip(data.class_names, probabilities[target])),
             _sides(chosen, i, k),
         )
         for i, target in enumerate(targets)
@@ -144,33 +154,48 @@ def explain_picture(
     config: Config,
     data: ImageData,
     scores: Scores,
-    stored: stored_features.StoredFeatures,
-    checkpoints: list[Path],
+    stored: StoredFeatures,
+    checkpoints: Sequence[Path],
 ) -> Explanation:
-    """Score the training set on the picture of parameter `image`, by the features that were stored.
+    """Explain the image of parameter `image` by scores from stored features.
 
     Raises:
-        InputError: it cannot be decoded, or `label` is no class.
+        InputError: the image cannot be read, or the features do not fit the checkpoints.
     """
     pixels = read_picture(config)[None]
-    torch.set_num_threads(1)  # on so little work two would spend their time waiting for each other
-    probabilities = stored_features.probabilities(config, checkpoints, pixels)[0]
-    label = int(probabilities.argmax())
-    if config.label:
-        label = data.class_names.index(config.label)
-    new = stored_features.new_features(config, checkpoints, pixels, np.array([label]))
+    with _one_thread():
+        probabilities = stored_features.probabilities(config, checkpoints, pixels)[0]
+        label = int(probabilities.argmax())
+        if config.label:
+            label = data.class_names.index(config.label)
+        new = stored_features.new_features(config, checkpoints, pixels, np.array([label]))
     column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
-    sides = _sides(column, 0, config.num_examples)
-    name = Path(config.image).name
-    return _explain(name, pixels[0], label, probabilities, data.class_names, sides)
+    return _explain(
+        Path(config.image).name,
+        pixels[0],
+        data.class_names[label],
+        dict(zip(data.class_names, probabilities)),
+        _sides(column, 0, config.num_examples),
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run torch on one thread: for a single image, threads would mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check(config: Config, data: ImageData) -> None:
-    """Refuse what could not be explained, before anything is trained.
+    """Refuse parameters that cannot be explained, before anything is trained.
 
     Raises:
-        InputError: no such target or class, a picture that cannot be decoded or that nothing would
-            be kept for, or a class without a picture.
+        InputError: an unknown target or class, an image that cannot be read, an image with
+            keep_features=no, or a label without an image.
     """
     _check_targets(config.target_numbers, len(data.rows(TARGETS)))
     if config.label and config.label not in data.class_names:
@@ -179,8 +204,8 @@ def check(config: Config, data: ImageData) -> None:
         )
     if config.label and not config.image:
         raise InputError(
-            f"label={config.label}: is the class asked about for a picture, and targets have their "
-            "own; name an image, or leave it out"
+            f"label={config.label}: only used with an image (targets have labels of their own); "
+            "add image=FILE or leave label out"
         )
     if config.image:
         read_picture(config)
@@ -198,10 +223,10 @@ def _check_targets(targets: list[int], count: int) -> None:
 
 
 def read_picture(config: Config) -> np.ndarray:
-    """The picture of parameter `image`, uint8 (size, size, 3), prepared as the data set's are.
+    """The image of parameter `image`, uint8 (size, size, 3), prepared like the data set's images.
 
     Raises:
-        InputError: it is not there, or cannot be decoded.
+        InputError: the file is missing or cannot be decoded.
     """
     try:
         file = regular(Path(config.image).expanduser())
@@ -212,7 +237,7 @@ def read_picture(config: Config) -> np.ndarray:
 
 
 def _sides(scores: Scores, target: int, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The k most helpful and the k most harmful examples, or as many as have that sign."""
+    """Up to k most helpful examples with a score above zero, and k most harmful below zero."""
     top, bottom = scores.top(target, k), scores.bottom(target, k)
     return top[top["score"] > 0], bottom[bottom["score"] < 0]
 
@@ -220,18 +245,10 @@ def _sides(scores: Scores, target: int, k: int) -> tuple[pd.DataFrame, pd.DataFr
 def _explain(
     name: str,
     pixels: np.ndarray,
-    label: int,
-    probabilities: np.ndarray,
-    class_names: tuple[str, ...],
+    label: str,
+    probabilities: dict[str, float],
     sides: tuple[pd.DataFrame, pd.DataFrame],
 ) -> Explanation:
-    predicted = int(probabilities.argmax())
-    return Explanation(
-        name,
-        pixels,
-        class_names[label],
-        class_names[predicted],
-        float(probabilities[predicted]),
-        float(probabilities[label]),
-        *sides,
-    )
+    predicted = max(probabilities, key=probabilities.__getitem__)
+    probability, label_probability = float(probabilities[predicted]), float(probabilities[label])
+    return Explanation(name, pixels, label, predicted, probability, label_probability, *sides)

@@ -1,4 +1,4 @@
-"""Projected gradients of every example under each checkpoint of an ensemble, by traker's engine, on disk."""
+"""Projected gradients of every example under each checkpoint, made by traker's engine and kept on disk."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from trak import TRAKer
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.projectors import BasicProjector, ProjectionType
@@ -18,7 +20,6 @@ from trak.projectors import BasicProjector, ProjectionType
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
-from attribution.gradients import per_sample
 from attribution.gradients.sketch import dealt
 from attribution.models import classifier
 from attribution.models.batches import batches_of
@@ -28,21 +29,18 @@ from attribution.runtime.npy_blocks import open_matrix, reserve
 from attribution.runtime.parallel import parallel_map, resolve_jobs
 from attribution.runtime.progress import progress
 from attribution.runtime.safe_files import Files, read_folder, write_folder
-from attribution.scores import traker_adapters
+from attribution.scores.traker_adapters import HookGradientComputer, MarginOutput, SketchProjector
 
-# Examples of a task: what is featurised at a time, and kept when a run is killed.
-SHARD_ROWS = 4096
-
-
-GPU_SHARD_ROWS = 16 * SHARD_ROWS  # which takes no longer there
+SHARD_ROWS = 4096  # examples of a task; a finished task survives when the run is killed
+GPU_SHARD_ROWS = 16 * SHARD_ROWS  # a GPU is as fast as sixteen tasks on a CPU
 
 
 @dataclass(frozen=True)
 class Store:
-    """The files of one checkpoint, in a folder of its own.
+    """The files of one checkpoint: features of both splits, and what scores are solved with.
 
     Attributes:
-        folder: where they are.
+        folder: folder of the files.
         model_id: traker's number of the checkpoint.
     """
 
@@ -50,25 +48,29 @@ class Store:
     model_id: int
 
     def shard(self, split: str, first: int) -> Path:
-        """traker's folder of the rows of a split from `first` on."""
+        """Folder in which traker writes the rows of a split from row `first` on."""
         return self.folder / split / f"{first:09d}"
 
     def features_file(self, split: str, first: int = 0) -> Path:
-        """Projected gradients (rows, blocks k) float32 of a shard, as traker's saver writes them."""
+        """Projected gradients of a shard, (rows, blocks k) float32, as traker writes them."""
         return self.shard(split, first) / str(self.model_id) / "grads.mmap"
 
     def one_minus_p_file(self, split: str, first: int = 0) -> Path:
-        """1 - p of every label of a shard, (rows, 1) float32, as traker's saver writes it."""
+        """1 - p of each label of a shard, (rows, 1) float32, as traker writes it."""
         return self.shard(split, first) / str(self.model_id) / "out_to_loss.mmap"
 
     def features(self, split: str) -> list[np.ndarray]:
-        """Memory maps of the shards' features, in order."""
+        """Memory maps of the shards' features, in order of rows."""
         return [open_matrix(self.features_file(split, first)) for first in self._shards(split)]
 
     def one_minus_p(self, split: str) -> np.ndarray:
-        """1 - p of every example's label, (n_split, 1) float32."""
+        """1 - p of each example's label, (n_split, 1) float32."""
         files = (self.one_minus_p_file(split, first) for first in self._shards(split))
         return np.concatenate([open_matrix(file) for file in files])
+
+    def count(self, split: str) -> int:
+        """Number of examples of a split."""
+        return sum(map(len, self.features(split)))
 
     def _shards(self, split: str) -> list[int]:
         names = (folder.name for folder in (self.folder / split).iterdir())
@@ -76,61 +78,98 @@ class Store:
 
     @property
     def factor(self) -> Path:
-        """File of the blocks' Cholesky factors L of Phi'Phi + lambda I, (blocks k, k)."""
+        """Cholesky factors of the blocks of Phi'Phi + lambda I, (blocks k, k)."""
         return self.folder / "factor.npy"
 
     @property
     def targets(self) -> Path:
-        """File of the targets' whitened features, (n_targets, blocks k); written after `factor`."""
+        """Whitened features of the targets, (n_targets, blocks k); written after `factor`."""
         return self.folder / "targets.npy"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One task: some examples of a split under one checkpoint.
+
+    Attributes:
+        checkpoint: from_pretrained folder.
+        model_id: traker's number of the checkpoint, which also seeds the projection.
+        split: name of the split.
+        rows: positions of the examples in the split.
+        batch_size: images per batch. It changes only the last bit of the features.
+    """
+
+    checkpoint: Path
+    model_id: int
+    split: str
+    rows: range
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"features of checkpoint {self.model_id}, {self.split} from {self.rows.start}"
+
+    def smaller(self) -> Shard:
+        """The same examples in batches of a quarter of the size."""
+        return replace(self, batch_size=max(1, self.batch_size // 4))
 
 
 def featurize(
     config: Config, data: ImageData, checkpoints: Sequence[Path], work: Path
 ) -> list[Store]:
-    """Projected gradients of both splits under each checkpoint; `work` keeps what is finished.
+    """Projected gradients of train and validation examples under each checkpoint.
 
-    A GPU's apart from a processor's: their shards are not of one size, nor their last bits the same.
+    Args:
+        checkpoints: from_pretrained folders.
+        work: folder of the stores. A second call makes only what is missing.
+
+    Returns:
+        One store per checkpoint.
+
+    Raises:
+        InputError: a layer without a gradient rule, or a task that fails in every attempt.
     """
     device = resolve_device(config.device).type
-    here = device == "cuda" and config.backend == "local"  # a cluster sends shards about
-    size = GPU_SHARD_ROWS if here else SHARD_ROWS
+    is_local_gpu = device == "cuda" and config.backend == "local"  # a cluster sends shards around
+    size = GPU_SHARD_ROWS if is_local_gpu else SHARD_ROWS
+    # GPU and CPU have folders of their own: shard sizes and the features' last bits differ.
     folder = work / f"features-{device}-{size}"
     stores = [Store(folder / f"{m:03d}", m) for m in range(len(checkpoints))]
     shards = [
-        (m, split, range(start, min(start + size, len(data.rows(split)))))
-        for m in range(len(stores))
+        Shard(
+            checkpoint,
+            m,
+            split,
+            range(start, min(start + size, len(data.rows(split)))),
+            feature_batch_size(config.image_size, device),
+        )
+        for m, checkpoint in enumerate(checkpoints)
         for split in ("train", TARGETS)
         for start in range(0, len(data.rows(split)), size)
     ]
-    _featurize_all(config, data, checkpoints, stores, shards)
+    folders = {
+        shard: stores[shard.model_id].shard(shard.split, shard.rows.start) for shard in shards
+    }
+    _make_missing(config, data, folders)
     return stores
 
 
-def _featurize_all(
-    config: Config,
-    data: ImageData,
-    checkpoints: Sequence[Path],
-    stores: list[Store],
-    shards: list[tuple[int, str, range]],
-) -> None:
-    """Fill the stores with what they lack."""
-    folders = [stores[m].shard(split, rows.start) for m, split, rows in shards]
-    missing = [i for i, folder in enumerate(folders) if not (folder / "done").exists()]
-    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(shards))
-    size = feature_batch_size(config.image_size, resolve_device(config.device).type)
-    # Workers on this machine write to the stores; those of a cluster have no such disk.
-    away = config.backend == "ray"
-    function = _featurize_away if away else _featurize
-    tasks, names = [], []
-    for i in missing:
-        m, split, rows = shards[i]
-        tasks.append((checkpoints[m], m, split, rows, size) + (() if away else (folders[i],)))
-        names.append(f"features of checkpoint {m}, {split} from {rows.start}")
-    with progress("trak: shards featurised", len(shards), len(shards) - len(tasks)) as advance:
-        results = parallel_map(
-            function, tasks, jobs, (config, data), config, names, smaller=_smaller_batch
-        )
+def _make_missing(config: Config, data: ImageData, folders: dict[Shard, Path]) -> None:
+    """Make each shard whose folder is not finished."""
+    missing = [shard for shard, folder in folders.items() if not (folder / "done").exists()]
+    jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
+    # Workers on this machine write to the folders. Those of a cluster return the content.
+    is_away = config.backend == "ray"
+    results = parallel_map(
+        _featurize_away if is_away else _featurize,
+        [(shard,) if is_away else (shard, folders[shard]) for shard in missing],
+        jobs,
+        (config, data),
+        config,
+        [str(shard) for shard in missing],
+        smaller=_smaller_batch,
+    )
+    done = len(folders) - len(missing)
+    with progress("trak: shards featurised", len(folders), done) as advance:
         for index, files in results:
             if files is not None:
                 folder = folders[missing[index]]
@@ -139,141 +178,127 @@ def _featurize_all(
             advance()
 
 
-def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
-    """Refuse a model whose per-sample gradients cannot be computed.
-
-    Raises:
-        InputError: it does not take images of this size, or its gradients fail the check.
-    """
-    model = classifier.build(config.model, class_names, seed=0).eval()
-    classifier.check_image_size(model, config.image_size)
-    if config.projector == "sketch":
-        size = (2, 3, config.image_size, config.image_size)
-        images = torch.randn(size, generator=torch.Generator().manual_seed(0))
-        per_sample.check(model, images)
-
-
 def feature_batch_size(image_size: int, device_type: str) -> int:
-    """Images a batch: large enough to be fast, small enough that activations fit in memory."""
-    if device_type == "cuda":  # where a batch has two thousand launches, whatever its size
+    """Images per batch: enough for speed, few enough for their activations to fit in memory."""
+    if device_type == "cuda":  # launches dominate: a batch takes 2,000, at any size
         return 4096 if image_size <= 64 else 512
     return 256 if image_size <= 32 else 64 if image_size <= 96 else 16
 
 
 def _smaller_batch(task: tuple) -> tuple:
-    """The task of _featurize with a quarter of the images in a batch."""
-    *shard, size = task[:5]
-    return *shard, max(1, size // 4), *task[5:]
+    """A task of parallel_map with smaller batches."""
+    return task[0].smaller(), *task[1:]
 
 
-def _featurize_away(
-    config: Config, data: ImageData, checkpoint: Path, m: int, split: str, rows: range, size: int
-) -> Files:
-    """What _featurize leaves in its folder, as content: the driver has another disk."""
+def _featurize_away(config: Config, data: ImageData, shard: Shard) -> Files:
+    """Content of the folder that _featurize leaves, for a driver with another disk."""
     with tempfile.TemporaryDirectory() as folder:
-        _featurize(config, data, checkpoint, m, split, rows, size, Path(folder))
+        _featurize(config, data, shard, Path(folder))
         return read_folder(Path(folder))
 
 
-def _featurize(
-    config: Config,
-    data: ImageData,
-    checkpoint: Path,
-    m: int,
-    split: str,
-    rows: range,
-    size: int,
-    folder: Path,
-) -> None:
-    """Featurise some rows of a split.
+def _featurize(config: Config, data: ImageData, shard: Shard, folder: Path) -> None:
+    """Featurise a shard into a folder, in smaller batches if a GPU runs out of memory.
 
-    `size` images a batch change the last bit of the features, and nothing else. Where they do not fit
-    into a GPU's memory, a batch has a quarter of them.
+    Raises:
+        torch.OutOfMemoryError: a single image does not fit.
     """
     keep_freed_memory()
-    while True:
-        # A shard is whole or made anew: traker's store cannot go on with batches of another size.
-        shutil.rmtree(folder, ignore_errors=True)
-        batches = batches_of(config, data, split, size, resolve_device(config.device), rows)
-        try:
-            run_traker(config, checkpoint, m, batches, len(rows), folder)
-            break
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        size = max(1, size // 4)  # not in the handler, whose traceback holds the memory
-    (folder / str(m) / "features.mmap").unlink(
-        missing_ok=True
-    )  # as large again, for what is not done here
+    while not _fits(config, data, shard, folder):
+        shard = shard.smaller()
+    # traker leaves a second array of this size, for its own way of scoring.
+    (folder / str(shard.model_id) / "features.mmap").unlink(missing_ok=True)
     (folder / "done").touch()
+
+
+def _fits(config: Config, data: ImageData, shard: Shard, folder: Path) -> bool:
+    """Featurise a shard; whether its batches fit in memory."""
+    # traker cannot continue with another batch size: a shard is whole or made again.
+    shutil.rmtree(folder, ignore_errors=True)
+    device = resolve_device(config.device)
+    batches = batches_of(config, data, shard.split, shard.batch_size, device, shard.rows)
+    try:
+        run_traker(config, shard.checkpoint, shard.model_id, batches, len(shard.rows), folder)
+    except torch.OutOfMemoryError:
+        if shard.batch_size == 1:
+            raise
+        return False
+    return True
 
 
 def run_traker(
     config: Config,
     checkpoint: Path,
-    m: int,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    model_id: int,
+    batches: Iterable[tuple[Tensor, Tensor]],
     n: int,
     folder: Path,
 ) -> None:
-    """Leave the features of n examples under checkpoint m in traker's folder.
+    """Write the features of n examples under a checkpoint into traker's folder.
 
     Args:
         batches: images (B, 3, H, W) and labels (B,), on the device of the config.
+
+    Raises:
+        OSError: the disk is full.
     """
-    device = str(resolve_device(config.device))
-    traker, state = make_traker(config, n, checkpoint, folder, m, device)
-    traker.load_checkpoint(state, model_id=m)
-    reserve(
-        folder.glob("*/grads.mmap")
-    )  # on a full disk an error now, and not a crash while writing
+    traker, state = make_traker(config, n, checkpoint, folder)
+    traker.load_checkpoint(state, model_id=model_id)
+    # On a full disk this raises. A write to the memory map would end the process.
+    reserve(folder.glob("*/grads.mmap"))
     for batch in batches:
         traker.featurize(batch, num_samples=len(batch[1]))
 
 
 def make_traker(
-    config: Config, n: int, checkpoint: Path, store: Path, m: int, device: str
-) -> tuple[TRAKer, dict[str, torch.Tensor]]:
-    """traker's engine with our gradients and projection (or its own, projector=normal).
+    config: Config, n: int, checkpoint: Path, folder: Path
+) -> tuple[TRAKer, dict[str, Tensor]]:
+    """traker's engine with the gradients and projection of parameter `projector`.
 
-    Returns the TRAKer and the checkpoint's state dictionary.
+    Returns:
+        The engine, and the checkpoint's state dictionary for its `load_checkpoint`.
     """
     logging.getLogger("TRAK").setLevel(logging.ERROR)
+    device = resolve_device(config.device)
     model = classifier.load(checkpoint)
-    classifier.place(model, device, config.image_size)
-    seed = derive_seed(config.seed, "projection")
-    num_blocks = 1
-    if config.projector == "sketch":
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        num_blocks = 1 + max(dealt(shapes, config.num_blocks).values())
-        precision = resolve_precision(config.feature_precision, torch.device(device))
-        gradients = traker_adapters.HookGradientComputer
-        if precision == torch.bfloat16:
-            gradients = traker_adapters.BFloat16GradientComputer
-        length = num_blocks * config.proj_dim
-        projector = traker_adapters.SketchProjector(
-            length, seed, device, num_blocks, config.gpu_kernels == "on"
-        )
-    else:
-        gradients = FunctionalGradientComputer
-        projector = BasicProjector(
-            grad_dim=sum(p.numel() for p in model.parameters()),
-            proj_dim=config.proj_dim,
-            seed=seed,
-            proj_type=ProjectionType.normal,
-            device=torch.device(device),
-            dtype=torch.float32,
-        )
+    classifier.place(model, str(device), config.image_size)
+    make_parts = _sketch_parts if config.projector == "sketch" else _normal_parts
+    gradients, projector = make_parts(config, model, device)
     traker = TRAKer(
         model=model,
-        task=traker_adapters.MarginOutput(),
+        task=MarginOutput(),
         train_set_size=n,
-        save_dir=str(store),
-        device=device,
+        save_dir=str(folder),
+        device=str(device),
         gradient_computer=gradients,
         projector=projector,
-        proj_dim=num_blocks * config.proj_dim,
+        proj_dim=projector.proj_dim,
         logging_level=logging.ERROR,
         use_half_precision=False,  # its float16 default overflows and rounds
     )
     return traker, model.state_dict()
+
+
+def _sketch_parts(config: Config, model: torch.nn.Module, device: torch.device) -> tuple:
+    """Gradients by hooks, and the sketch, for projector=sketch."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    num_blocks = 1 + max(dealt(shapes, config.num_blocks).values())
+    is_bfloat16 = resolve_precision(config.feature_precision, device) == torch.bfloat16
+    seed = derive_seed(config.seed, "projection")
+    projector = SketchProjector(
+        num_blocks * config.proj_dim, seed, str(device), num_blocks, config.gpu_kernels == "on"
+    )
+    return partial(HookGradientComputer, bfloat16=is_bfloat16), projector
+
+
+def _normal_parts(config: Config, model: torch.nn.Module, device: torch.device) -> tuple:
+    """traker's own gradients and projection, for projector=normal."""
+    projector = BasicProjector(
+        grad_dim=sum(p.numel() for p in model.parameters()),
+        proj_dim=config.proj_dim,
+        seed=derive_seed(config.seed, "projection"),
+        proj_type=ProjectionType.normal,
+        device=device,
+        dtype=torch.float32,
+    )
+    return FunctionalGradientComputer, projector

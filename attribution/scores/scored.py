@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ import pandas as pd
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
+from attribution.models.checkpoints import Finetuned
 from attribution.models.ensemble import Ensemble, label_issues, label_quality
 from attribution.runtime.npy_blocks import open_matrix
 from attribution.runtime.parallel import ask
 from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
-from attribution.scores.features import Store, check_gradients, featurize
+from attribution.scores.features import Store, featurize
 from attribution.scores.suspects import suspects
-from attribution.scores.trak import TrakScores, check_proj_dim, score
+from attribution.scores.trak import TrakScores, check_gradients, check_proj_dim, score
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Scored:
     scores: Scores
     suspects: pd.DataFrame
     matrix: Path | None = None
-    stores: list[Store] = field(default_factory=list)
+    stores: Sequence[Store] = ()
     seconds: float = 0.0
 
     @classmethod
@@ -112,18 +113,12 @@ def check(config: Config, data: ImageData) -> None:
 
 
 def score_training_set(
-    config: Config,
-    data: ImageData,
-    members: Ensemble,
-    checkpoints: Sequence[Path],
-    work: Path,
-    origin: dict[str, Any],
+    config: Config, data: ImageData, finetuned: Finetuned, work: Path, origin: dict[str, Any]
 ) -> Scored:
     """Score every training example by an ensemble, and list the suspects.
 
     Args:
-        members: masks and logits of the checkpoints.
-        checkpoints: from_pretrained folders, in the order of `members`.
+        finetuned: the ensemble, with the folders of its checkpoints.
         work: folder of unfinished features and scores. A second call continues from it.
         origin: fingerprints, versions and run ids, for the metadata.
 
@@ -131,13 +126,13 @@ def score_training_set(
         InputError: see compute_scores.
     """
     check_proj_dim(config, len(data.rows("train")))
-    if not members.is_out_of_sample:
-        say("trak: every checkpoint saw some of the examples: their losses are in-sample")
-    held_out = None
+    members, held_out = finetuned.members, None
     if members.is_out_of_sample:
         held_out = alignment.held_out_weights(members.masks, data.labels("train"))
+    else:
+        say("trak: some examples were seen by every checkpoint: losses are in-sample")
     start = time.monotonic()
-    stores = featurize(config, data, checkpoints, work)
+    stores = featurize(config, data, finetuned.folders, work)
     found = score(config, stores, work / "scores.npy", held_out)
     seconds = time.monotonic() - start
     targets = data.table(TARGETS).assign(loss=members.validation_loss(data.labels(TARGETS)))

@@ -1,4 +1,4 @@
-"""Stored features: what scores a new picture without another look at the training set."""
+"""Stored features: score a new image without featurising the training set again."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ from attribution.runtime.device import resolve_device
 from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write_matrix
 from attribution.runtime.safe_files import read_json, sha256
 from attribution.scores.features import Store, run_traker
+from attribution.scores.ridge import Ridge
 from attribution.scores.trak import row_scale
-from attribution.scores.traker_adapters import RidgeScoreComputer
 
 SCHEMA_VERSION = 1
-AUTO_BYTES = 2 << 30
+AUTO_BYTES = 2 << 30  # most that keep_features=auto stores
 
 
 def are_wanted(config: Config, stores: Sequence[Store]) -> bool:
-    """Whether parameter `keep_features` asks for them, which auto does of up to 2 GiB."""
+    """Whether parameter `keep_features` asks for stored features; auto asks for up to 2 GiB."""
     if config.keep_features != "auto":
         return config.keep_features == "yes"
     return sum(2 * part.size for store in stores for part in store.features("train")) <= AUTO_BYTES
 
 
 def write_features(folder: Path, stores: Sequence[Store], config: Config) -> None:
-    """Write what load_features reads; the stores have been factorised.
+    """Write what load_features reads, from stores that combine() has factorised.
 
-    Of each checkpoint the Cholesky factors L of its blocks and the whitened training features
-    X L^-T, in float16: no entry of them is above 1, since their squares add up to leverages.
+    The files of each checkpoint are the Cholesky factors L of its blocks, (blocks k, k) float32, and
+    the whitened training features X L^-T, (n_train, blocks k) float16. No entry of the latter is
+    above 1: their squares add up to leverages.
     """
     for m, store in enumerate(stores):
-        (folder / f"{m:03d}").mkdir(parents=True)
+        own = folder / f"{m:03d}"
+        own.mkdir(parents=True)
         factors = open_matrix(store.factor)
-        write_matrix(folder / f"{m:03d}" / "factor.npy", [factors], factors.shape)
-        n, length = sum(map(len, store.features("train"))), len(factors)
+        write_matrix(own / "factor.npy", [factors], factors.shape)
         blocks = _whitened(np.array(factors), row_blocks(*store.features("train")))
-        write_matrix(folder / f"{m:03d}" / "train.npy", ahead(blocks), (n, length), "<f2")
+        shape = store.count("train"), len(factors)
+        write_matrix(own / "train.npy", ahead(blocks), shape, "<f2")
     scale = row_scale(stores, config.loss_gradient_weight)
     write_matrix(folder / "scale.npy", [scale], scale.shape)
     document = {
@@ -57,15 +59,18 @@ def write_features(folder: Path, stores: Sequence[Store], config: Config) -> Non
 
 
 def _whitened(factors: np.ndarray, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    k = factors.shape[1]
-    computer = RidgeScoreComputer(torch.float32, "cpu", num_blocks=len(factors) // k)
-    stacked = torch.from_numpy(factors).view(-1, k, k)
-    return (computer.whiten(torch.from_numpy(block), stacked).numpy() for block in blocks)
+    ridge = Ridge(0, num_blocks=len(factors) // factors.shape[1])
+    return (ridge.whiten(*map(torch.from_numpy, (block, factors))).numpy() for block in blocks)
 
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """A folder of write_features that has what its metadata promises."""
+    """Features of a trak run, checked by load_features.
+
+    Attributes:
+        folder: folder of the files.
+        num_models: number of checkpoints.
+    """
 
     folder: Path
     num_models: int
@@ -74,15 +79,16 @@ class StoredFeatures:
         """Scores of the training set on new examples, (n_train, b) float32; positive = helpful.
 
         Args:
-            features: of the new examples under each checkpoint, (b, blocks k) float32.
+            features: features of the new examples under each checkpoint, (b, blocks k) float32.
 
         Raises:
-            InputError: they are not as long, or of as many checkpoints, as the stored ones; or what
-                was stored makes scores that are not finite.
+            InputError: another number of checkpoints or another length of features than stored, or
+                a score that is not finite.
         """
         if len(features) != self.num_models:
             raise InputError(
-                f"features: the stored ones are of {self.num_models} checkpoints, not {len(features)}"
+                f"features={self.folder}: stored for {self.num_models} checkpoints, "
+                f"not {len(features)}"
             )
         scale = np.array(open_matrix(self.folder / "scale.npy"))
         total = np.zeros((len(scale), len(features[0])), np.float32)
@@ -90,7 +96,7 @@ class StoredFeatures:
             factors = np.array(open_matrix(self.folder / f"{m:03d}" / "factor.npy"))
             if own.shape[1] != len(factors):
                 raise InputError(
-                    f"features: the stored ones are {len(factors)} long, these {own.shape[1]}"
+                    f"features={self.folder}: stored with length {len(factors)}, not {own.shape[1]}"
                 )
             (white,) = _whitened(factors, [own])
             train = open_matrix(self.folder / f"{m:03d}" / "train.npy")
@@ -98,7 +104,7 @@ class StoredFeatures:
             total += np.concatenate(products)
         total *= scale
         if not np.isfinite(total).all():
-            raise InputError(f"features={self.folder}: make scores that are not finite")
+            raise InputError(f"features={self.folder}: they make scores that are not finite")
         return total
 
 
@@ -106,13 +112,13 @@ def load_features(folder: Path) -> StoredFeatures:
     """Open the features of a trak run.
 
     Raises:
-        InputError: something is missing, or differs from what metadata.json promises.
+        InputError: a file is missing, or differs from what metadata.json says.
     """
     try:
         document = read_json(folder / "metadata.json")
         count, hashes = document["num_models"], dict(document["sha256"])
         if document["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"not of schema {SCHEMA_VERSION}")
+            raise ValueError(f"metadata.json does not have schema_version {SCHEMA_VERSION}")
         if type(count) is not int or not 0 < count < len(hashes):  # two files each, and scale.npy
             raise ValueError(f"num_models {count!r} does not fit its {len(hashes)} hashes")
         n, one = _check_matrix(folder, "scale.npy", hashes, np.float32)
@@ -127,7 +133,7 @@ def load_features(folder: Path) -> StoredFeatures:
 
 
 def _check_matrix(folder: Path, name: str, hashes: dict, dtype: type) -> tuple[int, int]:
-    """The shape of a file that is what its hash and its place promise; names come from here alone."""
+    """Shape of a file, which must have its hash, this dtype and two dimensions."""
     if sha256(folder / name) != hashes.get(name):
         raise ValueError(f"{name} does not have its hash")
     matrix = open_matrix(folder / name)
@@ -136,33 +142,36 @@ def _check_matrix(folder: Path, name: str, hashes: dict, dtype: type) -> tuple[i
     return matrix.shape
 
 
-def probabilities(config: Config, checkpoints: list[Path], pixels: np.ndarray) -> np.ndarray:
-    """Mean probabilities over the checkpoints, (b, C), of images uint8 (b, size, size, 3)."""
-    device = resolve_device(config.device)
-    batch = to_batch(pixels, *classifier.normalisation(config.model), device)
+def probabilities(config: Config, checkpoints: Sequence[Path], pixels: np.ndarray) -> np.ndarray:
+    """Mean probabilities over checkpoints, (b, C), for images uint8 (b, size, size, 3)."""
+    images = _batch(config, pixels)
     with torch.inference_mode():
         each = [
-            classifier.load(folder).to(device)(batch).logits.float().softmax(1)
+            classifier.load(folder).to(images.device)(images).logits.float().softmax(1)
             for folder in checkpoints
         ]
     return torch.stack(each).mean(0).cpu().numpy()
 
 
 def new_features(
-    config: Config, checkpoints: list[Path], pixels: np.ndarray, labels: np.ndarray
+    config: Config, checkpoints: Sequence[Path], pixels: np.ndarray, labels: np.ndarray
 ) -> list[np.ndarray]:
-    """Features of new examples under each checkpoint, (b, blocks k) float32, as trak makes them.
+    """Features of new examples under each checkpoint, (b, blocks k) float32, as in the trak stage.
 
     Args:
         pixels: uint8 (b, size, size, 3).
         labels: (b,) int64, the classes whose margins are explained.
     """
-    device = resolve_device(config.device)
-    images = to_batch(pixels, *classifier.normalisation(config.model), device)
-    batch = images, torch.from_numpy(labels).to(device)
-    found = []
+    images, found = _batch(config, pixels), []
+    batch = images, torch.from_numpy(labels).to(images.device)
     for m, checkpoint in enumerate(checkpoints):
         with tempfile.TemporaryDirectory() as name:
             run_traker(config, checkpoint, m, [batch], len(labels), Path(name))
             found.append(np.array(open_matrix(Path(name) / str(m) / "grads.mmap")))
     return found
+
+
+def _batch(config: Config, pixels: np.ndarray) -> torch.Tensor:
+    """Images uint8 (b, size, size, 3) as a normalised batch (b, 3, size, size) on the device."""
+    normalisation = classifier.normalisation(config.model)
+    return to_batch(pixels, *normalisation, resolve_device(config.device))

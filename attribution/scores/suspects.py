@@ -1,4 +1,4 @@
-"""A list to act on: the training examples that a person should look at, in order, each with its reasons."""
+"""The list of training examples that a person should check, in order, each with its reasons."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from scipy.stats import rankdata
 from attribution.data.dataset import ImageData
 from attribution.runtime.npy_blocks import row_slices
 
-THUMBNAIL = 8  # pixels a side, over which two images are compared
-# Correlation of thumbnails. Of Food-101's ten classes and of the digits, as they are, no two images of
-# different classes come so near; 181 pairs of one class do.
+THUMBNAIL = 8  # pixels per side of the thumbnails that are compared
+# Least correlation of near-duplicates. In Food-101's ten classes and in the digits no two images of
+# different classes reach it, while 181 pairs of one class do.
 NEAR = 0.97
 COLUMNS = [
     "example_id", "file_name", "label", "suggested_label", "reasons", "alignment", "loss",
@@ -22,19 +22,18 @@ COLUMNS = [
 def suspects(data: ImageData, train: pd.DataFrame, issues: np.ndarray) -> pd.DataFrame:
     """Training examples with at least one reason to doubt them, the most doubtful first.
 
-    The order is that of the mean rank by alignment, ensemble loss and label quality: on every data
-    set with planted flips that it was tried on it was near the best of the three, whichever that
-    was (docs/results.md).
+    They are sorted by the mean of their ranks by alignment, ensemble loss and label quality. On every
+    data set with planted flips this mean was close to the best of the three (docs/results.md).
 
     Args:
         train: the score artifact's table of training examples, in order of position.
-        issues: (n_train,) bool, what confident learning takes for label errors.
+        issues: (n_train,) bool, label errors found by confident learning.
     """
     twin = near_duplicates(thumbnails(data), train["label"].to_numpy())
     names = np.array(data.class_names, object)
     reasons = {
         "harms validation": train["alignment"] < 0,
-        "high loss": train["loss"] > np.log(len(names)),  # worse than a guess among all classes
+        "high loss": train["loss"] > np.log(len(names)),  # worse than guessing
         "confident learning": issues,
         "near-duplicate with another label": twin >= 0,
     }
@@ -57,7 +56,7 @@ def suspects(data: ImageData, train: pd.DataFrame, issues: np.ndarray) -> pd.Dat
 
 
 def thumbnails(data: ImageData) -> np.ndarray:
-    """Training images as vectors of length one and mean zero, (n_train, d) float32."""
+    """Thumbnails of the training images as vectors with mean 0 and length 1, (n_train, d) float32."""
     from PIL import Image
 
     pixels, size = data.pixels(), (THUMBNAIL, THUMBNAIL)
@@ -71,11 +70,11 @@ def thumbnails(data: ImageData) -> np.ndarray:
 
 
 def near_duplicates(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The position of each example's nearest one with another label, (n,); -1: none is near.
+    """Position of each example's nearest neighbour with another label, (n,); -1 if none is near.
 
     Args:
-        vectors: (n, d) of length one.
-        labels: (n,)
+        vectors: (n, d) vectors of length 1.
+        labels: (n,) labels.
     """
     nearest = np.full(len(vectors), -1)
     for rows in row_slices(len(vectors), len(vectors)):

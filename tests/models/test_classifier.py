@@ -384,6 +384,25 @@ def test_a_preprocessor_s_code_is_not_executed(folder: Path) -> None:
     assert not mark.exists()
 
 
+def test_a_folder_with_weights_as_a_pickle_alone_is_refused(folder: Path) -> None:
+    mark = folder / "executed"
+    (folder / "model.safetensors").unlink()
+    pickle = b"cbuiltins\nopen\n(V%s\nVw\ntR." % str(mark).encode()
+    (folder / "pytorch_model.bin").write_bytes(pickle)
+    message = refusal(classifier.build, str(folder), CLASSES, 0)
+    assert "no file named model.safetensors" in message
+    assert not mark.exists()
+
+
+def test_a_model_whose_class_is_code_in_its_folder_is_refused(folder: Path) -> None:
+    mark = folder / "executed"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: pass\n")
+    maps = {"AutoConfig": "evil.C", "AutoModelForImageClassification": "evil.C"}
+    edit_config(folder, auto_map=maps, model_type="new")
+    assert "custom code" in refusal(classifier.build, str(folder), CLASSES, 0)
+    assert not mark.exists()
+
+
 def test_a_pickle_beside_safetensors_is_not_read(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
     before = classifier.load(folder).state_dict()

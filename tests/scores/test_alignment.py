@@ -184,7 +184,7 @@ def test_a_column_whose_groups_all_have_targets_is_accepted() -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_group_without_a_target_is_refused_by_its_value(split: str) -> None:
     table = split_table(validation=["a", "b"], **{split: ["a", "lost"]})
-    with pytest.raises(InputError, match="^groups=camera: no validation example in group 'lost'"):
+    with pytest.raises(InputError, match="^groups=camera: group 'lost' has no validation example"):
         check_groups(table, "camera")
 
 
@@ -336,3 +336,26 @@ def test_unweighted_alignment_is_that_of_scores_without_their_rows_weights() -> 
     expected = group_alignment(plain, groups, weights)
     np.testing.assert_allclose(unweighted(aligned, row_weight), expected, rtol=1e-12)
     assert unweighted(np.zeros(1), np.zeros(1)) == [0]
+
+
+@pytest.mark.parametrize("kind", ["exp_loss", "loss", "uniform", "paper"])
+@pytest.mark.parametrize("losses", [[0, 0, 0], [1e6, 0, 1e6], [800, 1, 1], [7, 7, 7]])
+def test_weights_of_groups_are_finite_and_sum_to_one(kind: str, losses: list[float]) -> None:
+    weights = group_weights(np.array(losses, float), np.array([0, 1, 2]), kind)
+    assert np.isfinite(weights).all() and weights.min() >= 0
+    assert weights.sum() == pytest.approx(1)
+    if len(set(losses)) == 1:
+        np.testing.assert_allclose(weights, 1 / 3)
+
+
+def test_alignment_with_one_target_is_its_column() -> None:
+    values = np.random.default_rng(0).normal(size=(6, 1)).astype(np.float32)
+    weights = group_weights(np.array([3.0]), np.array([0]), "exp_loss")
+    np.testing.assert_array_equal(group_alignment(values, np.array([0]), weights), values[:, 0])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e30])
+def test_labels_whose_scores_are_all_equal_are_not_divided(value: float) -> None:
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    found = auto_groups(np.full((4, 6), value, np.float32), labels)
+    np.testing.assert_array_equal(found, labels)

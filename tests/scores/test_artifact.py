@@ -7,14 +7,17 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import Place, Result, check_refusal, run_id
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import load_file, save_file
 
 from attribution.errors import InputError
 from attribution.runtime import npy_blocks
@@ -487,3 +490,46 @@ def test_what_is_no_file_is_refused(artifact: Path, name: str, kind: str) -> Non
     file.unlink()
     {"pipe": os.mkfifo, "folder": Path.mkdir, "loop": lambda f: f.symlink_to(f)}[kind](file)
     assert name in refusal(artifact)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("largest", [True, False])
+def test_the_best_of_scores_that_are_not_finite_are_refused(bad: float, largest: bool) -> None:
+    values = np.zeros((9, 2), np.float32)
+    values[5, 1] = bad
+    scores = Scores(values, pd.DataFrame({"position": range(9)}), pd.DataFrame(index=range(2)), {})
+    with pytest.raises(InputError, match="^target=1: a score of it is not finite"):
+        scores.top(1, 3) if largest else scores.bottom(1, 3)
+    assert len(scores.top(0, 3)) == 3
+    if not np.isinf(bad) or (bad > 0) == largest:
+        with pytest.raises(InputError, match="^scores: not all are finite"):
+            top_k(values, 3, largest)
+
+
+# -- the commands ----------------------------------------------------------------------------------
+
+
+def failed(place: Place, stage: str, **given: Any) -> Result:
+    """A command that ends with exit code 2 and a FAILED run."""
+    result = place.run(stage, **given)
+    assert result.code == 2
+    assert result.runs[0].info.status == "FAILED" and not result.made()
+    return result
+
+
+@pytest.mark.slow
+def test_commands_refuse_artifacts_that_somebody_spoiled(new_place) -> None:
+    place = new_place("hostile")
+    place.done("trak")
+    scores, finetune = (place.artifacts(run_id(place, stage)) for stage in ("trak", "finetune"))
+    file = scores / "scores" / "scores.npy"
+    replace_matrix(scores / "scores", np.load(file).astype(object), allow_pickle=True)
+    for stage in ("ablation", "explain"):
+        check_refusal(failed(place, stage), "scores=", "scores.npy")
+    weights = finetune / "checkpoints" / "001" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["resnet.embedder.embedder.convolution.weight"][:] = np.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    check_refusal(failed(place, "trak", proj_dim=16), "checkpoints/001", "is not finite")
+    (finetune / "training" / "logits.npz").write_bytes(b"PK")
+    check_refusal(failed(place, "trak", proj_dim=16), "logits=", "cannot be read")

@@ -258,3 +258,9 @@ def test_the_machine_is_told_with_the_versions_of_what_is_installed() -> None:
     )
     assert found["processor"] and set(found) >= {"date", "cores", "python", "mlflow"}
     assert set(found) - {"date", "processor", "cores", "threads", "python", "gpu"} <= set(PACKAGES)
+
+
+def test_images_without_contrast_are_near_duplicates_of_nothing() -> None:
+    assert (
+        near_duplicates(np.zeros((4, 6), np.float32), np.array([0, 1, 0, 1])).tolist() == [-1] * 4
+    )

@@ -16,16 +16,17 @@ from toy import toy_config, toy_data
 
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
+from attribution.models import classifier
 from attribution.runtime import npy_blocks as matrices
+from attribution.runtime.device import resolve_precision
 from attribution.runtime.npy_blocks import write_matrix
-from attribution.scores import features as featurization
 from attribution.scores import trak
 from attribution.scores.alignment import group_alignment
 from attribution.scores.features import Store
+from attribution.scores.ridge import Ridge
 from attribution.scores.trak import check_proj_dim, combine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CPU = torch.device("cpu")
 
 
 def store_features(folder: Path, m: int, n: int, targets: int, k: int, shard: int = 0) -> Store:
@@ -76,7 +77,7 @@ def blocks_of(rows: int):
 def check(
     stores: list[Store], folder: Path, lambda_reg: float, weight: str, num_blocks: int = 1
 ) -> np.ndarray:
-    found = combine(stores, folder / "scores.npy", lambda_reg, weight, CPU, num_blocks)
+    found = combine(stores, folder / "scores.npy", Ridge(lambda_reg, num_blocks), weight)
     scores, self_influence = formula(stores, lambda_reg, weight, num_blocks)
     assert found.values.dtype == np.float32
     np.testing.assert_allclose(found.values, scores, rtol=0, atol=2e-5 * np.abs(scores).max())
@@ -114,10 +115,10 @@ def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
     stores = [store_features(tmp_path, m, 50, 9, 16, shard=20) for m in range(3)]
     rng = np.random.default_rng(0)
     weights = rng.random((3, 50)) * (rng.random((3, 50)) < 0.5)
+    ridge, file = Ridge(0.1, num_blocks), tmp_path / "scores.npy"
     with blocks_of(16):
-        file = tmp_path / "scores.npy"
-        found = combine(stores, file, 0.1, "mean", CPU, num_blocks, weights)
-        again = combine(stores, file, 0.1, "mean", CPU, num_blocks, weights)
+        found = combine(stores, file, ridge, "mean", weights)
+        again = combine(stores, file, ridge, "mean", weights)
     np.testing.assert_array_equal(found.held_out, again.held_out)
     expected = np.zeros(50)
     for store, own in zip(stores, weights, strict=True):
@@ -128,7 +129,7 @@ def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
             for i in range(50):
                 expected[i] += sum(own[j] * pairs[i, j] for j in range(50) if j != i) / 3
     np.testing.assert_allclose(found.held_out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    assert combine(stores, tmp_path / "other.npy", 0.1, "mean", CPU, num_blocks).held_out is None
+    assert combine(stores, tmp_path / "other.npy", ridge).held_out is None
 
 
 @settings(max_examples=20, deadline=None)
@@ -163,7 +164,7 @@ def test_no_array_as_large_as_the_matrix_is_in_memory(tmp_path: Path) -> None:
         reset_peak_memory()
         nonlocal before
         before = peak_memory_mib()
-        values = combine([store], folder / "scores.npy", 0.1, "mean", CPU).values
+        values = combine([store], folder / "scores.npy", Ridge(0.1)).values
         group_alignment(values, np.arange(targets) % 2, np.array([0.5, 0.5]))
         top_k(values, 5)
 
@@ -178,9 +179,7 @@ def test_shards_make_the_scores_of_the_whole(tmp_path: Path) -> None:
     whole = [store_features(tmp_path / "w", m, 50, 9, 8) for m in range(2)]
     parts = [store_features(tmp_path / "p", m, 50, 9, 8, shard=7) for m in range(2)]
     assert len(parts[0].features("train")) == 8
-    a, b = (
-        combine(s, tmp_path / f"{i}.npy", 0.1, "mean", CPU) for i, s in enumerate((whole, parts))
-    )
+    a, b = (combine(s, tmp_path / f"{i}.npy", Ridge(0.1)) for i, s in enumerate((whole, parts)))
     np.testing.assert_allclose(a.values, b.values, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(a.self_influence, b.self_influence, rtol=1e-4)
 
@@ -197,14 +196,14 @@ def test_features_that_are_not_finite_or_overflow_are_refused(
     features[7, 3] = bad
     np.lib.format.open_memmap(store.features_file(split), mode="r+")[:] = features
     with pytest.raises(InputError, match="finite"), blocks_of(16):
-        combine([store], tmp_path / "scores.npy", 0.1, "mean", CPU)
+        combine([store], tmp_path / "scores.npy", Ridge(0.1))
     assert not (tmp_path / "scores.npy").exists() and not store.targets.exists()
 
 
 def test_a_singular_gram_matrix_is_refused(tmp_path: Path) -> None:
     store = store_features(tmp_path, 0, 5, 3, 8)
     with pytest.raises(InputError, match="singular with lambda_reg 0"):
-        combine([store], tmp_path / "scores.npy", 0.0, "mean", CPU)
+        combine([store], tmp_path / "scores.npy", Ridge(0))
 
 
 @pytest.mark.parametrize("during", ["first factor", "second factor", "scores"])
@@ -214,7 +213,7 @@ def test_an_interrupted_combination_goes_on_and_ends_the_same(
     stores = [store_features(tmp_path, m, 50, 9, 8) for m in range(2)]
     others = [store_features(tmp_path / "others", m, 50, 9, 8) for m in range(2)]
     monkeypatch.setattr(matrices, "BLOCK_ROWS", 16)
-    expected = combine(others, tmp_path / "expected.npy", 0.1, "mean", CPU)
+    expected = combine(others, tmp_path / "expected.npy", Ridge(0.1))
     ready = {"first factor": 0, "second factor": 1, "scores": 2}[during]
     original, calls = trak.write_matrix, []
 
@@ -230,11 +229,11 @@ def test_an_interrupted_combination_goes_on_and_ends_the_same(
     monkeypatch.setattr(trak, "write_matrix", write)
     file = tmp_path / "scores.npy"
     with pytest.raises(KeyboardInterrupt):
-        combine(stores, file, 0.1, "mean", CPU)
+        combine(stores, file, Ridge(0.1))
     assert not file.exists()
     assert [store.targets.exists() for store in stores] == [ready > 0, ready > 1]
     calls[:] = [file] * 9  # no further interruption
-    found = combine(stores, file, 0.1, "mean", CPU)
+    found = combine(stores, file, Ridge(0.1))
     assert len(calls) == 9 + 2 * (2 - ready) + 2  # what was finished is not made again
     np.testing.assert_array_equal(found.values, expected.values)
     np.testing.assert_array_equal(found.self_influence, expected.self_influence)
@@ -250,73 +249,30 @@ def test_features_longer_than_the_training_set_need_a_ridge() -> None:
     check_proj_dim(toy_config(proj_dim=33, lambda_reg=0.1), 32)
 
 
-def test_what_a_killed_driver_left_beside_the_shards_is_no_shard(tmp_path: Path) -> None:
-    store = store_features(tmp_path, 0, 20, 9, 8, shard=8)
-    (store.folder / "train" / "tmpab_1" / "0").mkdir(parents=True)
-    assert [len(part) for part in store.features("train")] == [8, 8, 4]
+AUTO_PRECISION = str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
+PRECISIONS = sorted({"float32", AUTO_PRECISION})
 
 
-def test_a_shard_begun_with_another_batch_size_is_made_anew(tmp_path: Path) -> None:
-    from attribution.models import classifier
-    from attribution.scores.features import _featurize
-
-    data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(proj_dim=16)
-    model = classifier.build("resnet-mini", data.class_names, 0)
-    classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
-    whole, begun = (Store(tmp_path / name, 0) for name in ("whole", "begun"))
-    for store, size, rows in ((whole, 8, range(20)), (begun, 3, range(6)), (begun, 8, range(20))):
-        folder = store.shard("train", 0)
-        _featurize(config, data, tmp_path / "model", 0, "train", rows, size, folder)
-    np.testing.assert_array_equal(*(s.features("train")[0] for s in (whole, begun)))
-    np.testing.assert_array_equal(whole.one_minus_p("train"), begun.one_minus_p("train"))
-
-
-def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [
+        (1e20, "features are not finite"),  # the margin is a number, the gradient's square is none
+        (3e38, "the margin of sample 0 is not finite"),
+        (0.0, "zero, or nearly so"),  # of the layers below the head
+    ],
+)
+def test_a_checkpoint_whose_gradients_overflow_or_vanish_is_refused(
+    tmp_path: Path, precision: str, scale: float, says: str
 ) -> None:
-    sizes = []
-
-    def run(config, checkpoint, m, batches, n, folder) -> None:
-        size = len(next(iter(batches))[1])
-        sizes.append(size)
-        if size > most:
-            raise torch.OutOfMemoryError
-        (folder / "0").mkdir(parents=True)
-
-    monkeypatch.setattr(featurization, "run_traker", run)
-    data, config = toy_data(tmp_path / "data", n_train=40), toy_config()
-    for most, expected in ((3, [32, 8, 2]), (32, [32])):
-        sizes.clear()
-        folder = tmp_path / str(most)
-        featurization._featurize(config, data, tmp_path, 0, "train", range(40), 32, folder)
-        assert sizes == expected and (folder / "done").exists()
-    most = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        featurization._featurize(
-            config, data, tmp_path, 0, "train", range(40), 32, tmp_path / "none"
-        )
-    assert not (tmp_path / "none" / "done").exists()
-
-
-@pytest.mark.parametrize("asked", [1, 3, 99])
-def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: int) -> None:
-    from attribution.models import classifier
-    from attribution.scores.features import _featurize
-
-    data = toy_data(tmp_path / "data", n_train=12, n_other=6)
+    data = toy_data(tmp_path / "data")
     model = classifier.build("resnet-mini", data.class_names, 0)
-    matrices = sum(p.dim() > 1 for p in model.parameters())
+    with torch.no_grad():
+        model.classifier[1].weight.sign_().mul_(scale)
     classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
-    features = []
-    for num_blocks in (1, asked):
-        config, store = toy_config(proj_dim=16, num_blocks=num_blocks), Store(tmp_path / "s", 0)
-        folder = store.shard("train", 0)
-        _featurize(config, data, tmp_path / "model", 0, "train", range(12), 12, folder)
-        features.append(np.array(store.features("train")[0]))
-    one, several = features
-    blocks = min(asked, matrices)
-    assert one.shape == (12, 16) and several.shape == (12, blocks * 16)
-    # traker divides by the square root of the number of parameters, in both alike.
-    np.testing.assert_allclose(
-        several.reshape(12, blocks, 16).sum(1), one, rtol=1e-4, atol=1e-5 * np.abs(one).max()
+    config = toy_config(
+        proj_dim=8, num_blocks=2, num_models=1, lambda_reg=0.1, feature_precision=precision
     )
+    with pytest.raises(InputError, match=says):
+        trak.compute_scores(config, data, [tmp_path / "model"], tmp_path / "work")
+    assert not (tmp_path / "work" / "scores.npy").exists()

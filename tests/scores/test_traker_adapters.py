@@ -1,7 +1,8 @@
-"""The plug-ins inside traker's own engine, against a dense reference and against traker's path."""
+"""Our parts in traker's engine, against a dense reference and against traker's own parts."""
 
 import json
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from attribution.errors import InputError
 from attribution.gradients.per_sample import capture
 from attribution.gradients.sketch import Sketch
+from attribution.scores.features import Store
+from attribution.scores.ridge import Ridge
+from attribution.scores.trak import combine
 from attribution.scores.traker_adapters import (
-    BFloat16GradientComputer,
     HookGradientComputer,
     MarginOutput,
-    RidgeScoreComputer,
     SketchProjector,
 )
 
@@ -46,31 +48,26 @@ def data():
     return (images[:TRAIN], labels[:TRAIN]), (images[TRAIN:], labels[TRAIN:])
 
 
-def traker_scores(folder, data, models, projector, computer=HookGradientComputer, size=16):
-    model = network(0)
-    traker = TRAKer(
-        model=model,
-        task=MarginOutput(),
-        train_set_size=TRAIN,
-        save_dir=str(folder),
-        device="cpu",
-        gradient_computer=computer,
-        projector=projector,
-        score_computer=RidgeScoreComputer,
-        use_half_precision=False,
-        lambda_reg=RIDGE,
-        logging_level=logging.ERROR,
-    )
-    train, targets = data
-    for i, checkpoint in enumerate(models):
-        traker.load_checkpoint(checkpoint.state_dict(), model_id=i)
-        for x, y in zip(train[0].split(size), train[1].split(size), strict=True):
-            traker.featurize((x, y), num_samples=len(x))
-    traker.finalize_features()
-    for i, checkpoint in enumerate(models):
-        traker.start_scoring_checkpoint("run", checkpoint.state_dict(), i, num_targets=TARGETS)
-        traker.score(targets, num_samples=TARGETS)
-    return np.array(traker.finalize_scores("run"))
+def scores_of(folder, data, models, projector, computer=HookGradientComputer, size=16):
+    """Scores (n, m) from features of traker's engine with our parts, as the project combines them."""
+    model, stores = network(0), [Store(folder / str(i), i) for i in range(len(models))]
+    for store, checkpoint in zip(stores, models, strict=True):
+        for split, (images, labels) in zip(("train", "validation"), data, strict=True):
+            traker = TRAKer(
+                model=model,
+                task=MarginOutput(),
+                train_set_size=len(images),
+                save_dir=str(store.shard(split, 0)),
+                device="cpu",
+                gradient_computer=computer,
+                projector=projector,
+                use_half_precision=False,
+                logging_level=logging.ERROR,
+            )
+            traker.load_checkpoint(checkpoint.state_dict(), model_id=store.model_id)
+            for x, y in zip(images.split(size), labels.split(size), strict=True):
+                traker.featurize((x, y), num_samples=len(x))
+    return np.array(combine(stores, folder / "scores.npy", Ridge(RIDGE)).values)
 
 
 def reference(data, models, ridge=RIDGE):
@@ -89,18 +86,18 @@ def reference(data, models, ridge=RIDGE):
 
 def test_scores_equal_the_dense_formula(tmp_path, data):
     models = [network(1), network(2)]
-    found = traker_scores(tmp_path, data, models, SketchProjector(DIM, 3))
+    found = scores_of(tmp_path, data, models, SketchProjector(DIM, 3))
     truth = reference(data, models)
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-4 * np.abs(truth).max())
     assert np.abs(truth).max() > 0
 
 
-def test_scores_rank_as_on_trakers_own_path(tmp_path, data):
+def test_scores_rank_as_with_trakers_own_gradients_and_projection(tmp_path, data):
     model, dim = network(1), 4096
-    ours = traker_scores(tmp_path / "ours", data, [model], SketchProjector(dim))
+    ours = scores_of(tmp_path / "ours", data, [model], SketchProjector(dim))
     size = sum(p.numel() for p in model.parameters())
     dense = BasicProjector(size, dim, seed=0, proj_type="normal", device="cpu", block_size=1024)
-    theirs = traker_scores(tmp_path / "theirs", data, [model], dense, FunctionalGradientComputer)
+    theirs = scores_of(tmp_path / "theirs", data, [model], dense, FunctionalGradientComputer)
     ranks = [spearmanr(ours[:, j], theirs[:, j])[0] for j in range(TARGETS)]
     assert np.mean(ranks) > 0.9
 
@@ -182,79 +179,16 @@ def test_projector_is_independent_by_model_and_described_in_json(data):
 
 def test_scores_in_bfloat16_stay_close(tmp_path, data):
     models = [network(1), network(2)]
-    full = traker_scores(tmp_path / "f", data, models, SketchProjector(DIM, 3))
-    half = traker_scores(
-        tmp_path / "h", data, models, SketchProjector(DIM, 3), BFloat16GradientComputer
+    full = scores_of(tmp_path / "f", data, models, SketchProjector(DIM, 3))
+    half = scores_of(
+        tmp_path / "h",
+        data,
+        models,
+        SketchProjector(DIM, 3),
+        partial(HookGradientComputer, bfloat16=True),
     )
     assert not np.array_equal(full, half)
     assert np.corrcoef(full.ravel(), half.ravel())[0, 1] > 0.99
-
-
-def solve(features, ridge):
-    computer = RidgeScoreComputer(dtype=torch.float32, device="cpu", lambda_reg=ridge)
-    return computer.get_x_xtx_inv(features, computer.get_xtx(features))
-
-
-def test_ridge_is_relative_blockwise_and_not_rescaled(monkeypatch):
-    monkeypatch.setattr("attribution.scores.traker_adapters.BLOCK", 7)
-    x = torch.randn(30, 8)
-    gram = x.double().T @ x.double()
-    truth = x.double() @ torch.linalg.inv(gram + 0.5 * gram.trace() / 8 * torch.eye(8))
-    torch.testing.assert_close(solve(x, 0.5), truth.float(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(solve(x * 1e3, 0.5), solve(x, 0.5) / 1e3, rtol=1e-4, atol=1e-8)
-    assert solve(x, 0.0).dtype == torch.float32
-
-
-def by_blocks(x, ridge, blocks):
-    """A = F'F with zeros outside blocks along the diagonal, and a ridge of each block's own."""
-    width = x.shape[1] // blocks
-    a = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for start in range(0, x.shape[1], width):
-        rows = slice(start, start + width)
-        gram = x[:, rows].double().T @ x[:, rows].double()
-        a[rows, rows] = gram + ridge * gram.trace() / width * torch.eye(width)
-    return a
-
-
-@pytest.mark.parametrize("panel", [3, 8, 1024])
-@pytest.mark.parametrize("blocks", [1, 2, 4])
-@pytest.mark.parametrize("ridge", [0.0, 0.1, 2.0])
-def test_blocks_have_a_gram_matrix_and_a_ridge_of_their_own(monkeypatch, blocks, ridge, panel):
-    monkeypatch.setattr("attribution.scores.traker_adapters.BLOCK", 7)
-    monkeypatch.setattr("attribution.scores.traker_adapters.PANEL", panel)
-    g = torch.Generator().manual_seed(0)
-    scales = torch.tensor([1.0, 8.0, 0.5, 3.0]).repeat_interleave(4)
-    x = torch.randn(50, 16, generator=g) * scales
-    x += 0.3 * x.flip(1)  # so that blocks are correlated
-    y = torch.randn(9, 16, generator=g) * scales
-    computer = RidgeScoreComputer(torch.float32, "cpu", lambda_reg=ridge, num_blocks=blocks)
-    gram = computer.get_xtx(x)
-    assert gram.shape == (blocks, 16 // blocks, 16 // blocks) and gram.dtype == torch.float64
-    torch.testing.assert_close(
-        torch.block_diag(*gram), by_blocks(x, 0, blocks), rtol=1e-5, atol=1e-4
-    )
-    inverse = torch.linalg.inv(by_blocks(x, ridge, blocks))
-    solved = computer.get_x_xtx_inv(x, gram)
-    truth = x.double() @ inverse
-    torch.testing.assert_close(
-        solved, truth.float(), rtol=1e-3, atol=1e-5 * float(truth.abs().max())
-    )
-    factors = computer.factor(gram)
-    products = torch.zeros(50, 9)
-    left, right = (computer.whiten(rows, factors).float() for rows in (x, y))
-    computer.get_scores(left, right, accumulator=products)
-    truth = truth @ y.double().T
-    torch.testing.assert_close(
-        products, truth.float(), rtol=1e-3, atol=1e-5 * float(truth.abs().max())
-    )
-
-
-def test_one_singular_block_among_others_is_refused():
-    x = torch.randn(20, 8)
-    x[:, 5] = x[:, 4]
-    computer = RidgeScoreComputer(torch.float32, "cpu", num_blocks=2)
-    with pytest.raises(InputError, match="singular with lambda_reg 0"):
-        computer.get_x_xtx_inv(x, computer.get_xtx(x))
 
 
 def test_projected_blocks_lie_side_by_side_and_add_up_to_one(data):
@@ -268,40 +202,6 @@ def test_projected_blocks_lie_side_by_side_and_add_up_to_one(data):
     torch.testing.assert_close(three, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("features", [torch.randn(5, 8), torch.zeros(20, 8), torch.ones(20, 8)])
-def test_singular_gram_is_refused_with_a_remedy(features):
-    says = "singular with lambda_reg 0.0" if features.any() else "are zero"
-    with pytest.raises(InputError, match=says):
-        solve(features, 0.0)
-    if features.any():
-        assert solve(features, 0.1).isfinite().all()
-
-
-@pytest.mark.parametrize(("ridge", "close"), [(0.01, 2e-5), (0.1, 1e-5), (1, 1e-5)])
-def test_products_of_rows_whitened_in_float32_are_those_of_float64(ridge, close) -> None:
-    torch.manual_seed(0)
-    scales = torch.arange(1, 129) ** -2.0  # eigenvalues of the Gram matrix fall by 1e8
-    x = torch.randn(500, 128) * scales @ torch.linalg.qr(torch.randn(128, 128))[0]
-    computer = RidgeScoreComputer(torch.float32, "cpu", lambda_reg=ridge)
-    factor = computer.factor(computer.get_xtx(x))
-    assert factor.shape == (1, 128, 128)
-    solved = torch.cholesky_solve(x.double().T, factor[0])
-    truth = x.double() @ solved
-    left, right = computer.whiten(x, factor.float()), computer.whiten(x, factor).float()
-    found = torch.zeros(500, 500)
-    computer.get_scores(left, right, accumulator=found)
-    torch.testing.assert_close(found, truth.float(), rtol=0, atol=close * float(truth.std()))
-    # As good, but for rounding's luck, as where one side is solved for in float64 and rounded.
-    whitened, rounded = ((each - truth).abs().max() for each in (found, x @ solved.float()))
-    assert whitened < 3 * rounded
-    norms = left.square().sum(1)
-    torch.testing.assert_close(norms, truth.diagonal().float(), rtol=2e-5, atol=0)
-
-
-def test_bad_values_are_refused():
-    with pytest.raises(InputError, match="not finite"):
-        solve(torch.full((9, 4), float("nan")), 0.1)
-    with pytest.raises(InputError, match="lambda_reg is -1"):
-        RidgeScoreComputer(torch.float32, "cpu", lambda_reg=-1)
+def test_a_part_of_the_parameters_is_refused():
     with pytest.raises(InputError, match="grad_wrt"):
         HookGradientComputer(network(1), MarginOutput(), grad_wrt=["classifier.1.bias"])

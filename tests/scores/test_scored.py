@@ -1,0 +1,117 @@
+"""The result of the trak stage: what is computed, written, read again and resumed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import pytest
+from toy import toy_config
+
+from attribution.errors import InputError
+from attribution.runtime import safe_files
+from attribution.scores import artifact, features
+from attribution.scores.scored import Scored, score_training_set
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ORIGIN = {"fingerprint": "abc", "finetune_run_id": "0123", "estimator_version": 5}
+
+
+def configured(**given):
+    return toy_config(num_models=2, proj_dim=16, num_blocks=2, lambda_reg=0.1, **given)
+
+
+@pytest.fixture(scope="module")
+def scored(ensemble, tmp_path_factory) -> Scored:
+    data, finetuned = ensemble
+    work = tmp_path_factory.mktemp("work")
+    return score_training_set(configured(), data, finetuned, work, ORIGIN)
+
+
+def test_the_tables_say_what_the_ensemble_says(ensemble, scored) -> None:
+    data, finetuned = ensemble
+    train, targets = scored.scores.train, scored.scores.targets
+    members, labels = finetuned.members, data.labels("train")
+    assert scored.scores.values.shape == (32, 16) == (len(train), len(targets))
+    np.testing.assert_array_equal(train["loss"], members.train_loss(labels))
+    np.testing.assert_array_equal(
+        targets["loss"], members.validation_loss(data.labels("validation"))
+    )
+    probabilities = members.train_probabilities()
+    np.testing.assert_array_equal(train["predicted_label"], probabilities.argmax(1))
+    # Alignment: the mean score by class, classes weighted by exp of their mean loss.
+    by_class = [(targets["label"] == label).to_numpy() for label in (0, 1)]
+    weights = np.exp([targets["loss"][own].mean() for own in by_class])
+    means = np.stack([scored.scores.values[:, own].mean(1) for own in by_class])
+    np.testing.assert_allclose(train["alignment"], weights @ means / weights.sum(), rtol=1e-5)
+    assert scored.scores.metadata["finetune_run_id"] == "0123"
+    assert scored.scores.metadata["estimator"]["num_models"] == 2
+
+
+def test_metrics_and_rankings(scored) -> None:
+    train, metrics = scored.scores.train, scored.metrics()
+    assert metrics["seconds"] > 0
+    per_gradient = metrics["milliseconds_per_gradient"] * 2 * (32 + 16)
+    assert per_gradient == pytest.approx(1000 * metrics["seconds"])
+    assert metrics["share_negative_alignment"] == (train["alignment"] < 0).sum() / 32
+    rankings = scored.rankings()
+    assert list(rankings) == ["trust", "alignment", "label_quality", "loss", "self_influence"]
+    for name, values in rankings.items():
+        sign = -1 if name in ("loss", "self_influence") else 1
+        np.testing.assert_array_equal(values, sign * train[name])
+
+
+def test_the_artifacts_are_read_as_they_are_in_hand_and_hashed_once(scored, tmp_path) -> None:
+    hashed = []
+    with patch.object(
+        artifact, "sha256", lambda file: hashed.append(file.name) or safe_files.sha256(file)
+    ):
+        written = scored.write(tmp_path, configured())
+    assert sorted(hashed) == ["scores.npy", "targets.parquet", "train.parquet"]
+    assert {path.name for path in tmp_path.iterdir()} == {"scores", "features"}
+    scored.suspects.to_csv(tmp_path / "suspects.csv", index=False)
+    loaded = Scored.load(tmp_path / "scores", tmp_path / "suspects.csv")
+    for found in (written, written.moved(tmp_path / "scores")):
+        np.testing.assert_array_equal(found.scores.values, loaded.scores.values)
+        pd.testing.assert_frame_equal(found.scores.train, loaded.scores.train)
+        pd.testing.assert_frame_equal(found.scores.targets, loaded.scores.targets)
+        assert found.scores.metadata == loaded.scores.metadata
+    assert written.moved(tmp_path / "scores").scores.values.filename.parent == tmp_path / "scores"
+    pd.testing.assert_frame_equal(loaded.suspects, scored.suspects, check_dtype=False)
+    assert loaded.scores.metadata.items() >= ORIGIN.items()
+
+
+def test_features_are_left_out_where_they_are_not_wanted(scored, tmp_path) -> None:
+    scored.write(tmp_path, configured(keep_features="no"))
+    assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+
+
+def test_a_second_call_goes_on_from_the_first(ensemble, scored) -> None:
+    data, finetuned = ensemble
+    with patch.object(features, "_featurize", side_effect=AssertionError):
+        again = score_training_set(configured(), data, finetuned, scored.matrix.parent, ORIGIN)
+    np.testing.assert_array_equal(again.scores.values, scored.scores.values)
+    pd.testing.assert_frame_equal(again.scores.train, scored.scores.train)
+
+
+def test_losses_in_sample_are_said_and_trust_is_the_unweighted_alignment(
+    ensemble, tmp_path, capsys
+) -> None:
+    data, finetuned = ensemble
+    seen = np.ones_like(finetuned.members.masks)
+    finetuned = replace(finetuned, members=replace(finetuned.members, masks=seen))
+    found = score_training_set(configured(), data, finetuned, tmp_path, ORIGIN)
+    assert "losses are in-sample" in capsys.readouterr().err
+    assert found.scores.metadata["loss_is_out_of_sample"] is False
+    train = found.scores.train
+    np.testing.assert_allclose(train["trust"] * train["row_weight"], train["alignment"], rtol=1e-6)
+
+
+def test_features_longer_than_the_training_set_are_refused_at_once(ensemble, tmp_path) -> None:
+    data, finetuned = ensemble
+    config = toy_config(num_models=2, proj_dim=33, lambda_reg=0)
+    with pytest.raises(InputError, match="^proj_dim=33"):
+        score_training_set(config, data, finetuned, tmp_path, ORIGIN)
+    assert not list(tmp_path.iterdir())
