@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Place
+from places import Place
 from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, Place, write_images
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from places import SMALL, Place, write_images
 
 from attribution.cli import auto_settings
 from attribution.cli.auto_settings import Facts, choose, gather

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import COLOURS, SMALL, Place, Result, check_refusal, refused, run_id, write_images
+from places import COLOURS, SMALL, Place, Result, check_refusal, refused, run_id, write_images
 
 from attribution.cli.main import run_command
 
@@ -136,7 +136,7 @@ def test_the_command_line_tool_exits_with_2_and_one_line(place: Place) -> None:
     import subprocess
     import sys
 
-    from conftest import ROOT, child_environment
+    from places import ROOT, child_environment
 
     command = [sys.executable, "-m", "scripts.ablation", "--num_seeds", "1"]
     done = subprocess.run(

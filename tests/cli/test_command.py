@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import mlflow
 import pytest
-from conftest import Place
+from places import Place
 
 from attribution.cli import main
 from attribution.tracking import artifacts

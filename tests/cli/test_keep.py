@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Place, refused, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import Place, refused, write_images
 
 from attribution.config import resolve
 from attribution.data.dataset import ImageData, load_data

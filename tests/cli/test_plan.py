@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Place, refused
+from places import Place, refused
 from toy import toy_config, toy_data
 
 from attribution.cli import plan

@@ -19,8 +19,8 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from conftest import Place, child_environment, refused
 from mlflow.exceptions import MlflowException
+from places import Place, child_environment, refused
 
 from attribution.errors import InputError
 from attribution.runtime.signals import STOPPING, ended_by_signals

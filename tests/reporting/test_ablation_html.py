@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Place
+from places import Place
 from page_parser import Element, after, image_of, parsed, tables_after
 from PIL import Image
 from scipy import stats

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Place, write_images
+from places import Place, write_images
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 # Without escaping, each name would set `window.owned` or request a file.

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import Place, child_environment
+from places import Place, child_environment
 
 from attribution.reporting import mlflow_notes
 from attribution.tracking import links

@@ -13,10 +13,10 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Place, Result, check_refusal, run_id
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from places import Place, Result, check_refusal, run_id
 from safetensors.numpy import load_file, save_file
 
 from attribution.errors import InputError

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Place, Result, refused, run_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from places import Place, Result, refused, run_id
 from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from places import write_images
 from toy import toy_data
 
 from attribution.data.dataset import ImageData

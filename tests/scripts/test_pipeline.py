@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SMALL, Place, child_environment, write_images
 from PIL import Image
+from places import ROOT, SMALL, Place, child_environment, write_images
 from scipy.stats import spearmanr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
