@@ -20,6 +20,7 @@ from attribution.runtime.npy_blocks import row_slices, write_matrix
 from attribution.scores.alignment import group_alignment
 from attribution.scores.artifact import Scores, write_scores
 from attribution.scores.features import Store
+from attribution.scores.ridge import Ridge
 from attribution.scores.trak import combine
 from benchmarks.common import measure, peak_memory_mib, ratio, reset_peak_memory, summary
 
