@@ -149,6 +149,7 @@ def combine(
             for scores, numbers in _score_blocks(stores, ridge, row_scale(stores, weight), weights):
                 per_example.append(numbers)
                 yield scores
+                del scores  # free its memory before the next block is made
 
         write_matrix(file, ahead(rows()), (n, stores[0].count(TARGETS)))
         write_matrix(done, per_example, (n, 2))

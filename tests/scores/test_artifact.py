@@ -498,11 +498,11 @@ def test_the_best_of_scores_that_are_not_finite_are_refused(bad: float, largest:
     values = np.zeros((9, 2), np.float32)
     values[5, 1] = bad
     scores = Scores(values, pd.DataFrame({"position": range(9)}), pd.DataFrame(index=range(2)), {})
-    with pytest.raises(InputError, match="^target=1: a score of it is not finite"):
+    with pytest.raises(InputError, match="^target=1: one of its scores is not finite"):
         scores.top(1, 3) if largest else scores.bottom(1, 3)
     assert len(scores.top(0, 3)) == 3
     if not np.isinf(bad) or (bad > 0) == largest:
-        with pytest.raises(InputError, match="^scores: not all are finite"):
+        with pytest.raises(InputError, match="^scores: some are not finite"):
             top_k(values, 3, largest)
 
 

@@ -115,10 +115,10 @@ def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
     stores = [store_features(tmp_path, m, 50, 9, 16, shard=20) for m in range(3)]
     rng = np.random.default_rng(0)
     weights = rng.random((3, 50)) * (rng.random((3, 50)) < 0.5)
-    ridge, file = Ridge(0.1, num_blocks), tmp_path / "scores.npy"
+    solve, file = Ridge(0.1, num_blocks), tmp_path / "scores.npy"
     with blocks_of(16):
-        found = combine(stores, file, ridge, "mean", weights)
-        again = combine(stores, file, ridge, "mean", weights)
+        found = combine(stores, file, solve, "mean", weights)
+        again = combine(stores, file, solve, "mean", weights)
     np.testing.assert_array_equal(found.held_out, again.held_out)
     expected = np.zeros(50)
     for store, own in zip(stores, weights, strict=True):
@@ -129,7 +129,7 @@ def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
             for i in range(50):
                 expected[i] += sum(own[j] * pairs[i, j] for j in range(50) if j != i) / 3
     np.testing.assert_allclose(found.held_out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    assert combine(stores, tmp_path / "other.npy", ridge).held_out is None
+    assert combine(stores, tmp_path / "other.npy", solve).held_out is None
 
 
 @settings(max_examples=20, deadline=None)

@@ -92,6 +92,7 @@ def test_scores_equal_the_dense_formula(tmp_path, data):
     assert np.abs(truth).max() > 0
 
 
+@pytest.mark.slow
 def test_scores_rank_as_with_trakers_own_gradients_and_projection(tmp_path, data):
     model, dim = network(1), 4096
     ours = scores_of(tmp_path / "ours", data, [model], SketchProjector(dim))
