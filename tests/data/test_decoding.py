@@ -10,6 +10,7 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,3 +247,26 @@ def test_a_png_with_mended_checksums_is_read_as_what_it_claims() -> None:
     with pytest.raises((SyntaxError, OSError)):
         Image.open(io.BytesIO(content)).load()
     assert Image.open(io.BytesIO(with_right_checksums(bytes(content)))).size == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.zeros((4, 4), np.float32), 0),
+        (np.ones((4, 4), np.float32), 255),
+        (np.full((4, 4), 255, np.float32), None),  # beside an image below 1 it would be as white
+        (np.full((4, 4), -5, np.float32), None),
+        (np.full((4, 4), 65535, np.uint16), 255),
+        (np.full((4, 4), np.nan, np.float32), None),
+        (np.full((4, 4), np.inf, np.float32), None),
+        (np.full((4, 4), 1e30, np.float32), None),
+    ],
+)
+def test_pixels_of_another_range_are_scaled_or_refused(tmp_path: Path, values, expected) -> None:
+    Image.fromarray(values).save(tmp_path / "image.tif")
+    content = (tmp_path / "image.tif").read_bytes()
+    if expected is None:
+        with pytest.raises(InputError, match="cannot be decoded|not an image"):
+            read_image(content, 4)
+    else:
+        assert (read_image(content, 4) == expected).all()

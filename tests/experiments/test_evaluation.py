@@ -22,6 +22,7 @@ from attribution.experiments.statistics import detection, predicted_margins, res
 from attribution.experiments.subset_bank import Bank, build_bank, load_bank
 from attribution.models.predict import predict
 from attribution.models.train import train_stacked
+from attribution.reporting import terminal
 from attribution.runtime.hashing import derive_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -375,3 +376,29 @@ def test_gradient_products_are_those_of_explicit_gradients(tmp_path: Path, new_p
     same = data.labels("train")[:, None] == data.labels("validation")
     expected = np.where(same, 1, -1) * similarity.numpy()
     np.testing.assert_allclose(methods.penultimate(subject).values, expected, atol=1e-5)
+
+
+def judged(values: np.ndarray, margins: np.ndarray) -> pd.Series:
+    masks = np.random.default_rng(1).random((len(margins), len(values))) < 0.5
+    flipped = np.arange(len(values)) % 3 == 0
+    return judge({"a": Attribution.of(values)}, Bank(masks, margins), flipped).iloc[0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_undefined_of_equal_scores_is_empty_and_the_rest_is_chance() -> None:
+    row = judged(np.zeros((12, 4), np.float32), np.random.default_rng(0).normal(size=(10, 2, 4)))
+    assert np.isnan([row["lds"], row["calibration_slope"], row["lds_share_of_ceiling"]]).all()
+    assert terminal.interval(row, "lds", ".3f") == terminal.interval(row, "auroc_", ".3f") == ""
+    assert row["auroc"] == 0.5 and 0 <= row["noise_ceiling"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_target_whose_margins_are_all_equal_counts_in_no_mean() -> None:
+    values, margins = (
+        np.random.default_rng(0).normal(size=(12, 4)),
+        np.random.default_rng(0).normal(size=(10, 2, 4)),
+    )
+    margins[:, :, 1] = 2.5
+    others = [0, 2, 3]
+    found = judged(values, margins)["lds"]
+    assert found == pytest.approx(judged(values[:, others], margins[:, :, others])["lds"])

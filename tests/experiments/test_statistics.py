@@ -13,6 +13,7 @@ from scipy import stats
 from attribution.experiments.statistics import (
     bootstrap_interval,
     detectable_effect,
+    detection,
     detection_metrics,
     holm,
     mean_estimate,
@@ -306,3 +307,27 @@ def test_without_spread_two_seeds_are_enough() -> None:
 def test_an_effect_that_no_number_of_seeds_would_show_is_refused(effect, spread) -> None:
     with pytest.raises(ValueError, match="finite number other than 0"):
         seeds_needed(effect, spread)
+
+
+def test_with_nothing_flipped_or_all_there_is_nothing_to_detect() -> None:
+    for value in (True, False):
+        assert detection(np.full(5, value), np.arange(5.0)) == {}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_seed_whose_figure_is_not_finite_is_an_error(bad: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        mean_estimate(np.array([0.5, bad]))
+    with pytest.raises(ValueError, match="finite"):
+        paired_difference(np.array([0.5, bad, 0.1]), np.zeros(3))
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+@pytest.mark.parametrize("odd", [0.0, 0.1])
+def test_intervals_of_seeds_that_nearly_all_agree_are_finite_and_hold_the_mean(n, odd) -> None:
+    values = np.full(n, 0.25)
+    values[0] += odd
+    low, high = bootstrap_interval(values, draws=999)
+    found = mean_estimate(values)
+    assert low <= values.mean() <= high and found.ci_low <= values.mean() <= found.ci_high
+    assert 0 < found.p <= 1

@@ -195,3 +195,12 @@ def test_the_joint_prediction_is_the_mean_of_probabilities(tmp_path: Path) -> No
     assert metrics["ensemble_validation_accuracy"] == pytest.approx(np.mean(right > 0.5))
     each = [(logits.argmax(axis=1) == labels).mean() for logits in joint.validation_logits]
     assert metrics["validation_accuracy_mean"] == pytest.approx(np.mean(each))
+
+
+def test_an_ensemble_that_is_certain_has_finite_losses_and_probabilities() -> None:
+    logits = np.array([[[1e4, 0], [0, 1e4]]], np.float32)
+    joint = Ensemble(np.array([[False, False]]), logits, logits)
+    assert joint.train_loss(np.array([0, 0])).tolist() == [0, 1e4]
+    assert joint.validation_loss(np.array([1, 1])).tolist() == [1e4, 0]
+    assert joint.train_probabilities().tolist() == [[1, 0], [0, 1]]
+    assert label_quality(np.array([0, 0]), joint.train_probabilities()).tolist() == [1, 0]

@@ -14,6 +14,7 @@ from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
+from attribution.gradients.per_sample import margins as torch_margins
 from attribution.models import batches
 from attribution.models.batches import Batches, batches_of
 from attribution.models.predict import (
@@ -497,3 +498,35 @@ def test_worst_group_accuracy_is_told_where_groups_are_given(prefix: str) -> Non
     assert worst not in plain.values()
     by_label = classification_metrics(logits, labels, groups=labels)
     assert by_label["worst_group_accuracy"] == by_label["worst_class_accuracy"]
+
+
+AUTO_PRECISION = str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("precision", sorted({"float32", AUTO_PRECISION}))
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_diverged_training_is_refused(tmp_path: Path, precision: str, stacked: bool) -> None:
+    toy = toy_data(tmp_path / "toy")
+    config, keep = toy_config(learning_rate=1e9, precision=precision), np.ones(32, bool)
+    with pytest.raises(InputError, match="^learning_rate=1000000000.0: .*use a smaller one"):
+        if stacked:
+            train_stacked(config, toy, [1, 2], [keep, keep])
+            pytest.fail("a diverged stack came back")
+        train(config, toy, 1, keep)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_training_set_too_small_for_a_batch_is_refused(tmp_path: Path, kept: int) -> None:
+    toy = toy_data(tmp_path / "toy")
+    with pytest.raises(InputError, match="^keep: "):
+        train(toy_config(), toy, 0, np.arange(32) < kept)
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.0, 1e4, 1e30])
+def test_margins_of_extreme_logits_are_exact(gap: float) -> None:
+    """With two classes the margin is the difference of the logits, however certain the model is."""
+    logits = np.array([[gap, 0], [-gap, 0]], np.float32)
+    expected = [float(np.float32(gap)), -float(np.float32(gap))]
+    assert margins(logits, np.zeros(2, int)).tolist() == expected
+    found = torch_margins(torch.from_numpy(logits), torch.zeros(2, dtype=torch.int64))
+    assert found.tolist() == expected

@@ -90,3 +90,18 @@ def test_the_terminal_tells_relabelling_from_removal_and_ends_with_the_power(cap
     ]  # fmt: skip
     assert lines_of(output, "oracle")[0].split()[1] == "relabelled"
     assert output.rstrip().endswith(power(table))
+
+
+def comparison(difference: float, detectable: float) -> pd.DataFrame:
+    name = "accuracy_vs_random"
+    row = {"arm": "harmful", "frac": 0.1, "n_removed": 3, "n_seeds": 2, name: difference}
+    row |= {f"{name}_ci_low": difference, f"{name}_ci_high": difference, f"{name}_p_holm": 1.0}
+    return pd.DataFrame([row | {f"{name}_detectable": detectable}])
+
+
+def test_seeds_without_spread_claim_no_power() -> None:
+    """A difference of 0.0000 'found with 80 % power' would be what two lucky seeds say."""
+    for difference in (0.0, 0.02):
+        text = power(comparison(difference, 0.0))
+        assert text.startswith("All 2 seeds") and "power is unknown" in text
+    assert "±0.03 " in power(comparison(0.0, 0.03))
