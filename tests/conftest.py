@@ -92,6 +92,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def ensemble(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[Any, Any]:
+    """The toy data, and two checkpoints on halves of it (Finetuned)."""
+    from toy import toy_config, toy_data
+
+    from attribution.models.checkpoints import Finetuned, train_checkpoints
+
+    folder = tmp_path_factory.mktemp("trained")
+    data = toy_data(folder / "data")
+    masks = np.array([np.arange(32) % 4 < 2, np.arange(32) % 4 >= 2])
+    found = train_checkpoints(toy_config(num_models=2), data, masks, folder / "work")
+    return data, Finetuned.of(masks, found)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A real browser, which tests are skipped without."""
