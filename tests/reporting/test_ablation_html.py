@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from places import Place
 from page_parser import Element, after, image_of, parsed, tables_after
 from PIL import Image
+from places import Place
 from scipy import stats
 from toy import toy_config
 

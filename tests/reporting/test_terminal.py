@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from made_comparison import BASE, GROUPS, MORE, N_SEEDS, N_TEST, only, table_of
 
 from attribution.experiments.statistics import detectable_effect, seeds_needed
