@@ -167,22 +167,19 @@ class Workers(Pool):
 def _submit(processes: int, jobs: int, function: Callable, *arguments: Any) -> Future:
     """Call a function in a worker; there are new workers if the last ones died or had other threads."""
     threads = threads_per_task(jobs)
-    # Processes that start while SIGINT is blocked ignore Ctrl-C; their driver ends them.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        executor = get_reusable_executor(
-            processes,
-            timeout=300,
-            initializer=_begin_worker,
-            initargs=(threads, os.getpid()),
-            env=dict.fromkeys(_THREAD_VARIABLES, str(threads)),
-        )
-        return executor.submit(function, *arguments)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    executor = get_reusable_executor(
+        processes,
+        timeout=300,
+        initializer=_begin_worker,
+        initargs=(threads, os.getpid()),
+        env=dict.fromkeys(_THREAD_VARIABLES, str(threads)),
+    )
+    return executor.submit(function, *arguments)
 
 
 def _begin_worker(threads: int, driver: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the driver ends its workers
+
     def end_with_driver() -> None:  # also when the driver was killed and could not end its workers
         while os.getppid() == driver:
             time.sleep(1)

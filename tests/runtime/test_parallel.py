@@ -62,6 +62,13 @@ def test_workers_are_other_processes_with_an_equal_share_of_the_threads() -> Non
     assert {threads for _, threads in results} == {share}
 
 
+def test_ctrl_c_does_not_reach_workers() -> None:
+    before = worker_pids()
+    for pid in before:
+        os.kill(pid, signal.SIGINT)
+    assert worker_pids() == before
+
+
 def worker_pids() -> set[int]:
     return {pid for _, (pid, _) in parallel_map(where_am_i, [(i,) for i in range(6)], 2)}
 
