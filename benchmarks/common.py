@@ -91,7 +91,7 @@ def make_model(config: dict[str, Any] | None, classes: int = 10):  # noqa: ANN20
     import torch
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    from attribution.models.classifier import MINI_CONFIGS
+    from attribution.models.pretrained import MINI_CONFIGS
 
     torch.manual_seed(0)
     config = config or MINI_CONFIGS["resnet-mini"]

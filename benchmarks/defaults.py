@@ -18,7 +18,7 @@ from attribution.data.splits import TARGETS
 from attribution.experiments.statistics import detection, lds, noise_ceiling
 from attribution.experiments.subset_bank import build_bank
 from attribution.gradients.sketch import Sketch
-from attribution.models import classifier
+from attribution.models import classifier, memory_layout, model_facts
 from attribution.models.batches import batches_of
 from attribution.models.checkpoints import Checkpoint, subset_masks, train_checkpoints
 from attribution.models.predict import margins, predict
@@ -156,7 +156,7 @@ class Ensemble:
         config = self.config
         device = resolve_device(config.device)
         model = classifier.load(self.members[m].folder)
-        classifier.place(model, device, config.image_size)
+        memory_layout.place(model, device, config.image_size)
         seed = f"{derive_seed(config.seed, 'projection')}/{m}" + (f"/{draw}" if draw else "")
         sketch, parts = Sketch(k, seed, num_blocks=1 << 20), []
         size = feature_batch_size(config.image_size, device.type)
@@ -189,7 +189,7 @@ def _epochs_of_one_run(
 
     def keep(metrics: dict[str, float], model: Any) -> None:
         folder = work / "epochs" / f"{config.subset_fraction:g}-{len(members):03d}"
-        classifier.save(model, folder, config.image_size, *classifier.normalisation(config.model))
+        classifier.save(model, folder, config.image_size, *model_facts.normalisation(config.model))
         both = (predict(config, model, data, split) for split in ("train", "validation"))
         members.append(Checkpoint(folder, [metrics], *both))
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from attribution.gradients.sketch import Sketch
-from attribution.models import classifier
+from attribution.models import memory_layout
 from attribution.runtime.device import keep_freed_memory, resolve_device
 from attribution.scores.features import feature_batch_size
 from benchmarks.common import RESNET18, make_model, measure, summary
@@ -116,7 +116,7 @@ def _compare(
     usual = usual if device.type == "cpu" else feature_batch_size(size, device.type)
     batch = options.batch or usual
     model = make_model(config).eval()
-    classifier.place(model, device, size)
+    memory_layout.place(model, device, size)
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,), device=device)

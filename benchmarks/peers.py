@@ -22,7 +22,7 @@ from attribution.config import resolve
 from attribution.data.dataset import ImageData, load_data
 from attribution.experiments.statistics import detection, lds, noise_ceiling
 from attribution.experiments.subset_bank import Bank, build_bank
-from attribution.models import classifier
+from attribution.models import classifier, model_facts
 from attribution.models.checkpoints import Finetuned, subset_masks, train_checkpoints
 from attribution.models.ensemble import Ensemble
 from attribution.models.train import training_key
@@ -308,7 +308,7 @@ def synthetic(folder: Path, size: int, n: int, k: int) -> Problem:
     if not checkpoint.exists():
         model, normalisation = (
             make_model(RESNET18, classes),
-            classifier.normalisation("resnet-mini"),
+            model_facts.normalisation("resnet-mini"),
         )
         classifier.save(model, checkpoint, size, *normalisation)
     return Problem(config, data, [checkpoint], folder)

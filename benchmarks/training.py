@@ -13,7 +13,7 @@ import torch
 
 from attribution.config import Config, resolve
 from attribution.data.dataset import ImageData, load_data
-from attribution.models import classifier
+from attribution.models import classifier, memory_layout
 from attribution.models import train as training
 from attribution.models.batches import Batches
 from attribution.models.retrain import STACK
@@ -77,7 +77,7 @@ def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[
     steps = -(-int(keep.sum()) // config.batch_size)
     batches = list(Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
     model = classifier.build(config.model, data.class_names, 0)
-    classifier.place(model.train(), device, config.image_size)
+    memory_layout.place(model.train(), device, config.image_size)
 
     def bare() -> None:  # excludes building the model, which training includes
         total = steps * config.epochs

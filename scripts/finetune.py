@@ -17,8 +17,8 @@ from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.models import checkpoints
 from attribution.models.checkpoints import Finetuned
-from attribution.models.classifier import parameter_count
 from attribution.models.ensemble import Ensemble
+from attribution.models.model_facts import parameter_count
 from attribution.reporting import figures
 from attribution.runtime.parallel import ask
 from attribution.runtime.progress import say

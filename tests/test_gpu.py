@@ -16,7 +16,7 @@ from attribution.data.dataset import ImageData
 from attribution.gradients.layer_rules import Call
 from attribution.gradients.per_sample import capture
 from attribution.gradients.sketch import Sketch
-from attribution.models import classifier, cuda_graphs
+from attribution.models import classifier, cuda_graphs, model_facts
 from attribution.models.cuda_graphs import ReplayedStep
 from attribution.models.predict import predict
 from attribution.models.train import train, train_stacked
@@ -163,7 +163,7 @@ def test_a_step_that_replays_otherwise_stays_eager(capfd: pytest.CaptureFixture)
 def test_scores_are_those_of_the_cpu(data: ImageData, tmp_path: Path) -> None:
     given = {"num_models": 1, "proj_dim": 64, "num_blocks": 2, "feature_precision": "float32"}
     trained = train(toy_config(**given), data, 0, ALL).model
-    classifier.save(trained, tmp_path / "checkpoint", 16, *classifier.normalisation("resnet-mini"))
+    classifier.save(trained, tmp_path / "checkpoint", 16, *model_facts.normalisation("resnet-mini"))
     here, there = (
         compute_scores(
             toy_config(device=device, **given), data, [tmp_path / "checkpoint"], tmp_path / device

@@ -14,7 +14,7 @@ from attribution.config import Config
 from attribution.data.decoding import decode_image
 from attribution.data.listing import Listing
 from attribution.data.sources import content
-from attribution.models import classifier
+from attribution.models import model_facts, pretrained
 
 SAMPLE = 128  # images whose size and colour are looked at
 SCRATCH_STEPS, FINE_TUNING_STEPS = 1500, 300  # training steps to aim for
@@ -88,12 +88,12 @@ def gather(config: Config, listing: Listing) -> Facts:
             colours.append(int(np.ptp(decode_image(image, 16), axis=2).max()))
         except Exception:  # reported later, when all images are decoded
             continue
-    from_scratch = config.model in classifier.MINI_CONFIGS
+    from_scratch = config.model in pretrained.MINI_CONFIGS
     return Facts(
         n_train=listing.n_train(config.data_seed),
         side=round(float(np.median(sides or [64]))),
         is_grey=float(np.median(colours or [255])) <= 16,
-        own_size=None if from_scratch else classifier.own_image_size(config.model),
+        own_size=None if from_scratch else model_facts.own_image_size(config.model),
         has_gpu=config.device.startswith("cuda"),
-        flops=lambda size: classifier.forward_flops(config.model, size),
+        flops=lambda size: model_facts.forward_flops(config.model, size),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from attribution.config import Config
 from attribution.errors import InputError
-from attribution.models.classifier import forward_flops
+from attribution.models.model_facts import forward_flops
 from attribution.models.train import seconds_per_example, stacking_pays
 from attribution.runtime.device import resolve_device
 from attribution.runtime.parallel import resolve_jobs

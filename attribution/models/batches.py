@@ -11,7 +11,7 @@ from torch import Tensor
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.transforms import augment_batch, draw_augmentation, to_batch
-from attribution.models import classifier
+from attribution.models import model_facts
 from attribution.runtime.hashing import derive_seed
 
 
@@ -36,7 +36,7 @@ class Batches:
         device: torch.device,
         labels: np.ndarray | None = None,
     ) -> None:
-        mean, std = classifier.normalisation(config.model)
+        mean, std = model_facts.normalisation(config.model)
         self._mean, self._std = torch.tensor(mean).to(device), torch.tensor(std).to(device)
         self._augment, self._pad = config.augment, max(1, config.image_size // 8)
         self._data, self._device, self._rows = data, device, data.rows("train")
@@ -94,7 +94,7 @@ def batches_of(
     Args:
         rows: some rows of the split; None takes all.
     """
-    mean, std = classifier.normalisation(config.model)
+    mean, std = model_facts.normalisation(config.model)
     pixels, positions = data.pixels(), data.rows(split)
     labels = torch.from_numpy(data.labels(split)).to(device)
     rows = range(len(positions)) if rows is None else rows

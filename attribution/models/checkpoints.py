@@ -14,7 +14,7 @@ import numpy as np
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
-from attribution.models import classifier
+from attribution.models import classifier, model_facts
 from attribution.models.ensemble import Ensemble
 from attribution.models.predict import predict
 from attribution.models.train import train
@@ -157,7 +157,7 @@ def train_checkpoints(
 def _train_checkpoint(config: Config, data: ImageData, seed: int, keep: np.ndarray) -> Files:
     """Train one checkpoint; return its files as bytes, because workers may not share a disk."""
     trained = train(config, data, seed, keep)
-    normalisation = classifier.normalisation(config.model)
+    normalisation = model_facts.normalisation(config.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         classifier.save(trained.model, folder / "model", config.image_size, *normalisation)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.special import log_softmax, logsumexp, softmax
 
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError, reason
@@ -15,7 +16,7 @@ from attribution.runtime.safe_files import is_bool, read_arrays
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What all checkpoints together say.
+    """The training examples and the logits of every checkpoint.
 
     Attributes:
         masks: (M, n_train) bool, which examples each checkpoint saw.
@@ -29,7 +30,7 @@ class Ensemble:
 
     @classmethod
     def load(cls, file: Path) -> Ensemble:
-        """Read the arrays that arrays() gave.
+        """Read an .npz file of arrays().
 
         Raises:
             InputError: the file holds anything else, or a logit that is not finite.
@@ -42,24 +43,20 @@ class Ensemble:
         return found
 
     def _check(self) -> None:
-        logits = self.train_logits, self.validation_logits
-        shapes = [self.masks.shape, *(each.shape for each in logits)]
-        (train, validation), masks = (each.shape for each in logits), self.masks
-        if not (
-            [len(s) for s in shapes] == [2, 3, 3]
-            and masks.shape == train[:2]
-            and (len(masks), train[2]) == (validation[0], validation[2])
-            and train[2] >= 2
-            and masks.size
-        ):
+        train, validation = self.train_logits, self.validation_logits
+        shapes = self.masks.shape, train.shape, validation.shape
+        fits = train.ndim == validation.ndim == 3 and train.shape[:2] == self.masks.shape
+        if not fits or train.shape[::2] != validation.shape[::2]:
             raise ValueError(f"shapes {shapes} do not fit one another")
-        if not is_bool(masks) or any(each.dtype.kind != "f" for each in logits):
-            raise ValueError("holds other types than truth values and real numbers")
-        if not all(np.isfinite(each).all() for each in logits):
+        if not self.masks.size or train.shape[2] < 2:
+            raise ValueError(f"shapes {shapes} hold no examples, or fewer than two classes")
+        if not is_bool(self.masks) or train.dtype.kind != "f" or validation.dtype.kind != "f":
+            raise ValueError("masks must be truth values, and logits real numbers")
+        if not (np.isfinite(train).all() and np.isfinite(validation).all()):
             raise ValueError("a logit is not finite")
 
     def _check_labels(self, labels: np.ndarray, logits: np.ndarray) -> None:
-        """Refuse data that these logits are not of."""
+        """Refuse labels of other data than the logits."""
         if len(labels) != logits.shape[1] or labels.max() >= logits.shape[2]:
             raise InputError(
                 f"logits: are of {logits.shape[1]} examples and {logits.shape[2]} classes, "
@@ -67,7 +64,7 @@ class Ensemble:
             )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The content, to be kept as an .npz file."""
+        """Return the content, to be kept as an .npz file."""
         return {
             "masks": self.masks,
             "train_logits": self.train_logits,
@@ -76,15 +73,15 @@ class Ensemble:
 
     @property
     def is_out_of_sample(self) -> bool:
-        """Whether every training example was left out by some checkpoint."""
+        """Whether every training example was left out by at least one checkpoint."""
         return not self.masks.all(axis=0).any()
 
     def train_loss(self, labels: np.ndarray) -> np.ndarray:
-        """Mean loss in nats of each training example, (n_train,).
+        """Return the mean loss in nats of each training example, (n_train,).
 
-        The mean is over the checkpoints that did not see the example. Where some example was seen
-        by all, it is over those that did see it, for every example: a mean over both kinds would
-        rank examples by how often they happened to be left out.
+        The mean is over the checkpoints that did not see the example. If some example was seen by
+        all, it is over those that saw the example, for all examples: a mean over both kinds would
+        rank examples by how often they were left out.
         """
         self._check_labels(labels, self.train_logits)
         each = np.stack([losses(logits, labels) for logits in self.train_logits])
@@ -92,9 +89,7 @@ class Ensemble:
         return np.where(counted, each, 0).sum(axis=0) / counted.sum(axis=0)
 
     def train_probabilities(self) -> np.ndarray:
-        """Mean probabilities of each training example, (n_train, C), of the same checkpoints."""
-        from scipy.special import softmax
-
+        """Return the mean probabilities (n_train, C) over the checkpoints that train_loss averages."""
         counted = self._counted()
         total = sum(
             softmax(logits.astype(np.float64), axis=1) * used[:, None]
@@ -103,27 +98,27 @@ class Ensemble:
         return total / counted.sum(axis=0)[:, None]
 
     def _counted(self) -> np.ndarray:
-        """Which checkpoints speak of each training example, (M, n_train) bool."""
+        """Return which checkpoints count for each training example, (M, n_train) bool."""
         counted = ~self.masks if self.is_out_of_sample else self.masks
-        if not counted.any(axis=0).all():  # seen by all, or by none: too few checkpoints
+        if not counted.any(axis=0).all():  # too few checkpoints: some example has none
             counted = np.ones_like(self.masks)
         return counted
 
     def validation_probabilities(self) -> np.ndarray:
-        """Mean probabilities of each target over the checkpoints, (n_validation, C)."""
+        """Return the mean probabilities of each target over the checkpoints, (n_validation, C)."""
         return np.exp(_mean_log_probability(self.validation_logits))
 
     def validation_loss(self, labels: np.ndarray) -> np.ndarray:
-        """Mean loss in nats of each target over the checkpoints, (n_validation,)."""
+        """Return the mean loss in nats of each target over the checkpoints, (n_validation,)."""
         self._check_labels(labels, self.validation_logits)
         return np.mean([losses(logits, labels) for logits in self.validation_logits], axis=0)
 
     def best(self, labels: np.ndarray) -> int:
-        """The checkpoint with the lowest mean loss on the targets."""
+        """Return the number of the checkpoint with the lowest mean loss on the targets."""
         return int(np.argmin([losses(logits, labels).mean() for logits in self.validation_logits]))
 
     def metrics(self, data: ImageData) -> dict[str, float]:
-        """Validation metrics: their mean over checkpoints, and those of the averaged prediction."""
+        """Return validation metrics: means over checkpoints, and those of the averaged prediction."""
         labels = data.labels("validation")
         each = [classification_metrics(logits, labels) for logits in self.validation_logits]
         mean = {f"validation_{k}_mean": float(np.mean([m[k] for m in each])) for k in each[0]}
@@ -132,10 +127,10 @@ class Ensemble:
 
 
 def label_quality(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """cleanlab's label quality, (n,) in [0, 1], low = suspect (Northcutt et al. 2021).
+    """Return cleanlab's label quality, (n,) in [0, 1], low = suspect (Northcutt et al. 2021).
 
-    By self-confidence, its default: subtracting class thresholds first made it worse on Food-101
-    with planted flips (AUROC .916 in place of .949).
+    By self-confidence, which is its default: subtracting class thresholds first made it worse on
+    Food-101 with planted flips (AUROC .916 against .949).
 
     Args:
         probabilities: (n, C), out of sample.
@@ -146,9 +141,9 @@ def label_quality(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 def label_issues(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """What confident learning takes for label errors, (n,) bool (Northcutt et al. 2021).
+    """Return which labels confident learning takes for errors, (n,) bool (Northcutt et al. 2021).
 
-    Those that are counted off the diagonal of the confident joint, pruned by noise rate.
+    These are the examples off the diagonal of the confident joint, pruned by noise rate.
 
     Args:
         probabilities: (n, C), out of sample.
@@ -159,7 +154,5 @@ def label_issues(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 def _mean_log_probability(logits: np.ndarray) -> np.ndarray:
-    """Log of the mean probability over models, (n, C)."""
-    from scipy.special import log_softmax, logsumexp
-
+    """Return the log of the mean probability over models, (n, C)."""
     return logsumexp(log_softmax(logits.astype(np.float64), axis=2), axis=0) - np.log(len(logits))

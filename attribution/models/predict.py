@@ -1,9 +1,10 @@
-"""A model's logits on a split, and what they say: losses, margins, accuracy."""
+"""A model's logits on a split, and what follows from them: losses, margins, accuracy."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.special import log_softmax, logsumexp
 from torch import nn
 
 from attribution.config import Config
@@ -14,13 +15,13 @@ from attribution.runtime.device import autocast
 
 
 def prediction_batch_size(config: Config) -> int:
-    """Images a batch where only logits are wanted: the first layers of large ones fill the memory."""
+    """Return the images per batch where only logits are wanted; large images fill the memory sooner."""
     return 256 if config.image_size <= 96 else 32
 
 
 @torch.inference_mode()
 def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np.ndarray:
-    """Logits (n, C), float32, of a split; the model is left in eval mode.
+    """Return the logits (n, C), float32, of a split; the model is left in eval mode.
 
     Raises:
         InputError: a logit is not finite.
@@ -35,27 +36,23 @@ def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np
     if not np.isfinite(logits).all():
         raise InputError(
             f"learning_rate={config.learning_rate}: the model's outputs are not finite; "
-            "use a smaller one, or precision=float32"
+            "use a smaller learning rate, or precision=float32"
         )
     return logits
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Log-softmax in float64, (n, C)."""
-    from scipy.special import log_softmax
-
+    """Return the log-softmax in float64, (n, C)."""
     return log_softmax(logits.astype(np.float64), axis=1)
 
 
 def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Cross-entropy in nats of each example, (n,)."""
+    """Return the cross-entropy in nats of each example, (n,)."""
     return -log_probabilities(logits)[np.arange(len(labels)), labels]
 
 
 def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """log p/(1-p) of each example's label, (n,): its logit minus logsumexp of the others."""
-    from scipy.special import logsumexp
-
+    """Return log p/(1-p) of each example's label, (n,): its logit minus logsumexp of the others."""
     logits = logits.astype(np.float64)
     rows = np.arange(len(labels))
     others = logits.copy()
@@ -66,10 +63,11 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def classification_metrics(
     logits: np.ndarray, labels: np.ndarray, prefix: str = "", groups: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Accuracy, log-loss, mean margin and the worst class's accuracy, as plain floats.
+    """Return accuracy, log-loss, mean margin and the accuracy of the worst class.
 
     Args:
-        groups: (n,) whole numbers; where given, worst_group_accuracy is told too.
+        prefix: of the names.
+        groups: (n,) int; adds worst_group_accuracy.
     """
     correct = logits.argmax(axis=1) == labels
 

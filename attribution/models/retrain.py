@@ -1,9 +1,10 @@
-"""Models retrained on parts of the training set: what each says about a split, kept as it is finished."""
+"""Retrains models on parts of the training set, and keeps their logits on a split as they finish."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ STACK = 10  # models trained as one, at most
 
 
 class Retrained(Sequence[np.ndarray]):
-    """Logits (n_models, n, C) float32 of each series, read from disk where they are asked for.
+    """Logits (n_models, n, C) float32 of each series, read from disk when they are indexed.
 
-    Many retrainings of a large split do not fit into memory.
+    The logits of many retrainings on a large split do not fit into memory.
 
     Raises:
-        InputError: on reading, if somebody has deleted them meanwhile.
+        InputError: on reading, if somebody has deleted a file.
     """
 
     def __init__(self, store: ResultStore, keys: Sequence[Sequence[str]]) -> None:
@@ -49,13 +50,13 @@ class Retrained(Sequence[np.ndarray]):
 
 @dataclass(frozen=True)
 class Series:
-    """Models to train alike but for their seeds and what they see.
+    """Models to train that differ only in seed, training examples and labels.
 
     Attributes:
         name: in messages.
         seeds: of each model.
-        keep: (n_models, n_train) bool, what each sees; equally many in every row.
-        labels: (n_models, n_train) to train with in place of the data's own, where given.
+        keep: (n_models, n_train) bool, what each model sees; equally many in every row.
+        labels: (n_models, n_train) to train with in place of the data's.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Series:
     def without(
         cls, name: str, seeds: Sequence[int], n_train: int, removed: Sequence[np.ndarray]
     ) -> Series:
-        """Models that see all but what `removed` lists for each."""
+        """Make a series whose models each see all but the positions in their entry of `removed`."""
         keep = np.ones((len(seeds), n_train), dtype=bool)
         for row, gone in zip(keep, removed, strict=True):
             row[gone] = False
@@ -76,13 +77,16 @@ class Series:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def part(self, models: slice) -> Series:
-        """Some of its models."""
+    def stacks(self, size: int) -> list[Series]:
+        """Split the series into series of at most `size` models."""
+        return [self._part(slice(i, i + size)) for i in range(0, len(self), size)]
+
+    def _part(self, models: slice) -> Series:
         labels = None if self.labels is None else self.labels[models]
         return Series(self.name, self.seeds[models], self.keep[models], labels)
 
     def key(self) -> str:
-        """What decides the result beside settings and data."""
+        """Hash what the trained models depend on besides settings and data."""
         labels = None if self.labels is None else self.labels.astype("<i8").tobytes().hex()
         return digest(list(self.seeds), np.packbits(self.keep, axis=1).tobytes().hex(), labels)
 
@@ -95,32 +99,29 @@ def retrained_logits(
     work: Path,
     stage: str,
 ) -> Sequence[np.ndarray]:
-    """Logits (n_models, n, C) float32 of each series' models on a split.
+    """Return the logits (n_models, n, C) float32 of each series' models on a split.
 
-    What is trained at a time, and kept, is a stack: the next STACK models of a series where small
-    models are trained as one, else one model. A stack is kept under what decides it (settings,
-    data, seeds, examples seen, labels, kind of device, torch), so that one that an earlier command
-    trained, or that is asked for twice, is not trained again. It depends on nothing else: neither
-    on what else is asked for or missing, nor on `jobs`, so that a resumed run ends with the bits of
-    an undisturbed one.
+    The unit of work is a stack: STACK consecutive models of a series where small models are trained
+    as one, else one model. Its logits are kept under a hash of everything they depend on: settings,
+    data, seeds, examples, labels, device type, torch version. A stack that an earlier command
+    finished, or that two series share, is trained once. Nothing else enters the hash (neither the
+    other series nor `jobs`), so a resumed run ends with the same bits as an undisturbed one.
 
     Args:
-        work: folder of what is finished.
-        stage: whose name progress is shown under.
+        work: folder of finished stacks.
+        stage: shown in front of the progress.
     """
     device = resolve_device(config.device).type
-    # Models that are compared have to come from one kind of hardware and one torch.
+    # Models that are compared must come from one kind of hardware and one torch.
     settings = training_key(config, data), device, torch.__version__, split
-    size = STACK if stacking_pays(config) else 1
-    stacks = [[s.part(slice(i, i + size)) for i in range(0, len(s), size)] for s in wanted]
+    stacks = [series.stacks(STACK if stacking_pays(config) else 1) for series in wanted]
     keys = [[digest(*settings, stack.key()) for stack in series] for series in stacks]
-    distinct = dict(zip(sum(keys, []), sum(stacks, []), strict=True))
+    distinct = dict(zip(chain(*keys), chain(*stacks), strict=True))
     store = ResultStore(work)
     shape = len(data.rows(split)), len(data.class_names)
-    todo = [
-        key for key, series in distinct.items() if not _is_kept(store, key, (len(series), *shape))
-    ]
-    total, left = (sum(len(distinct[key]) for key in some) for some in (distinct, todo))
+    todo = [k for k, stack in distinct.items() if not _is_kept(store, k, (len(stack), *shape))]
+    total = sum(map(len, distinct.values()))
+    left = sum(len(distinct[key]) for key in todo)
     say(f"{stage}: {total} models to compare, {left} of them to train")
     tasks = [(distinct[key], split) for key in todo]
     names = [f"retraining of {distinct[key].name}" for key in todo]
@@ -133,7 +134,7 @@ def retrained_logits(
 
 
 def _is_kept(store: ResultStore, key: str, shape: tuple[int, ...]) -> bool:
-    """Whether the logits of an earlier command are there, and can be no others."""
+    """Whether usable logits of this shape are kept under a key."""
     logits = (store.get(key) or {}).get("logits")
     if logits is None or logits.shape != shape or logits.dtype != np.float32:
         return False
@@ -141,12 +142,13 @@ def _is_kept(store: ResultStore, key: str, shape: tuple[int, ...]) -> bool:
 
 
 def _retrain(config: Config, data: ImageData, stack: Series, split: str) -> np.ndarray:
+    """Train the models of a stack; return their logits on a split, (n_models, n, C)."""
     labels = [None] * len(stack) if stack.labels is None else list(stack.labels)
     if stacking_pays(config):
-        found = train_stacked(config, data, stack.seeds, list(stack.keep), labels)
+        models = train_stacked(config, data, stack.seeds, list(stack.keep), labels)
     else:
-        found = [
+        models = [
             train(config, data, seed, keep, validate=False, labels=own).model
             for seed, keep, own in zip(stack.seeds, stack.keep, labels, strict=True)
         ]
-    return np.stack([predict(config, model, data, split) for model in found])
+    return np.stack([predict(config, model, data, split) for model in models])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
-from attribution.models import classifier
+from attribution.models import classifier, memory_layout, pretrained
 from attribution.models.batches import Batches
 from attribution.models.predict import classification_metrics, predict
 from attribution.runtime.device import autocast, keep_freed_memory, resolve_device
@@ -33,7 +33,7 @@ TRAINING_VERSION = 2
 @lru_cache(maxsize=8)  # it reads every file of a model folder, and one command calls it often
 def training_key(config: Config, data: ImageData) -> str:
     """Hash what a trained model depends on, apart from its seed and the examples that it sees."""
-    settings = config.group("training") | {"model": classifier.fingerprint(config.model)}
+    settings = config.group("training") | {"model": pretrained.fingerprint(config.model)}
     return digest(TRAINING_VERSION, settings, data.fingerprint)
 
 
@@ -228,7 +228,7 @@ def stacking_pays(config: Config) -> bool:
     """
     most = 2**16 if resolve_device(config.device).type == "cuda" else 2**14
     has_few_pixels = config.batch_size * config.image_size**2 <= most
-    return has_few_pixels and config.model in classifier.MINI_CONFIGS and not config.patience
+    return has_few_pixels and config.model in pretrained.MINI_CONFIGS and not config.patience
 
 
 def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int) -> float:
@@ -242,7 +242,7 @@ def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int
     """
     device, threads = _prepare(config), torch.get_num_threads()
     model = classifier.build(config.model, class_names, 0).train()
-    classifier.place(model, device, config.image_size)
+    memory_layout.place(model, device, config.image_size)
     n = config.batch_size
     if device.type == "cpu":
         n = max(2, min(n, 10**11 // (3 * flops)))
@@ -281,7 +281,7 @@ def _steps(config: Config, keep: np.ndarray) -> int:
 
 def _new_model(config: Config, data: ImageData, seed: int, device: torch.device) -> PreTrainedModel:
     model = classifier.build(config.model, data.class_names, derive_seed(seed, "weights"))
-    classifier.place(model, device, config.image_size)
+    memory_layout.place(model, device, config.image_size)
     return model
 
 

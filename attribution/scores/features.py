@@ -21,7 +21,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
 from attribution.gradients.sketch import dealt
-from attribution.models import classifier
+from attribution.models import classifier, memory_layout
 from attribution.models.batches import batches_of
 from attribution.runtime.device import keep_freed_memory, resolve_device, resolve_precision
 from attribution.runtime.hashing import derive_seed
@@ -261,7 +261,7 @@ def make_traker(
     logging.getLogger("TRAK").setLevel(logging.ERROR)
     device = resolve_device(config.device)
     model = classifier.load(checkpoint)
-    classifier.place(model, str(device), config.image_size)
+    memory_layout.place(model, str(device), config.image_size)
     make_parts = _sketch_parts if config.projector == "sketch" else _normal_parts
     gradients, projector = make_parts(config, model, device)
     traker = TRAKer(

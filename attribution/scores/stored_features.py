@@ -14,7 +14,7 @@ import torch
 from attribution.config import Config
 from attribution.data.transforms import to_batch
 from attribution.errors import InputError, reason
-from attribution.models import classifier
+from attribution.models import classifier, model_facts
 from attribution.runtime.device import resolve_device
 from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write_matrix
 from attribution.runtime.safe_files import read_json, sha256
@@ -173,5 +173,5 @@ def new_features(
 
 def _batch(config: Config, pixels: np.ndarray) -> torch.Tensor:
     """Images uint8 (b, size, size, 3) as a normalised batch (b, 3, size, size) on the device."""
-    normalisation = classifier.normalisation(config.model)
+    normalisation = model_facts.normalisation(config.model)
     return to_batch(pixels, *normalisation, resolve_device(config.device))

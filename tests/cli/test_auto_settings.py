@@ -18,7 +18,7 @@ from attribution.cli import auto_settings
 from attribution.cli.auto_settings import Facts, choose, gather
 from attribution.config import AUTO, FIELDS, PRESETS, resolve
 from attribution.data.listing import list_data
-from attribution.models import classifier
+from attribution.models import model_facts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,16 +174,16 @@ def test_a_named_model_decides_the_image_size(kind, size, images: Path, tmp_path
     found = facts_of(images, tmp_path / "cache", model=name)
     chosen = choose(found, {})
     assert chosen["image_size"] == size and chosen["learning_rate"] < 1e-3
-    assert classifier.forward_flops(name, size) > 0
+    assert model_facts.forward_flops(name, size) > 0
 
 
 def test_the_preprocessor_wins_over_the_config(tmp_path: Path) -> None:
     from transformers import ConvNextImageProcessor
 
     name = saved(small_models()["convnext"], tmp_path / "model")
-    assert classifier.own_image_size(name) == 96
+    assert model_facts.own_image_size(name) == 96
     ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(name)
-    assert classifier.own_image_size(name) == 32
+    assert model_facts.own_image_size(name) == 32
 
 
 # -- the commands -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from attribution.cli.plan import Estimate, bytes_text, check_disk, describe, dur
 from attribution.config import parse, resolve
 from attribution.data.dataset import load_data
 from attribution.errors import InputError
-from attribution.models import classifier
+from attribution.models import classifier, model_facts
 from attribution.scores.trak import compute_scores
 from scripts import finetune, trak
 
@@ -86,7 +86,7 @@ def test_the_estimate_of_scoring_is_what_scoring_leaves(tmp_path: Path) -> None:
     data = toy_data(tmp_path, n_train=200)
     config = toy_config(num_models=2, proj_dim=64, num_blocks=4)
     model = classifier.build("resnet-mini", data.class_names, seed=0)
-    classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
+    classifier.save(model, tmp_path / "model", 16, *model_facts.normalisation("resnet-mini"))
     compute_scores(config, data, [tmp_path / "model"] * 2, tmp_path / "work")
     assert trak.estimate(config, data).work == pytest.approx(size(tmp_path / "work"), rel=0.1)
 

@@ -17,7 +17,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from attribution.data.transforms import to_batch
 from attribution.errors import InputError
-from attribution.models import classifier
+from attribution.models import classifier, memory_layout, model_facts, pretrained
 
 CLASSES = ("dark", "bright")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -127,7 +127,7 @@ def test_the_saved_processor_resizes_to_the_image_size(folder: Path) -> None:
 
 
 def test_the_normalisation_of_a_saved_folder_is_found_again(folder: Path) -> None:
-    assert classifier.normalisation(str(folder)) == (MEAN, STD)
+    assert model_facts.normalisation(str(folder)) == (MEAN, STD)
 
 
 def test_only_safetensors_and_json_are_written(folder: Path) -> None:
@@ -240,26 +240,26 @@ def test_the_fingerprint_of_a_folder_follows_its_content_and_not_its_place(
 ) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
-    assert classifier.fingerprint(str(moved)) == classifier.fingerprint(str(folder))
+    assert pretrained.fingerprint(str(moved)) == pretrained.fingerprint(str(folder))
     edit_tensors(moved, lambda tensors: tensors["classifier.1.bias"].add_(1))
-    assert classifier.fingerprint(str(moved)) != classifier.fingerprint(str(folder))
+    assert pretrained.fingerprint(str(moved)) != pretrained.fingerprint(str(folder))
 
 
 def test_the_fingerprint_of_a_folder_follows_its_preprocessing(folder: Path) -> None:
-    before = classifier.fingerprint(str(folder))
+    before = pretrained.fingerprint(str(folder))
     classifier.save(classifier.load(folder), folder, 32, (0.1, 0.1, 0.1), STD)
-    assert classifier.fingerprint(str(folder)) != before
+    assert pretrained.fingerprint(str(folder)) != before
 
 
 def test_the_fingerprint_of_a_hub_id_is_the_id() -> None:
-    assert classifier.fingerprint("microsoft/resnet-18") == "microsoft/resnet-18"
+    assert pretrained.fingerprint("microsoft/resnet-18") == "microsoft/resnet-18"
 
 
 def test_the_fingerprint_of_a_mini_model_follows_its_architecture(monkeypatch) -> None:
-    before = classifier.fingerprint("resnet-mini")
-    changed = classifier.MINI_CONFIGS["resnet-mini"] | {"embedding_size": 32}
-    monkeypatch.setitem(classifier.MINI_CONFIGS, "resnet-mini", changed)
-    assert classifier.fingerprint("resnet-mini") != before
+    before = pretrained.fingerprint("resnet-mini")
+    changed = pretrained.MINI_CONFIGS["resnet-mini"] | {"embedding_size": 32}
+    monkeypatch.setitem(pretrained.MINI_CONFIGS, "resnet-mini", changed)
+    assert pretrained.fingerprint("resnet-mini") != before
 
 
 # Folders that somebody else has written
@@ -359,9 +359,9 @@ def test_a_folder_that_somebody_else_spoiled_is_refused(folder: Path, spoil, say
     actions = {
         "load": lambda: classifier.load(folder),
         "build": lambda: classifier.build(str(folder), CLASSES, 0),
-        "image size": lambda: classifier.own_image_size(str(folder)),
-        "normalisation": lambda: classifier.normalisation(str(folder)),
-        "fingerprint": lambda: classifier.fingerprint(str(folder)),
+        "image size": lambda: model_facts.own_image_size(str(folder)),
+        "normalisation": lambda: model_facts.normalisation(str(folder)),
+        "fingerprint": lambda: pretrained.fingerprint(str(folder)),
     }
     for action, fragment in says.items():
         message = refusal(actions[action])
@@ -380,7 +380,7 @@ def test_a_preprocessor_s_code_is_not_executed(folder: Path) -> None:
     mark = folder / "executed"
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass P: pass\n")
     edit_preprocessor(folder, auto_map={"AutoImageProcessor": "evil.P"})
-    refusal(classifier.normalisation, str(folder))
+    refusal(model_facts.normalisation, str(folder))
     assert not mark.exists()
 
 
@@ -441,7 +441,7 @@ def test_wide_convolutions_of_tiny_maps_alone_keep_their_channels_first(
     size: int, tiny: list[bool]
 ) -> None:
     model = wide_resnet().train()
-    classifier.place(model, "cpu", size)
+    memory_layout.place(model, "cpu", size)
     assert model.training and first_channels(model) == tiny
 
 
@@ -451,8 +451,8 @@ def test_a_placed_model_computes_and_learns_the_same(tmp_path: Path, bfloat16: b
     found = []
     for size in (128, 32):
         model = wide_resnet().eval()
-        classifier.place(model, "cpu", size)
-        classifier.place(model, "cpu", size)  # twice is as good as once
+        memory_layout.place(model, "cpu", size)
+        memory_layout.place(model, "cpu", size)  # twice is as good as once
         with torch.inference_mode():
             model(images)  # leaves nothing behind
         model = copy.deepcopy(model)
@@ -470,7 +470,7 @@ def test_a_placed_model_computes_and_learns_the_same(tmp_path: Path, bfloat16: b
 
 def test_a_placed_model_runs_under_vmap() -> None:
     model, images = wide_resnet().eval(), torch.randn(2, 3, 32, 32)
-    classifier.place(model, "cpu", 32)
+    memory_layout.place(model, "cpu", 32)
     weights = dict(model.named_parameters())
 
     def one(image: torch.Tensor) -> dict[str, torch.Tensor]:

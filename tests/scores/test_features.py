@@ -11,7 +11,7 @@ from test_trak import store_features
 from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData
-from attribution.models import classifier
+from attribution.models import classifier, model_facts
 from attribution.scores import features as module
 from attribution.scores.features import Shard, Store
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def saved_model(folder: Path, data: ImageData) -> Path:
     """An untrained model as a checkpoint."""
     model = classifier.build("resnet-mini", data.class_names, 0)
-    classifier.save(model, folder, 16, *classifier.normalisation("resnet-mini"))
+    classifier.save(model, folder, 16, *model_facts.normalisation("resnet-mini"))
     return folder
 
 

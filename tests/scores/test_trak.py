@@ -16,7 +16,7 @@ from toy import toy_config, toy_data
 
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
-from attribution.models import classifier
+from attribution.models import classifier, model_facts
 from attribution.runtime import npy_blocks as matrices
 from attribution.runtime.device import resolve_precision
 from attribution.runtime.npy_blocks import write_matrix
@@ -269,7 +269,7 @@ def test_a_checkpoint_whose_gradients_overflow_or_vanish_is_refused(
     model = classifier.build("resnet-mini", data.class_names, 0)
     with torch.no_grad():
         model.classifier[1].weight.sign_().mul_(scale)
-    classifier.save(model, tmp_path / "model", 16, *classifier.normalisation("resnet-mini"))
+    classifier.save(model, tmp_path / "model", 16, *model_facts.normalisation("resnet-mini"))
     config = toy_config(
         proj_dim=8, num_blocks=2, num_models=1, lambda_reg=0.1, feature_precision=precision
     )

@@ -12,7 +12,7 @@ from toy import toy_config, toy_data
 
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
-from attribution.models import classifier
+from attribution.models import classifier, model_facts
 from attribution.scores.features import featurize
 from attribution.scores.trak import check_gradients
 from attribution.scores.traker_adapters import HookGradientComputer, MarginOutput, SketchProjector
@@ -26,7 +26,7 @@ def test_a_saved_model_goes_all_the_way_to_features(name: str, tmp_path: Path) -
     config = toy_config(model=str(tmp_path / name), image_size=side, proj_dim=16, num_blocks=2)
     check_gradients(config, data.class_names)
     model = classifier.build(config.model, data.class_names, seed=0)
-    classifier.save(model, tmp_path / "checkpoint", side, *classifier.normalisation(config.model))
+    classifier.save(model, tmp_path / "checkpoint", side, *model_facts.normalisation(config.model))
     store = featurize(config, data, [tmp_path / "checkpoint"], tmp_path / "work")[0]
     for split, rows in (("train", 8), (TARGETS, 4)):
         features = np.concatenate(store.features(split))

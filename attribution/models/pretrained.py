@@ -1,0 +1,188 @@
+"""Reads models that somebody else may have written: from_pretrained folders and Hub models, as data only."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from attribution.errors import InputError, reason
+from attribution.runtime.safe_files import read_json, regular
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Small enough to train from scratch in seconds on a CPU.
+MINI_CONFIGS: dict[str, dict[str, Any]] = {
+    "resnet-mini": {
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 64],
+        "depths": [1, 1, 1],
+        "layer_type": "basic",
+    },
+}
+MOST_MODULES = 10_000  # of a model, nested ones included; EfficientNet-B7 has 1,099
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn every error in the block into an InputError: transformers raises many kinds for one mistake."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"model={name}: cannot be loaded; it must be {', '.join(MINI_CONFIGS)}, a "
+            f"from_pretrained folder with safetensors, or a Hub id that can be reached ({reason(error)})"
+        ) from error
+
+
+def load_pretrained(name: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model from safetensors; also return what transformers reports about its tensors.
+
+    Args:
+        options: of transformers' from_pretrained.
+
+    Raises:
+        InputError: it cannot be loaded, needs a pickle or code of its own, is larger than its files,
+            or has a number that is not finite.
+    """
+    from transformers import AutoModelForImageClassification
+
+    quiet_transformers()
+    with refusing(name):
+        nbytes = _check_folder(name)
+        if nbytes:
+            _check_count(sum(p.numel() for p in _empty_model(name).parameters()), nbytes)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"model={name}: its tensor {key} is not finite")
+    return model, info
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' progress bars, and its report on the replaced head, which is expected."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _check_folder(name: str) -> int:
+    """Refuse a folder that transformers would hang on; return how many bytes of weights it has.
+
+    Raises:
+        Exception: of any kind.
+    """
+    folder = Path(name)
+    if name in MINI_CONFIGS or not folder.is_dir():
+        return 0
+    files = {file.name: regular(file) for file in folder.iterdir() if not file.is_dir()}
+    nbytes = sum(f.stat().st_size for f in files.values() if f.suffix == ".safetensors")
+    config = read_json(files["config.json"]) if "config.json" in files else {}
+    if nbytes:
+        _check_count(config.get("num_labels", 0), nbytes)
+    return nbytes
+
+
+def _check_count(described: int, nbytes: int) -> None:
+    """Refuse a model that would take far more memory than its files."""
+    if described > nbytes:
+        raise ValueError(f"config.json describes {described:,} numbers, in {nbytes:,} bytes")
+
+
+@cache
+def skeleton(name: str) -> nn.Module:
+    """Return the model without weights, on PyTorch's meta device.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    with refusing(name):
+        _check_folder(name)
+        return _empty_model(name)
+
+
+def _empty_model(name: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig
+
+    if name in MINI_CONFIGS:
+        config = ResNetConfig(**MINI_CONFIGS[name])
+    else:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with torch.device("meta"), _bounded_depth():
+        return AutoModelForImageClassification.from_config(config)
+
+
+@contextmanager
+def _bounded_depth() -> Iterator[None]:
+    """Stop building a model of so many layers that it would take hours."""
+    count = itertools.count(1)
+
+    def registered(*_: object) -> None:
+        if next(count) > MOST_MODULES:
+            raise ValueError(f"config.json describes more than {MOST_MODULES:,} layers")
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def processor(name: str) -> Any:
+    """Return the image processor of a model, or None where it has none that transformers knows.
+
+    Raises:
+        InputError: a folder has one that cannot be loaded.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        with refusing(name):
+            _check_folder(name)
+            return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except InputError:
+        if (Path(name) / "preprocessor_config.json").exists():
+            raise
+        return None
+
+
+def fingerprint(name: str) -> str:
+    """Return what a model name stands for: a hash of a folder's content, else the name itself.
+
+    Raises:
+        InputError: the folder does not hold a model.
+    """
+    if name in MINI_CONFIGS:
+        return json.dumps(MINI_CONFIGS[name], sort_keys=True)
+    if not Path(name).is_dir():
+        return name
+    with refusing(name):
+        _check_folder(name)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
