@@ -1,9 +1,10 @@
-"""What a score artifact says: its extreme examples, who harms whom, and alignment beside loss.
+"""Read a score artifact: the extreme examples, which class harms which, and alignment against loss.
 
     python examples/analysis.py RUN_ID_OR_FOLDER [--out FOLDER]
 
-RUN_ID is a run of trak, or of ablation or evaluate, which name theirs; FOLDER holds scores.npy and
-its tables. Tables are printed; analysis.png and by_class.csv are written to --out. Nothing is trained.
+RUN_ID is a trak run, or an ablation or evaluate run that was built on one. FOLDER holds scores.npy
+and its tables. The script prints tables, and writes analysis.png and by_class.csv to --out. It trains
+nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 
-# So that it runs from a checkout that is not installed.
+# Makes the script run from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attribution import InputError, Scores, load_scores
 from attribution.experiments.statistics import detection
@@ -36,7 +37,7 @@ RANKINGS = {"trust": 1, "alignment": 1, "loss": -1, "label_quality": 1, "self_in
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, read, print, draw; bad input is one line and exit code 2."""
+    """Parse the arguments, print and draw. Bad input ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="RUN_ID_OR_FOLDER")
     parser.add_argument(
@@ -59,10 +60,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find(source: str) -> str:
-    """What load_scores takes, for a folder, a run's id, or an address such as runs:/ID/scores.
+    """Turn a folder, a run id or an address such as runs:/ID/scores into what load_scores takes.
 
     Raises:
-        InputError: it is none of them, or there is no such run.
+        InputError: it is none of these, or there is no such run.
     """
     if Path(source).is_dir() or ":/" in source:
         return source
@@ -82,37 +83,42 @@ def find(source: str) -> str:
 
 
 def report(scores: Scores) -> None:
-    """Print everything that a terminal can show."""
+    """Print the tables."""
     train, targets = scores.train, scores.targets
     n, m = scores.values.shape
     print(f"{n} training examples, {m} targets (validation examples); {SIGN}")
 
     by_alignment = train.sort_values("alignment", kind="stable")
     columns = SHOWN + [c for c in ("is_flipped", "true_label") if c in train]
-    _print("most harmful on the whole", by_alignment[columns].head(10))
-    _print("most helpful on the whole", by_alignment[columns].iloc[::-1].head(10))
+    _print("most harmful examples by alignment", by_alignment[columns].head(10))
+    _print("most helpful examples by alignment", by_alignment[columns].iloc[::-1].head(10))
     print(f"\n{(train['alignment'] < 0).mean():.1%} of the examples have a negative alignment")
 
     worst = int(targets["loss"].to_numpy().argmax())
     name = f"target {worst} ({targets['label_name'][worst]}), the one with the highest loss"
-    _print(f"what lowers the margin of {name}", scores.bottom(worst, 5)[["score", *SHOWN[:2]]])
-    _print(f"what raises the margin of {name}", scores.top(worst, 5)[["score", *SHOWN[:2]]])
-
-    correlation, shared = beside_loss(train)
-    print(
-        f"\nalignment beside loss: Spearman {correlation:+.2f}; of the most harmful tenth "
-        f"{shared:.0%} are in the tenth of the highest loss"
+    _print(
+        f"examples that lower the margin of {name}", scores.bottom(worst, 5)[["score", *SHOWN[:2]]]
     )
-    _print("harm by class of the training example", by_class(scores))
+    _print(f"examples that raise the margin of {name}", scores.top(worst, 5)[["score", *SHOWN[:2]]])
+
+    correlation, shared = against_loss(train)
+    print(
+        f"\nalignment and loss: Spearman correlation {correlation:+.2f}; {shared:.0%} of the most "
+        "harmful tenth are also in the tenth with the highest loss"
+    )
+    _print("harm by class of the training examples", by_class(scores))
     found = flips(train)
     if len(found):
-        _print(f"the {train['is_flipped'].sum()} labels flipped on purpose, as ranked by", found)
+        _print(
+            f"the {train['is_flipped'].sum()} labels flipped on purpose: how well each ranking finds them",
+            found,
+        )
     else:
-        print("\nno label is known to be flipped, so that no ranking can be judged by it")
+        print("\nno label is known to be flipped, so the rankings cannot be judged")
 
 
-def beside_loss(train: pd.DataFrame) -> tuple[float, float]:
-    """Spearman's correlation of alignment and loss, and the overlap of the two most suspect tenths."""
+def against_loss(train: pd.DataFrame) -> tuple[float, float]:
+    """Spearman correlation of alignment and loss, and the overlap of their most suspect tenths."""
     tenth = max(1, len(train) // 10)
     harmful = train["alignment"].nsmallest(tenth).index
     lossy = train["loss"].nlargest(tenth).index
@@ -121,7 +127,7 @@ def beside_loss(train: pd.DataFrame) -> tuple[float, float]:
 
 
 def by_class(scores: Scores) -> pd.DataFrame:
-    """One row a class of training examples: how many, how they align, and their share of all harm."""
+    """One row per class of the training examples: count, alignment, and share of all harm."""
     train = scores.train.assign(harm=(-scores.train["alignment"]).clip(lower=0))
     table = train.groupby("label_name").agg(
         examples=("alignment", "size"),
@@ -150,7 +156,7 @@ def class_matrix(scores: Scores) -> pd.DataFrame:
 
 
 def flips(train: pd.DataFrame) -> pd.DataFrame:
-    """How well each ranking finds the flips: AUROC, average precision, recall; empty without flips."""
+    """AUROC, average precision and recall of each ranking for the flips; empty without flips."""
     if "is_flipped" not in train:
         return pd.DataFrame()
     is_flipped = train["is_flipped"].to_numpy(bool)
@@ -163,7 +169,7 @@ def flips(train: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(scores: Scores, path: Path) -> None:
-    """Alignment's distribution, alignment beside loss, who harms whom, and harm by class."""
+    """Draw the distribution of alignment, alignment against loss, harm between classes, and by class."""
     train = scores.train
     flipped = np.zeros(len(train), dtype=bool)
     if "is_flipped" in train:
@@ -206,7 +212,7 @@ def draw(scores: Scores, path: Path) -> None:
 
 
 def _plain(names: pd.Index) -> list[str]:
-    """Names that matplotlib draws as they are: a dollar sign would start a formula."""
+    """Escape names for matplotlib, where a dollar sign starts a formula."""
     return [str(name).replace("$", r"\$") for name in names]
 
 

@@ -1,4 +1,4 @@
-"""The worked example: what it prints and draws of a small score artifact, and how it refuses others."""
+"""The worked example: the tables and the figure of a small score artifact, and refused input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def table(labels: np.ndarray, prefix: str) -> pd.DataFrame:
 
 
 def write(folder: Path, flipped: bool) -> Path:
-    """40 examples and 9 targets; the first four examples lower every margin, where flips are asked for."""
+    """40 examples and 9 targets; with `flipped`, the first four examples lower every margin."""
     values = np.random.default_rng(0).normal(size=(40, 9)).astype(np.float32)
     is_flipped = np.arange(40) < 4
     if flipped:
@@ -59,6 +59,7 @@ def run(example, *argv: str | Path) -> None:
     example.main([str(arg) for arg in argv])
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_newcomer_types_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "scores", flipped=True)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -77,8 +78,16 @@ def test_it_runs_as_a_newcomer_types_it(tmp_path: Path) -> None:
 
 
 def test_without_known_flips_it_says_so(example, tmp_path: Path, capsys) -> None:
-    run(example, write(tmp_path / "scores", flipped=False), "--out", tmp_path / "out")
+    example.report(load_scores(write(tmp_path / "scores", flipped=False)))
     assert "no label is known to be flipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flipped", [True, False])
+def test_the_figure_is_drawn_with_and_without_known_flips(
+    example, tmp_path: Path, flipped: bool
+) -> None:
+    example.draw(load_scores(write(tmp_path / "scores", flipped)), tmp_path / "out.png")
+    assert plt.imread(tmp_path / "out.png").ndim == 3
 
 
 def test_the_extremes_are_those_of_the_tables(example, tmp_path: Path, capsys) -> None:
@@ -124,10 +133,10 @@ def test_flips_that_lower_every_margin_are_all_found(example, tmp_path: Path) ->
     assert found.loc["alignment", "recall_10pct"] == 1
 
 
-def test_alignment_beside_loss_by_hand(example) -> None:
+def test_alignment_against_loss_by_hand(example) -> None:
     train = pd.DataFrame({"alignment": np.arange(20.0), "loss": -np.arange(20.0)})
-    assert example.beside_loss(train) == pytest.approx((-1, 1))
-    assert example.beside_loss(train.assign(loss=np.arange(20.0))) == pytest.approx((1, 0))
+    assert example.against_loss(train) == pytest.approx((-1, 1))
+    assert example.against_loss(train.assign(loss=np.arange(20.0))) == pytest.approx((1, 0))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +148,10 @@ def test_alignment_beside_loss_by_hand(example) -> None:
     ],
 )
 def test_bad_input_is_one_line(
-    example, source: str, words: str, tmp_path: Path, monkeypatch, capfd
+    example, new_place, source: str, words: str, tmp_path: Path, monkeypatch, capfd
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
+    with new_place("examples").active(), pytest.raises(SystemExit) as caught:
         run(example, source)
     told = capfd.readouterr()
     assert caught.value.code == 2 and told.out == ""
@@ -159,14 +168,16 @@ def test_an_out_that_is_a_file_is_refused_in_one_line(example, tmp_path: Path, c
     assert capsys.readouterr().err.startswith(f"error: out={tmp_path / 'out'}: cannot be written")
 
 
-def test_a_run_that_was_built_on_scores_leads_to_them(example, tmp_path: Path) -> None:
+def test_a_run_that_was_built_on_scores_leads_to_them(example, new_place) -> None:
     import mlflow
 
-    with mlflow.start_run() as scored:
-        pass
-    with mlflow.start_run(tags={"trak_run_id": scored.info.run_id}) as built:
-        pass
-    with mlflow.start_run(tags={"reused_run_id": built.info.run_id}) as again:
-        pass
-    for run_id in (scored.info.run_id, built.info.run_id, again.info.run_id):
-        assert example.find(run_id) == f"runs:/{scored.info.run_id}/scores"
+    def finished_run(**tags: str) -> str:
+        with mlflow.start_run(tags=tags) as found:
+            return found.info.run_id
+
+    with new_place("examples").active():
+        scored = finished_run()
+        built = finished_run(trak_run_id=scored)
+        again = finished_run(reused_run_id=built)
+        for run_id in (scored, built, again):
+            assert example.find(run_id) == f"runs:/{scored}/scores"
