@@ -1,4 +1,4 @@
-"""MLproject, the environment files and mlruns/, read as MLflow itself reads them."""
+"""MLproject, the environment files, mlruns/ and the top level, read as MLflow and pip read them."""
 
 from __future__ import annotations
 
@@ -131,15 +131,28 @@ def test_requirements_name_what_is_given() -> None:
     }
 
 
-def test_every_extra_is_the_requirements_file_of_its_name() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    files = {
-        path.stem.removeprefix("requirements-"): path for path in ROOT.glob("requirements-*.txt")
+def test_the_extras_agree_with_the_requirements_for_development() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert set(extras) == {"ray", "dev", "benchmark"}
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    assert lines == ["-r requirements.txt", *extras["dev"]]
+    assert set(extras["ray"]) <= set(lines)
+
+
+def test_the_top_level_holds_only_what_a_reader_expects() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folders = {name.split("/")[0] for name in listed.stdout.split() if "/" in name}
+    assert folders == {
+        *(".ci", "attribution", "benchmarks", "docs", "examples", "locks", "mlruns", "scripts"),
+        "tests",
     }
-    assert extras["optional-dependencies"].keys() == files.keys()
-    for name, wanted in extras["optional-dependencies"].items():
-        lines = [line for line in files[name].read_text().splitlines() if line[:1] not in "#"]
-        assert lines == ["-r requirements.txt", *wanted]
+    assert sorted(path.name for path in ROOT.glob("requirements*")) == [
+        "requirements-dev.txt",
+        "requirements.txt",
+    ]
 
 
 def test_mlruns_holds_nothing_that_turns_mlflow_back_to_the_file_store(monkeypatch) -> None:

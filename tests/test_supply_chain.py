@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ("locks/requirements.lock", "locks/requirements-dev.lock")
 MADE_OF = {
     "requirements.txt": "locks/requirements.lock",
-    "requirements-ray.txt": "locks/requirements-dev.lock",
     "requirements-dev.txt": "locks/requirements-dev.lock",
 }
 AUDIT = runpy.run_path(str(ROOT / ".ci" / "audit.py"))

@@ -1,4 +1,4 @@
-"""EK-FAC influence functions by kronfluence, an optional package (requirements-benchmark.txt)."""
+"""EK-FAC influence functions by kronfluence, an optional package (extra `benchmark`)."""
 
 from __future__ import annotations
 

@@ -208,6 +208,4 @@ def check_methods(names: Sequence[str]) -> None:
         if name not in METHODS:
             raise InputError(f"methods={name}: unknown; {nearest(name, list(METHODS), limit=20)}")
     if "ekfac" in names and not find_spec("kronfluence"):
-        raise InputError(
-            "methods=ekfac: needs kronfluence; pip install -r requirements-benchmark.txt"
-        )
+        raise InputError("methods=ekfac: needs kronfluence; pip install -e '.[benchmark]'")

@@ -123,9 +123,7 @@ def connect(address: str) -> ModuleType:
     try:
         import ray
     except ImportError:
-        raise InputError(
-            "backend=ray: Ray is not installed; pip install -r requirements-ray.txt"
-        ) from None
+        raise InputError("backend=ray: Ray is not installed; pip install -e '.[ray]'") from None
     if ray.is_initialized():
         return ray
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -351,5 +351,5 @@ def test_ray_s_client_is_refused() -> None:
 
 def test_ray_that_is_not_installed_is_told_with_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match="pip install -r requirements-ray.txt"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[ray\]'"):
         mapped(refuse, [(0,)], toy_config(backend="ray"))
