@@ -6,18 +6,15 @@ import argparse
 import contextlib
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESNET18 = {
-    "embedding_size": 64,
-    "hidden_sizes": [64, 128, 256, 512],
-    "depths": [2, 2, 2, 2],
-    "layer_type": "basic",
-}
+WIDTHS = [64, 128, 256, 512]
+RESNET18 = {"hidden_sizes": WIDTHS, "depths": [2, 2, 2, 2], "layer_type": "basic"}
 
 
 def command_environment(cache: Path | str) -> dict[str, str]:
@@ -27,6 +24,19 @@ def command_environment(cache: Path | str) -> dict[str, str]:
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
     return {**kept, "TRAK_ABLATION_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+def add_cache_dir(parser: Any) -> None:
+    """Add the flag for the folder where models are kept for the next run."""
+    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that data_settings reads."""
+    parser.add_argument("--dataset", default="", help="image folder; empty takes the digits")
+    parser.add_argument("--model", default="resnet-mini", help="with --dataset")
+    parser.add_argument("--epochs", type=int, default=3, help="with --dataset")
+    add_cache_dir(parser)
 
 
 def data_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ from attribution.models.train import train, training_key
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import derive_seed
 from attribution.scores.features import feature_batch_size
-from benchmarks.common import data_settings
+from benchmarks.common import add_data_options, data_settings
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this sub-benchmark."""
-    parser.add_argument("--dataset", default="", help="image folder; empty takes the digits")
-    parser.add_argument("--model", default="resnet-mini", help="with --dataset")
-    parser.add_argument("--epochs", type=int, default=3, help="with --dataset")
+    add_data_options(parser)
     parser.add_argument("--subsets", type=int, default=100, help="random halves to retrain on")
     parser.add_argument("--subset_repeats", type=int, default=3, help="models per subset")
     parser.add_argument("--fractions", type=float, nargs="*", default=[0.5, 0.8, 1.0])
@@ -42,7 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2, 5, 10])
     parser.add_argument("--lambdas", type=float, nargs="*", default=[0.001, 0.01, 0.1, 1, 10])
     parser.add_argument("--sketches", type=int, nargs="*", default=[1, 2, 4], help="per checkpoint")
-    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +84,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         folder = work / f"{training_key(own, data)[:12]}-{fraction:g}"
         members = train_checkpoints(own, data, masks, folder)
         settings = [default, *_around(default, options)] if is_default else [default]
-        judge("independent", Ensemble(own, data, members, masks), settings)
+        judge("independent", Ensemble(own, data, members), settings)
         epochs = _epochs_of_one_run(own, data, masks[0], default.checkpoints, work)
-        ensemble = Ensemble(own, data, epochs, np.tile(masks[0], (len(epochs), 1)))
-        judge("epochs of one", ensemble, [dataclasses.replace(default, checkpoints=len(epochs))])
+        judge(
+            "epochs of one",
+            Ensemble(own, data, epochs),
+            [dataclasses.replace(default, checkpoints=len(epochs))],
+        )
     return sorted(rows, key=lambda row: -row["choice"])
 
 
@@ -111,10 +110,8 @@ class Ensemble:
     The sketch of a block is the sum over its layers, so one pass serves every number of blocks.
     """
 
-    def __init__(
-        self, config: Config, data: ImageData, members: list[Checkpoint], masks: np.ndarray
-    ) -> None:
-        self.config, self.data, self.members, self.unseen = config, data, members, ~masks
+    def __init__(self, config: Config, data: ImageData, members: list[Checkpoint]) -> None:
+        self.config, self.data, self.members = config, data, members
         labels = data.labels("train")
         # 1 - p of each training example under each checkpoint.
         self.each = np.stack([expit(-margins(m.train_logits, labels)) for m in members])
@@ -125,12 +122,7 @@ class Ensemble:
         count = setting.checkpoints
         draws = list(itertools.product(range(setting.sketches), range(count)))
         plain = sum(self._one(m, draw, setting) for draw, m in draws) / len(draws)
-        found = {"none": plain, "mean": plain * self.each[:count].mean(axis=0)[:, None]}
-        unseen = self.unseen[:count]
-        if unseen.any(axis=0).all():
-            weight = (self.each[:count] * unseen).sum(axis=0) / unseen.sum(axis=0)
-            found["out of sample"] = plain * weight[:, None]
-        return found
+        return {"none": plain, "mean": plain * self.each[:count].mean(axis=0)[:, None]}
 
     def _one(self, m: int, draw: int, setting: Setting) -> np.ndarray:
         """Scores (n_train, n_targets) of checkpoint m."""

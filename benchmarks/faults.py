@@ -14,14 +14,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from mlflow import MlflowClient
+
 from benchmarks.common import command_environment
 
-KINDS = ("SIGKILL", "SIGKILL twice", "SIGKILL to all", "SIGTERM", "Ctrl-C", "dead worker", "full disk")  # fmt: skip
+# Each signal, and whether the command's whole process group gets it, as from a terminal.
+SIGNALS = {
+    "SIGKILL": (signal.SIGKILL, False),
+    "SIGKILL twice": (signal.SIGKILL, False),
+    "SIGKILL to all": (signal.SIGKILL, True),
+    "SIGTERM": (signal.SIGTERM, False),
+    "Ctrl-C": (signal.SIGINT, True),
+}
+KINDS = (*SIGNALS, "dead worker", "full disk")
 GENTLE = ("SIGTERM", "Ctrl-C")  # signals that a command can answer
 # Small, but with every kind of unit: checkpoints, features, retrainings alone and in stacks.
 SETTINGS = {"num_models": 4, "epochs": 4, "jobs": 2}
@@ -39,6 +50,7 @@ TIMES = ("seconds", "milliseconds_per_gradient")
 # minute for their control server.
 LEAVE = {"local": 5.0, "ray": 75.0}
 TIME_LIMIT = 900.0  # seconds until a command counts as hanging
+START_UP = 15.0  # seconds, at most, from the start to the kill of a command without a unit
 PAUSE = 2.0  # seconds, at most, between a finished unit and the kill
 COUNTED = ("failed", "kept", "lost", "different", "orphans", "badly_marked", "silent")
 SLOWEST = ("slowest_stop", "last_left")
@@ -77,10 +89,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         for number in range(options.trials):
             name = options.commands[number % len(options.commands)]
             kind = draw.choice(options.kinds)
-            trial: dict[str, Any] = {"backend": backend, "kind": kind, "stage": "", "command": name}
+            trial: dict[str, Any] = {"backend": backend, "kind": kind, "stage": ""}
             with new_place(name, backend, small_disk=kind == "full disk") as place:
                 try:
-                    trial |= Trial(place, kind, draw, expected[name]).run()
+                    trial |= Trial(place, kind, draw, *expected[name]).run()
                 except (RuntimeError, TimeoutError) as error:
                     trial |= {"failed": 1, "reason": str(error)}
             trials.append(trial)
@@ -89,18 +101,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _summary(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    import pandas as pd
-
-    table = pd.DataFrame(trials).reindex(
-        columns=["backend", "kind", "stage", "command", *COUNTED, *SLOWEST]
-    )
-    groups = table.fillna(dict.fromkeys((*COUNTED, *SLOWEST), 0)).groupby(
-        ["backend", "kind", "stage"]
-    )
-    columns: dict[str, Any] = {"trials": ("command", "size")}
+    groups = ["backend", "kind", "stage"]
+    table = pd.DataFrame(trials).reindex(columns=[*groups, *COUNTED, *SLOWEST]).fillna(0)
+    columns: dict[str, Any] = {"trials": ("failed", "size")}
     columns |= {name: (name, "sum") for name in COUNTED}
     columns |= {name: (name, "max") for name in SLOWEST}
-    return groups.agg(**columns).reset_index().to_dict("records")
+    return table.groupby(groups).agg(**columns).reset_index().to_dict("records")
 
 
 @dataclass
@@ -178,8 +184,6 @@ class Place:
 
     def runs(self) -> list[Any]:
         """All MLflow runs, oldest first."""
-        from mlflow import MlflowClient
-
         database = self.folder / "mlflow.db"
         if not database.exists():
             return []
@@ -229,38 +233,31 @@ def new_place(command: str, backend: str, small_disk: bool = False) -> Iterator[
                 subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@dataclass(frozen=True)
-class Undisturbed:
-    """A command that ran to its end: units of work, seconds until the first one, and results."""
-
-    units: int
-    start_up: float
-    results: dict[str, str]
-
-
-def undisturbed(command: str, backend: str) -> Undisturbed:
-    """Run the command once without a fault."""
+def undisturbed(command: str, backend: str) -> tuple[int, dict[str, str]]:
+    """Run the command once without a fault; return its number of units and its results."""
     with new_place(command, backend) as place:
-        process, start = place.start(), time.monotonic()
-        place.wait_for(process, 1, pause=0)
-        start_up = time.monotonic() - start
-        place.finish(process, before={})
-        return Undisturbed(len(place.seen), start_up, place.results())
+        place.finish(place.start(), before={})
+        return len(place.seen), place.results()
 
 
 @dataclass
 class Trial:
-    """One command that is disturbed once or twice, and then run to its end."""
+    """One command that is disturbed once or twice, and then run to its end.
+
+    Attributes:
+        units, results: of an undisturbed run.
+    """
 
     place: Place
     kind: str
     draw: random.Random
-    expected: Undisturbed
+    units: int
+    results: dict[str, str]
 
     def run(self) -> dict[str, Any]:
         """Disturb the command, run it again, and count what went wrong, as `run` above says."""
         times = 2 if self.kind == "SIGKILL twice" else 1
-        moments = sorted(self.draw.randint(0, self.expected.units) for _ in range(times))
+        moments = sorted(self.draw.randint(0, self.units) for _ in range(times))
         outcomes = [self.disturb(units) for units in moments]
         orphans = sum(each.get("orphans", 0) for each in outcomes)
         found: dict[str, Any] = {"moments": moments, **outcomes[-1], "orphans": orphans}
@@ -268,14 +265,13 @@ class Trial:
             before = self.place.units()
             found |= {"kept": len(before), "lost": self.place.finish(self.place.start(), before)}
         results = self.place.results()
-        wanted = self.expected.results
-        found["different"] = sum(results.get(key) != value for key, value in wanted.items())
+        found["different"] = sum(results.get(key) != wanted for key, wanted in self.results.items())
         return found
 
     def disturb(self, units: int) -> dict[str, Any]:
         """Start the command, do what the kind says after that many units, and wait for its end."""
         process = self.place.start()
-        pause = self.draw.uniform(0, PAUSE if units else self.expected.start_up)
+        pause = self.draw.uniform(0, PAUSE if units else START_UP)
         self.place.wait_for(process, units, pause)
         if self.kind == "dead worker":
             stage = self.place.stage()
@@ -289,7 +285,8 @@ class Trial:
             return {"stage": self.place.stage(), "silent": int(silent)}
         start = time.monotonic()
         if process.poll() is None:
-            self.stop(process)
+            number, to_all = SIGNALS[self.kind]
+            (os.killpg if to_all else os.kill)(process.pid, number)
             process.wait(TIME_LIMIT)
         found: dict[str, Any] = {"stage": self.place.stage()}
         if self.kind in GENTLE:
@@ -302,17 +299,6 @@ class Trial:
             process.pid, LEAVE["local" if self.kind in GENTLE else self.place.backend]
         )
         return found
-
-    def stop(self, process: subprocess.Popen) -> None:
-        """Send the signal; a terminal sends Ctrl-C to the whole process group."""
-        actions: dict[str, Callable[[], None]] = {
-            "SIGKILL": process.kill,
-            "SIGKILL twice": process.kill,
-            "SIGKILL to all": lambda: os.killpg(process.pid, signal.SIGKILL),
-            "SIGTERM": process.terminate,
-            "Ctrl-C": lambda: os.killpg(process.pid, signal.SIGINT),
-        }
-        actions[self.kind]()
 
     def fill_disk(self, process: subprocess.Popen) -> bool:
         """Fill the disk until the command ends; whether it failed without saying why."""

@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
-from attribution.experiments.ekfac import Analysis
+from attribution.experiments.ekfac import Analysis, decoded
 from attribution.gradients.per_sample import capture, margins
 from attribution.models import classifier
-from attribution.models.batches import batches_of
 from attribution.scores import trak
 from attribution.scores.features import make_traker
 
@@ -47,9 +46,7 @@ class Problem:
 
     def tensors(self, split: str) -> tuple[Tensor, Tensor]:
         """Images (n, 3, H, W) and labels (n,) of a split, on the CPU."""
-        batches = batches_of(self.config, self.data, split, 4096, torch.device("cpu"))
-        images, labels = zip(*batches)
-        return torch.cat(images), torch.cat(labels)
+        return decoded(self.config, self.data, split).tensors
 
     def loader(self, split: str, limit: int | None = None) -> DataLoader:
         """The first `limit` examples of a split, in order and decoded already."""
@@ -287,7 +284,7 @@ def _captum(problem: Problem, loader: DataLoader) -> Any:
 
 
 def kronfluence(problem: Problem) -> Scores:
-    """EK-FAC influence on minus the margin, its examples' measurement: positive = helpful."""
+    """EK-FAC influence on minus the margin, the mean over checkpoints; positive = helpful."""
     analyses = [_kronfluence(problem, folder) for folder in problem.checkpoints]
     values = 0.0
     for analysis in analyses:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from joblib.externals.loky import ProcessPoolExecutor
 
 from attribution.config import resolve
 from attribution.data.dataset import ImageData, load_data
@@ -29,7 +31,13 @@ from attribution.models.train import training_key
 from attribution.runtime.hashing import digest
 from attribution.runtime.progress import say
 from attribution.scores.alignment import group_alignment, group_ids, group_weights
-from benchmarks.common import RESNET18, make_model, peak_memory_mib, reset_peak_memory
+from benchmarks.common import (
+    RESNET18,
+    add_cache_dir,
+    make_model,
+    peak_memory_mib,
+    reset_peak_memory,
+)
 from benchmarks.peer_methods import METHODS, Problem
 
 RESAMPLES = 2000
@@ -48,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--proj_dim", type=int, default=512)
     quality.add_argument("--subsets", type=int, default=50, help="random halves to retrain on")
     quality.add_argument("--subset_repeats", type=int, default=2, help="models a subset, 2 or more")
-    quality.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+    add_cache_dir(quality)
     speed = parser.add_argument_group("speed: ResNet-18 with random weights")
     speed.add_argument("--sizes", type=int, nargs="*", default=[224], help="sides of the images")
     speed.add_argument("--speed_dim", type=int, default=2048, help="k")
@@ -58,13 +66,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every method in its own process. One that cannot run is a row that says why."""
     os.environ.update(QUIET)
-    rows, quality = [], {}
+    rows = []
     if options.part != "speed":
-        rows = measure_quality(options)
-        quality = {row["method"]: row["lds"] for row in rows if "lds" in row}
+        rows += measure_quality(options)
     if options.part != "quality":
         for size in options.sizes:
-            rows += measure_speed(options, size, quality)
+            rows += measure_speed(options, size)
     return rows
 
 
@@ -77,13 +84,11 @@ class Outcome:
 
     Attributes:
         fixed: seconds of a run that do not grow with the number of training images.
-        added_mib: peak memory minus the memory before the method started.
     """
 
     seconds: list[float] = field(default_factory=list)
     fixed: float = 0.0
     peak_mib: float = 0.0
-    added_mib: float = 0.0
     scores: np.ndarray | None = None
     self_influence: np.ndarray | None = None
     error: str = ""
@@ -113,40 +118,26 @@ def in_child(
     function: Callable[..., Outcome], arguments: tuple, limit: float, threads: int
 ) -> Outcome:
     """Call the function in a new process, so that the peak of memory is the method's own."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, function, arguments, threads))
-    process.start()
-    sender.close()
+    prepare = (torch.set_num_threads, (threads,)) if threads else (None, ())
+    pool = ProcessPoolExecutor(1, initializer=prepare[0], initargs=prepare[1])
     try:
-        if receiver.poll(limit):
-            return receiver.recv()
+        return pool.submit(function, *arguments).result(limit)
+    except TimeoutError:
         return Outcome(error=f"not done within {limit:g} s")
-    except EOFError:
-        process.join()
-        return Outcome(error=f"its process ended with code {process.exitcode} (out of memory?)")
-    finally:
-        process.kill()
-        process.join()
-
-
-def _child(sender: Any, function: Callable[..., Outcome], arguments: tuple, threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        outcome = function(*arguments)
+    except BrokenProcessPool:
+        return Outcome(error="its process died (out of memory?)")
     except Exception as error:  # a peer may fail in any way; the table goes on without it
-        reason = " ".join(str(error).split())[:160]
-        outcome = Outcome(error=f"{type(error).__name__}: {reason}")
-    sender.send(outcome)
+        return Outcome(error=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+    finally:
+        pool.shutdown(kill_workers=True)
 
 
-def measured(prepared: Callable[[], Any], before: float) -> tuple[Any, Outcome]:
-    """Call once: the result, its seconds, and the peak memory since it was `before` MiB."""
+def measured(prepared: Callable[[], Any]) -> tuple[Any, Outcome]:
+    """Call once: the result, its seconds, and the peak memory since the last reset."""
     start = time.perf_counter()
     result = prepared()
-    seconds, peak = time.perf_counter() - start, peak_memory_mib()
-    return result, Outcome([seconds], peak_mib=peak, added_mib=peak - before)
+    seconds = time.perf_counter() - start
+    return result, Outcome([seconds], peak_mib=peak_memory_mib())
 
 
 # ---- quality
@@ -158,8 +149,7 @@ def score_once(name: str, problem: Problem) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         problem = dataclasses.replace(problem, work=Path(folder), batch=METHODS[name].batch)
         reset_peak_memory()
-        call = METHODS[name].scores
-        scores, outcome = measured(lambda: call(problem), peak_memory_mib())
+        scores, outcome = measured(partial(METHODS[name].scores, problem))
         outcome.scores = np.asarray(scores.values, np.float32)
         outcome.self_influence = scores.self_influence and scores.self_influence()
     return outcome
@@ -243,7 +233,6 @@ def _cost(outcome: Outcome, examples: int, note: str) -> dict[str, Any]:
         "s_per_1000": outcome.fixed + 1000 * growing / examples,
         "n": len(outcome.seconds),
         "peak_mib": outcome.peak_mib,
-        "added_mib": outcome.added_mib,
         "note": note,
     }
 
@@ -256,17 +245,14 @@ def features_once(name: str, problem: Problem) -> Outcome:
 
     with tempfile.TemporaryDirectory() as folder:
         reset_peak_memory()
-        before = peak_memory_mib()
         prepared = METHODS[name].features(dataclasses.replace(problem, work=Path(folder)))
-        fixed, outcome = measured(prepared, before)
+        fixed, outcome = measured(prepared)
         outcome.fixed = fixed or 0.0
         return outcome
 
 
-def measure_speed(
-    options: argparse.Namespace, size: int, quality: dict[str, float]
-) -> list[dict[str, Any]]:
-    """One row per method and batch size: seconds per 1,000 images, MiB, and LDS on the digits."""
+def measure_speed(options: argparse.Namespace, size: int) -> list[dict[str, Any]]:
+    """One row per method and batch size: seconds per 1,000 images, also as times ours, and MiB."""
 
     with tempfile.TemporaryDirectory() as folder:
         tasks, shapes = {}, {}
@@ -282,7 +268,6 @@ def measure_speed(
     for label, (name, images) in shapes.items():
         row = {"part": f"speed, ResNet-18, {size} x {size}, k {options.speed_dim}"}
         row |= {"method": label, "images": images}
-        row |= {"lds_on_digits": quality[name]} if name in quality else {}
         rows.append(row | _cost(outcomes[label], images, METHODS[name].note))
     ours = next((r.get("s_per_1000") for r in rows if r["method"].startswith("ours,")), None)
     for row in rows:

@@ -20,27 +20,23 @@ from attribution.models.train import training_key
 from attribution.runtime.device import resolve_device, resolve_precision
 from attribution.runtime.hashing import digest
 from attribution.scores.trak import compute_scores
-from benchmarks.common import data_settings
+from benchmarks.common import add_data_options, data_settings
 
-# Name: (parameters, whether its random signs are those of the first variant).
 VARIANTS = {
-    "sketch, float32": ({"feature_precision": "float32", "projector": "sketch"}, True),
-    "sketch, bfloat16": ({"feature_precision": "bfloat16", "projector": "sketch"}, True),
-    "sketch, float32, other signs": ({"feature_precision": "float32", "seed": 1}, False),
-    "dense normal, float32": ({"feature_precision": "float32", "projector": "normal"}, False),
+    "sketch, float32": {"feature_precision": "float32", "projector": "sketch"},
+    "sketch, bfloat16": {"feature_precision": "bfloat16", "projector": "sketch"},
+    "sketch, float32, other signs": {"feature_precision": "float32", "seed": 1},
+    "dense normal, float32": {"feature_precision": "float32", "projector": "normal"},
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this sub-benchmark."""
-    parser.add_argument("--dataset", default="", help="image folder; empty takes the digits")
-    parser.add_argument("--model", default="resnet-mini", help="with --dataset")
-    parser.add_argument("--epochs", type=int, default=3, help="with --dataset")
+    add_data_options(parser)
     parser.add_argument("--proj_dim", type=int, default=512)
     parser.add_argument("--checkpoints", type=int, default=4)
     parser.add_argument("--subsets", type=int, default=50, help="random halves to retrain on")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -53,7 +49,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     sizes = {"num_models": options.checkpoints, "proj_dim": options.proj_dim}
     config = resolve(data_settings(options) | sizes)
     for name in options.variants:  # refuse before training
-        precision = VARIANTS[name][0]["feature_precision"]
+        precision = VARIANTS[name]["feature_precision"]
         resolve_precision(precision, resolve_device(config.device), "feature_precision")
     data = load_data(config)
     work = Path(options.cache_dir) / f"precision-{data.fingerprint[:12]}"
@@ -63,27 +59,18 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     folders = [c.folder for c in train_checkpoints(config, data, masks, work / settings)]
     bank = build_bank(config, data, options.subsets, 1, 0.5, work / "bank")
     margins = bank.margins.mean(axis=1)
+    setting = f"{Path(config.dataset).name}, n {n}, k {config.proj_dim}, {len(folders)} checkpoints"
     rows, first = [], None
     for name in options.variants:
-        given, same_signs = VARIANTS[name]
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            scores = compute_scores(replace(config, **given), data, folders, Path(folder))
+            scores = compute_scores(replace(config, **VARIANTS[name]), data, folders, Path(folder))
             seconds, values = time.perf_counter() - start, np.array(scores.values)
         first = values if first is None else first
         estimate = lds_difference(values, first, bank.masks, margins)
-        rows.append(
-            {
-                "setting": f"{Path(config.dataset).name}, n {n}, k {config.proj_dim}, "
-                f"{len(folders)} checkpoints, {options.subsets} subsets",
-                "side": name,
-                "pearson": float(np.corrcoef(values.ravel(), first.ravel())[0, 1]),
-                "same signs": "yes" if same_signs else "no",
-                "lds": float(np.nanmean(lds(values, bank.masks, margins))),
-                "difference": estimate.mean,
-                "ci_low": estimate.ci_low,
-                "ci_high": estimate.ci_high,
-                "seconds": seconds,
-            }
-        )
+        row = {"setting": setting, "side": name, "seconds": seconds}
+        row["pearson"] = float(np.corrcoef(values.ravel(), first.ravel())[0, 1])
+        row["lds"] = float(np.nanmean(lds(values, bank.masks, margins)))
+        row |= {"difference": estimate.mean, "ci_low": estimate.ci_low, "ci_high": estimate.ci_high}
+        rows.append(row)
     return rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from attribution.config import resolve
 from attribution.data.dataset import load_data
 from attribution.models.retrain import Series, _retrain
 from attribution.runtime.parallel import parallel_map
-from benchmarks.common import measure, ratio, summary
+from benchmarks.common import add_cache_dir, measure, ratio, summary
 
 BACKENDS = ("local", "ray")
 
@@ -27,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retrainings", type=int, default=8, help="per round, two in a task")
     parser.add_argument("--epochs", type=int, default=15, help="epochs of a retraining")
     parser.add_argument("--ray_address", default="local", help="host:port of a running cluster")
-    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+    add_cache_dir(parser)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,37 +17,22 @@ from attribution.models import train as training
 from attribution.models.batches import Batches
 from attribution.models.retrain import STACK
 from attribution.runtime.device import autocast
-from benchmarks.common import measure, ratio, summary
-
-EPOCHS = 3
+from benchmarks.common import add_data_options, data_settings, measure, ratio, summary
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this sub-benchmark."""
-    parser.add_argument("--dataset", default="", help="image folder; empty takes the digits")
-    parser.add_argument("--model", default="resnet-mini", help="with --dataset")
-    parser.add_argument("--image_size", type=int, default=64, help="with --dataset")
-    parser.add_argument("--batch_size", type=int, default=0, help="0: the preset's")
-    parser.add_argument("--precision", default="", help="empty: the preset's")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--images", type=int, default=2000, help="images per epoch")
-    parser.add_argument("--cache_dir", default=tempfile.gettempdir() + "/trak-ablation-benchmark")
+    add_data_options(parser)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train three epochs each way, and a stack of ten models where small models train in stacks."""
-
-    given = {"epochs": EPOCHS, "cache_dir": options.cache_dir, "device": options.device}
-    if options.dataset:
-        given |= {"preset": "food101", "dataset": options.dataset, "patience": 0}
-        given |= {"image_size": options.image_size, "model": options.model, "precision": "auto"}
-    for name in ("batch_size", "precision"):
-        if getattr(options, name):
-            given[name] = getattr(options, name)
-    config = resolve(given)
+    """Train some epochs each way, and ten models as one where small models train in stacks."""
+    given = {"epochs": options.epochs, "device": options.device}
+    config = resolve(data_settings(options) | given)
     data = load_data(config)
-    n = min(len(data.rows("train")), options.images)
-    keep = np.arange(len(data.rows("train"))) < n
+    n = len(data.rows("train"))
+    keep = np.ones(n, dtype=bool)
     sides = {
         "bare steps": bare_epochs(config, data, keep),
         "epochs": lambda: training.train(config, data, 0, keep, validate=False),
@@ -64,7 +48,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     setting += f"batch {config.batch_size}, {config.precision}, {config.device}"
     return [
         {"setting": setting, "side": side}
-        | summary(values, n * EPOCHS)
+        | summary(values, n * config.epochs)
         | {"ratio": ratio(values, seconds["bare steps"])}
         for side, values in seconds.items()
     ]
