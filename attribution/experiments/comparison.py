@@ -12,17 +12,8 @@ import pandas as pd
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
-from attribution.experiments.arms import (
-    Trial,
-    actions_of,
-    check_arms,
-    check_fracs,
-    count_trials,
-    kept_table,
-    plan_trials,
-    removal_metrics,
-    removed_table,
-)
+from attribution.experiments import arms
+from attribution.experiments.arms import Trial
 from attribution.experiments.evidence import Evidence
 from attribution.experiments.statistics import (
     Estimate,
@@ -121,12 +112,12 @@ class Comparison:
 
     def removed(self, trial: Trial) -> pd.DataFrame:
         """The examples that a trial removes (see removed_table)."""
-        return removed_table(trial, self.train, self.evidence)
+        return arms.removed_table(trial, self.train, self.evidence)
 
     def removal_metrics(self, trial: Trial) -> dict[str, float]:
         """Removals per class, precision and recall of a trial (see arms.removal_metrics)."""
         n_flipped = int(self.train["is_flipped"].sum())
-        return removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
+        return arms.removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
 
     def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
         """The training examples that an arm keeps at a share; None if the arm takes no share.
@@ -137,7 +128,7 @@ class Comparison:
         for trial in trials:
             is_asked_for = frac is None or trial.size == round(frac * len(self.train))
             if trial.action == "remove" and is_asked_for:
-                return kept_table(trial, self.train)
+                return arms.kept_table(trial, self.train)
         raise InputError(f"export_arm={arm}: this comparison removes nothing by it at frac={frac}")
 
 
@@ -153,14 +144,14 @@ def check(config: Config, data: ImageData) -> None:
         missing.append("groups")
     if not train["is_flipped"].any():
         missing.append("is_flipped")
-    check_arms(config.arm_names, missing)
-    check_fracs(config.fracs, len(train))
+    arms.check_arms(config.arm_names, missing)
+    arms.check_fracs(config.fracs, len(train))
     check_groups(data.examples, config.groups)
 
 
 def count_retrainings(config: Config, n_train: int) -> int:
     """How many models the comparison needs at most, trained by an earlier command or not."""
-    return config.num_seeds * count_trials(config, n_train)
+    return config.num_seeds * arms.count_trials(config, n_train)
 
 
 def compare_arms(
@@ -172,8 +163,8 @@ def compare_arms(
         work: folder of finished retrainings.
     """
     seeds = [derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
-    trials = plan_trials(
-        config.arm_names, config.fracs, evidence, seeds, actions_of(config), data.class_names
+    trials = arms.plan_trials(
+        config.arm_names, config.fracs, evidence, seeds, arms.actions_of(config), data.class_names
     )
     logits = retrain(config, data, trials, seeds, work)
     labels = data.labels("test")

@@ -125,32 +125,39 @@ def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray
     for every subset. A target whose measured margins are all equal counts in no mean.
     """
     actual = bank.margins.mean(axis=1)
-    predicted = {
-        name: predicted_margins(method.values, bank.masks)
-        for name, method in methods.items()
-        if method.values is not None
-    }
     ceiling = float(np.nanmean(noise_ceiling(bank.margins))) if bank.repeats > 1 else np.nan
-    rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in methods}
-    for name, values in predicted.items():
-        lds = float(np.nanmean(spearman(values, actual)))
-        rows[name] |= {"lds": lds, "lds_share_of_ceiling": lds / ceiling if ceiling else np.nan}
-        rows[name]["calibration_slope"] = slope(values, actual)
-    drawn: dict[str, list[tuple[float, float]]] = {name: [] for name in predicted}
-    for part in resampled(len(actual), len(actual.T), DRAWS):
-        for name, values in predicted.items():
-            pair = values[part], actual[part]
-            drawn[name].append((float(np.nanmean(spearman(*pair))), slope(*pair)))
-    for name, pairs in drawn.items():
-        low, high = percentile_interval(pairs)
-        for i, figure in enumerate(("lds", "calibration_slope")):
-            rows[name] |= {f"{figure}_ci_low": low[i], f"{figure}_ci_high": high[i]}
+    rows = []
     for name, method in methods.items():
+        row: dict[str, Any] = {"method": name}
+        if method.values is not None:
+            predicted = predicted_margins(method.values, bank.masks)
+            lds, calibration = _agreement(predicted, actual)
+            low, high = percentile_interval(
+                [
+                    _agreement(predicted[part], actual[part])
+                    for part in resampled(len(actual), len(actual.T), DRAWS)
+                ]
+            )
+            row |= {
+                "lds": lds,
+                "lds_share_of_ceiling": lds / ceiling if ceiling else np.nan,
+                "calibration_slope": calibration,
+                "lds_ci_low": low[0],
+                "lds_ci_high": high[0],
+                "calibration_slope_ci_low": low[1],
+                "calibration_slope_ci_high": high[1],
+            }
         if method.trust is not None:
-            rows[name] |= detection(is_flipped, method.trust)
+            row |= detection(is_flipped, method.trust)
+        rows.append(row)
     columns = ["method", "lds", "lds_ci_low", "lds_ci_high", "lds_share_of_ceiling"]
-    table = pd.DataFrame(list(rows.values())).assign(noise_ceiling=ceiling)
+    table = pd.DataFrame(rows).assign(noise_ceiling=ceiling)
     return table.reindex(columns=columns + [c for c in table if c not in columns])
+
+
+def _agreement(predicted: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
+    """LDS, the mean over targets, and calibration slope of (S, m) margins."""
+    return float(np.nanmean(spearman(predicted, actual))), slope(predicted, actual)
 
 
 def brittleness(

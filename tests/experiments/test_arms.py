@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import toy_config, toy_data
+from toy import toy_config
 
 from attribution.config import resolve
 from attribution.errors import InputError
@@ -22,8 +21,7 @@ from attribution.experiments.arms import (
     removal_metrics,
     removed_table,
 )
-from attribution.experiments.evidence import Evidence, gather_evidence
-from attribution.scores.artifact import Scores
+from attribution.experiments.evidence import Evidence
 
 SEEDS = [11, 22, 33]
 
@@ -528,18 +526,3 @@ def test_without_planted_flips_there_is_no_precision_or_recall() -> None:
 
 def test_an_arm_that_removes_nothing_has_no_removal_metrics() -> None:
     assert removal_metrics(table_of([[], []]), n_flipped=2, n_seeds=2) == {}
-
-
-@pytest.mark.parametrize("asked", [{}, {"group_weights": "uniform"}, {"groups": "auto"}])
-def test_harm_is_trust_by_default_and_alignment_under_groups_of_ones_own(
-    tmp_path: Path, asked: dict[str, str]
-) -> None:
-    data, rng = toy_data(tmp_path), np.random.default_rng(0)
-    values = rng.normal(size=(32, 16)).astype(np.float32)
-    columns = dict.fromkeys(("loss", "label_quality", "self_influence"), 0.0)
-    train = data.table("train").assign(trust=rng.normal(size=32), predicted_label=0, **columns)
-    targets = data.table("validation").assign(loss=rng.random(16))
-    own = {"alignment": {"groups": "label", "group_weights": "exp_loss"}}
-    found = gather_evidence(toy_config(**asked), data, Scores(values, train, targets, own))
-    expected = found.alignment if asked else train["trust"]
-    np.testing.assert_array_equal(found.trust, expected)

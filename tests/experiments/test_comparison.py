@@ -20,6 +20,7 @@ from attribution.experiments.comparison import (
     CLASS_COLUMNS,
     Comparison,
     Outcome,
+    check,
     class_effects,
     compare,
     comparison_table,
@@ -229,6 +230,23 @@ def test_a_comparison_tells_what_an_arm_keeps_at_every_share_that_was_asked_for(
     for arm_name, frac in (("harmful", 0.2), ("loss", 0.05)):
         with pytest.raises(InputError, match=f"export_arm={arm_name}"):
             found.kept(arm_name, frac)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"arms": "harmfull"}, "arms=harmfull: unknown"),
+        ({"arms": "oracle"}, "arms=oracle: no label was flipped on purpose"),
+        ({"arms": "balanced", "groups": "auto"}, "arms=balanced: groups=auto"),
+        ({"frac": "0.2,0.01"}, "frac=0.01: removes none of the 32 training examples"),
+        ({"groups": "camera"}, "groups=camera: no such column"),
+    ],
+)
+def test_bad_input_is_refused_by_name(tmp_path: Path, given, message) -> None:
+    data = toy_data(tmp_path)
+    check(toy_config(), data)
+    with pytest.raises(InputError, match=f"^{message}"):
+        check(toy_config(**given), data)
 
 
 # Relabelling and groups

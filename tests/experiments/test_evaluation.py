@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from sklearn.metrics import average_precision_score, roc_auc_score
 from toy import toy_config, toy_data
 
 from attribution.errors import InputError
-from attribution.experiments import methods
+from attribution.experiments import evaluation
 from attribution.experiments.evaluation import brittleness, count_retrainings, judge
-from attribution.experiments.methods import Attribution, Subject, check_methods
-from attribution.experiments.statistics import detection, predicted_margins, resampled, slope
-from attribution.experiments.subset_bank import Bank, build_bank, load_bank
+from attribution.experiments.methods import Attribution
+from attribution.experiments.subset_bank import Bank, build_bank
 from attribution.models.predict import predict
 from attribution.models.train import train_stacked
 from attribution.reporting import terminal
@@ -84,17 +81,6 @@ def test_a_ranking_without_scores_has_detection_alone() -> None:
     assert "auroc" not in without
 
 
-def test_a_bank_that_was_made_anew_is_another_bank(tmp_path) -> None:
-    from attribution.tracking.fingerprint import fingerprint
-
-    data, keys = toy_data(tmp_path / "data"), []
-    for value in (0.0, 0.0, 1.0):
-        for name in ("masks", "margins"):
-            np.save(tmp_path / f"{name}.npy", np.full(3, value))
-        keys.append(fingerprint("evaluate", toy_config(bank=str(tmp_path)), data))
-    assert keys[0] == keys[1] != keys[2]
-
-
 def test_rankings_alone_can_be_judged() -> None:
     _, bank = planted()
     table = judge({"loss": Attribution(trust=np.arange(60.0))}, bank, np.arange(60) < 6)
@@ -113,40 +99,6 @@ def test_one_repeat_has_no_ceiling() -> None:
     values, bank = planted(repeats=1)
     table = judge({"true": Attribution.of(values)}, bank, np.arange(60) < 6)
     assert table[["noise_ceiling", "lds_share_of_ceiling"]].isna().all(axis=None)
-
-
-def test_detection_is_scikit_learns_and_a_count() -> None:
-    rng = np.random.default_rng(1)
-    flipped, values = rng.random(200) < 0.1, rng.normal(size=200)
-    found = detection(flipped, values)
-    assert found["auroc"] == pytest.approx(roc_auc_score(flipped, -values))
-    assert found["average_precision"] == pytest.approx(average_precision_score(flipped, -values))
-    first = sorted(range(200), key=lambda i: values[i])[:40]
-    assert found["recall_20pct"] == sum(flipped[i] for i in first) / flipped.sum()
-    assert found["auroc_ci_low"] < found["auroc"] < found["auroc_ci_high"]
-
-
-def test_the_slope_is_that_of_a_regression_of_what_is_left_of_each_target() -> None:
-    rng = np.random.default_rng(2)
-    x, y = rng.normal(3, 1, (20, 4)), rng.normal(-1, 2, (20, 4))
-    centred = [(values - values.mean(axis=0)).ravel() for values in (x, y)]
-    assert slope(x, y) == pytest.approx(stats.linregress(*centred).slope)
-    assert slope(x, 0.3 * x + np.arange(4)) == pytest.approx(0.3)
-
-
-def test_predicted_margins_do_not_depend_on_the_size_of_a_block(monkeypatch) -> None:
-    rng = np.random.default_rng(3)
-    values, masks = rng.normal(size=(50, 7)), rng.random((9, 50)) < 0.5
-    monkeypatch.setattr("attribution.runtime.npy_blocks.BLOCK_ROWS", 8)
-    np.testing.assert_allclose(predicted_margins(values, masks), masks @ values, atol=1e-12)
-
-
-def test_a_draw_takes_rows_and_columns_anew() -> None:
-    matrix = np.arange(30).reshape(5, 6)
-    drawn = [matrix[part] for part in resampled(5, 6, 200)]
-    assert all(d.shape == (5, 6) for d in drawn)
-    assert {len(np.unique(d[:, 0] // 6)) for d in drawn} >= {2, 3, 4}
-    assert np.mean(drawn) == pytest.approx(matrix.mean(), abs=1)
 
 
 def test_brittleness_retrains_without_what_supports_a_target(tmp_path: Path) -> None:
@@ -203,63 +155,6 @@ def test_retrainings_are_counted_for_the_bank_and_for_brittleness(tmp_path, monk
     assert count_retrainings(without) == (0, 0)
 
 
-# The bank on disk
-
-
-@pytest.fixture
-def kept(tmp_path: Path):
-    data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(epochs=1)
-    bank = build_bank(config, data, 10, 1, 0.5, tmp_path / "work")
-    folder = tmp_path / "bank"
-    folder.mkdir()
-    bank.save(folder, config, data)
-    return bank, folder, config, data
-
-
-def test_a_bank_that_was_saved_is_read_back_whatever_the_seed(kept) -> None:
-    bank, folder, config, data = kept
-    for seed in (0, 7):
-        found = load_bank(str(folder), toy_config(epochs=1, seed=seed), data)
-        np.testing.assert_array_equal(found.masks, bank.masks)
-        np.testing.assert_array_equal(found.margins, bank.margins)
-    spec = json.loads((folder / "spec.json").read_text())
-    assert (spec["num_subsets"], spec["num_repeats"], spec["alpha"]) == (10, 1, 0.5)
-
-
-def test_a_bank_for_something_else_is_refused(kept, tmp_path: Path) -> None:
-    _, folder, config, data = kept
-    other = toy_data(tmp_path / "other", n_train=22, n_other=6)
-    for settings, examples in ((toy_config(epochs=2), data), (config, other)):
-        with pytest.raises(InputError, match="^bank=.*was built for other data"):
-            load_bank(str(folder), settings, examples)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda f: (f / "masks.npy").unlink(),
-        lambda f: (f / "spec.json").write_text("{"),
-        lambda f: np.save(f / "masks.npy", np.array([{}], object), allow_pickle=True),
-        lambda f: np.save(f / "margins.npy", np.zeros((10, 1, 5))),
-        lambda f: np.save(f / "margins.npy", np.full((10, 1, 6), np.nan)),
-        lambda f: np.save(f / "masks.npy", np.ones((10, 20))),
-        lambda f: np.save(f / "masks.npy", np.full((10, 20), 2, np.uint8).view(bool)),
-        lambda f: np.save(f / "masks.npy", np.ones((1, 20), bool)),
-        lambda f: np.save(f / "margins.npy", np.zeros((10, 0, 6))),
-        lambda f: np.save(f / "margins.npy", np.zeros((10, 1, 6), int)),
-        lambda f: (f / "spec.json").write_text("[]"),
-        lambda f: (f / "spec.json").write_text("[" * 100_000),
-        lambda f: ((f / "spec.json").unlink(), os.mkfifo(f / "spec.json")),
-    ],
-)
-def test_a_damaged_bank_is_refused_in_one_line(kept, damage) -> None:
-    _, folder, config, data = kept
-    damage(folder)
-    with pytest.raises(InputError, match="^bank=") as caught:
-        load_bank(str(folder), config, data)
-    assert "\n" not in str(caught.value)
-
-
 # The command
 
 
@@ -267,6 +162,7 @@ SMALL = {"num_subsets": 10, "num_repeats": 2, "brittleness_targets": 3, "brittle
 ALL = "trak,trak_unweighted,trak_weighted,gradient_dot,gradient_cosine,penultimate,loss,random"
 
 
+@pytest.mark.slow
 def test_evaluate_judges_reuses_and_takes_a_bank(new_place) -> None:
     place = new_place("evaluate")
     first = place.done("evaluate", **SMALL, methods=ALL)
@@ -306,76 +202,34 @@ def test_evaluate_judges_reuses_and_takes_a_bank(new_place) -> None:
     [
         ({"methods": "trax"}, "methods=trax: unknown; did you mean trak"),
         ({"methods": ""}, "methods: names none"),
-        ({"alpha": 1}, "alpha=1.0: must be below 1"),
+        ({"alpha": 1.0}, "alpha=1.0: must be below 1"),
+        ({"alpha": 0.03}, "alpha=0.03: a subset needs 2 of the 32 training examples"),
         ({"num_subsets": 3}, "num_subsets=3: must be at least 10"),
-        ({"bank": "/nowhere"}, "bank=/nowhere: cannot be read"),
         ({"brittleness_targets": 1}, "brittleness_targets=1: an interval needs at least 2"),
         (
-            {"brittleness_targets": 2, "brittleness_k": 10**6},
-            "brittleness_k=1000000: must be below the",
+            {"brittleness_targets": 2, "brittleness_k": 32},
+            "brittleness_k=32: must be below the 32 training examples",
         ),
     ],
 )
-def test_bad_input_is_told_before_anything_is_trained(new_place, given, message) -> None:
+def test_bad_input_is_refused_by_name(tmp_path: Path, given, message) -> None:
+    data = toy_data(tmp_path)
+    evaluation.check(toy_config(), data)
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        evaluation.check(toy_config(**given), data)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"methods": "trax"}, "methods=trax: unknown"),
+        ({"bank": "/nowhere"}, "bank=/nowhere: cannot be read"),
+    ],
+)
+def test_a_command_refuses_bad_input_before_anything_is_trained(new_place, given, message) -> None:
     result = new_place("bad-evaluate").run("evaluate", **given)
     assert result.code == 2 and message in result.err
     assert not result.made()
-
-
-def test_ekfac_without_its_package_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setattr(methods, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install -e '\.\[benchmark\]'"):
-        check_methods(["ekfac"])
-
-
-# The methods
-
-
-def test_gradient_products_are_those_of_explicit_gradients(tmp_path: Path, new_place) -> None:
-    """Of long features, whose sketch is nearly the gradient itself."""
-    import torch
-
-    from attribution.gradients.per_sample import capture
-    from attribution.models import classifier
-    from attribution.models.batches import batches_of
-
-    data = toy_data(tmp_path / "data", n_train=12, n_other=5)
-    config = toy_config(proj_dim=1 << 15, num_blocks=1, epochs=1)
-    folder = tmp_path / "model"
-    classifier.save(
-        classifier.build("resnet-mini", data.class_names, 0), folder, 16, (0.5,) * 3, (0.5,) * 3
-    )
-
-    class Stub:
-        values = np.zeros((12, 5), np.float32)
-
-    work = tmp_path / "work"
-    work.mkdir()
-    subject = Subject(config, data, [folder], Stub, work)
-    model = classifier.load(folder)
-
-    def gradients(split: str) -> np.ndarray:
-        ((images, labels),) = batches_of(config, data, split, 64, torch.device("cpu"))
-        found = capture(model, images, labels).per_sample().values()
-        return torch.cat([g.flatten(1) for g in found], 1).double().numpy()
-
-    train, targets = gradients("train"), gradients("validation")
-    exact = train @ targets.T
-    dot = methods.gradient_dot(subject).values
-    assert np.corrcoef(dot.ravel(), exact.ravel())[0, 1] > 0.99
-    lengths = np.linalg.norm(train, axis=1)[:, None] * np.linalg.norm(targets, axis=1)
-    cosine = methods.gradient_cosine(subject).values
-    assert np.abs(cosine - exact / lengths).max() < 0.1
-
-    found: list[torch.Tensor] = []
-    for split in ("train", "validation"):
-        ((images, _),) = batches_of(config, data, split, 64, torch.device("cpu"))
-        with torch.no_grad():
-            found.append(model.resnet(images).pooler_output.flatten(1))
-    similarity = torch.nn.functional.cosine_similarity(found[0][:, None], found[1][None], dim=2)
-    same = data.labels("train")[:, None] == data.labels("validation")
-    expected = np.where(same, 1, -1) * similarity.numpy()
-    np.testing.assert_allclose(methods.penultimate(subject).values, expected, atol=1e-5)
 
 
 def judged(values: np.ndarray, margins: np.ndarray) -> pd.Series:

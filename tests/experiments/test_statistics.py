@@ -1,4 +1,4 @@
-"""Intervals, pairing, Holm's adjustment and detection of planted flips, each against another way."""
+"""Statistics, each compared with another way to compute it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from attribution.experiments.statistics import (
     bootstrap_interval,
@@ -16,9 +17,14 @@ from attribution.experiments.statistics import (
     detection,
     detection_metrics,
     holm,
+    lds,
     mean_estimate,
+    noise_ceiling,
     paired_difference,
+    predicted_margins,
+    resampled,
     seeds_needed,
+    slope,
 )
 
 
@@ -331,3 +337,67 @@ def test_intervals_of_seeds_that_nearly_all_agree_are_finite_and_hold_the_mean(n
     found = mean_estimate(values)
     assert low <= values.mean() <= high and found.ci_low <= values.mean() <= found.ci_high
     assert 0 < found.p <= 1
+
+
+# Judging scores by retrained subsets
+
+
+def test_detection_is_scikit_learns_and_a_count() -> None:
+    rng = np.random.default_rng(1)
+    flipped, values = rng.random(200) < 0.1, rng.normal(size=200)
+    found = detection(flipped, values)
+    assert found["auroc"] == pytest.approx(roc_auc_score(flipped, -values))
+    assert found["average_precision"] == pytest.approx(average_precision_score(flipped, -values))
+    first = sorted(range(200), key=lambda i: values[i])[:40]
+    assert found["recall_20pct"] == sum(flipped[i] for i in first) / flipped.sum()
+    assert found["auroc_ci_low"] < found["auroc"] < found["auroc_ci_high"]
+
+
+def test_the_slope_is_that_of_a_regression_of_what_is_left_of_each_target() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(3, 1, (20, 4)), rng.normal(-1, 2, (20, 4))
+    centred = [(values - values.mean(axis=0)).ravel() for values in (x, y)]
+    assert slope(x, y) == pytest.approx(stats.linregress(*centred).slope)
+    assert slope(x, 0.3 * x + np.arange(4)) == pytest.approx(0.3)
+
+
+def test_predicted_margins_do_not_depend_on_the_size_of_a_block(monkeypatch) -> None:
+    rng = np.random.default_rng(3)
+    values, masks = rng.normal(size=(50, 7)), rng.random((9, 50)) < 0.5
+    monkeypatch.setattr("attribution.runtime.npy_blocks.BLOCK_ROWS", 8)
+    np.testing.assert_allclose(predicted_margins(values, masks), masks @ values, atol=1e-12)
+
+
+def test_a_draw_takes_rows_and_columns_anew() -> None:
+    matrix = np.arange(30).reshape(5, 6)
+    drawn = [matrix[part] for part in resampled(5, 6, 200)]
+    assert all(d.shape == (5, 6) for d in drawn)
+    assert {len(np.unique(d[:, 0] // 6)) for d in drawn} >= {2, 3, 4}
+    assert np.mean(drawn) == pytest.approx(matrix.mean(), abs=1)
+
+
+def test_lds_is_spearmans_correlation_of_summed_scores_with_margins() -> None:
+    rng = np.random.default_rng(0)
+    values, masks = rng.normal(size=(30, 4)), rng.random((12, 30)) < 0.5
+    actual = rng.normal(size=(12, 4)).round(1)  # with ties
+    expected = [
+        stats.spearmanr([values[mask, j].sum() for mask in masks], actual[:, j]).statistic
+        for j in range(4)
+    ]
+    np.testing.assert_allclose(lds(values, masks, actual), expected, atol=1e-12)
+
+
+def test_scores_that_generate_the_margins_have_an_lds_of_one() -> None:
+    rng = np.random.default_rng(1)
+    values, masks = rng.normal(size=(30, 4)), rng.random((12, 30)) < 0.5
+    assert lds(values, masks, masks @ values).tolist() == [1, 1, 1, 1]
+    assert lds(-values, masks, masks @ values).tolist() == [-1, -1, -1, -1]
+
+
+def test_the_noise_ceiling_is_what_perfect_knowledge_reaches() -> None:
+    rng = np.random.default_rng(2)
+    truth = rng.normal(size=(400, 1, 20))
+    measured = truth + rng.normal(size=(400, 3, 20))
+    reached = [stats.spearmanr(truth[:, 0, j], measured.mean(1)[:, j]).statistic for j in range(20)]
+    assert np.mean(noise_ceiling(measured)) == pytest.approx(np.mean(reached), abs=0.02)
+    assert np.mean(noise_ceiling(rng.normal(size=(400, 3, 20)))) < 0.25

@@ -1,20 +1,22 @@
-"""The bank of retrained subset models, and the figures that are read off it."""
+"""The bank of models retrained on subsets: what it holds, and what is refused when it is read."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 from toy import toy_config, toy_data
 
-from attribution.experiments.statistics import lds, noise_ceiling
-from attribution.experiments.subset_bank import build_bank
+from attribution.errors import InputError
+from attribution.experiments.subset_bank import build_bank, load_bank
 from attribution.models import retrain as retraining
 from attribution.models.predict import margins, predict
 from attribution.models.train import train_stacked
 from attribution.runtime.hashing import derive_seed
+from attribution.tracking.fingerprint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,28 +62,67 @@ def test_a_retraining_that_cannot_be_one_is_trained_again(tmp_path: Path, bad) -
     assert again.margins.tobytes() == first.margins.tobytes()
 
 
-def test_lds_is_spearmans_correlation_of_summed_scores_with_margins() -> None:
-    rng = np.random.default_rng(0)
-    values, masks = rng.normal(size=(30, 4)), rng.random((12, 30)) < 0.5
-    actual = rng.normal(size=(12, 4)).round(1)  # with ties
-    expected = [
-        stats.spearmanr([values[mask, j].sum() for mask in masks], actual[:, j]).statistic
-        for j in range(4)
-    ]
-    np.testing.assert_allclose(lds(values, masks, actual), expected, atol=1e-12)
+# The bank on disk
 
 
-def test_scores_that_generate_the_margins_have_an_lds_of_one() -> None:
-    rng = np.random.default_rng(1)
-    values, masks = rng.normal(size=(30, 4)), rng.random((12, 30)) < 0.5
-    assert lds(values, masks, masks @ values).tolist() == [1, 1, 1, 1]
-    assert lds(-values, masks, masks @ values).tolist() == [-1, -1, -1, -1]
+@pytest.fixture
+def kept(tmp_path: Path):
+    data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(epochs=1)
+    bank = build_bank(config, data, 10, 1, 0.5, tmp_path / "work")
+    folder = tmp_path / "bank"
+    folder.mkdir()
+    bank.save(folder, config, data)
+    return bank, folder, config, data
 
 
-def test_the_noise_ceiling_is_what_perfect_knowledge_reaches() -> None:
-    rng = np.random.default_rng(2)
-    truth = rng.normal(size=(400, 1, 20))
-    measured = truth + rng.normal(size=(400, 3, 20))
-    reached = [stats.spearmanr(truth[:, 0, j], measured.mean(1)[:, j]).statistic for j in range(20)]
-    assert np.mean(noise_ceiling(measured)) == pytest.approx(np.mean(reached), abs=0.02)
-    assert np.mean(noise_ceiling(rng.normal(size=(400, 3, 20)))) < 0.25
+def test_a_bank_that_was_saved_is_read_back_whatever_the_seed(kept) -> None:
+    bank, folder, config, data = kept
+    for seed in (0, 7):
+        found = load_bank(str(folder), toy_config(epochs=1, seed=seed), data)
+        np.testing.assert_array_equal(found.masks, bank.masks)
+        np.testing.assert_array_equal(found.margins, bank.margins)
+    spec = json.loads((folder / "spec.json").read_text())
+    assert (spec["num_subsets"], spec["num_repeats"], spec["alpha"]) == (10, 1, 0.5)
+
+
+def test_a_bank_for_something_else_is_refused(kept, tmp_path: Path) -> None:
+    _, folder, config, data = kept
+    other = toy_data(tmp_path / "other", n_train=22, n_other=6)
+    for settings, examples in ((toy_config(epochs=2), data), (config, other)):
+        with pytest.raises(InputError, match="^bank=.*was built for other data"):
+            load_bank(str(folder), settings, examples)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: (f / "masks.npy").unlink(),
+        lambda f: (f / "spec.json").write_text("{"),
+        lambda f: np.save(f / "masks.npy", np.array([{}], object), allow_pickle=True),
+        lambda f: np.save(f / "margins.npy", np.zeros((10, 1, 5))),
+        lambda f: np.save(f / "margins.npy", np.full((10, 1, 6), np.nan)),
+        lambda f: np.save(f / "masks.npy", np.ones((10, 20))),
+        lambda f: np.save(f / "masks.npy", np.full((10, 20), 2, np.uint8).view(bool)),
+        lambda f: np.save(f / "masks.npy", np.ones((1, 20), bool)),
+        lambda f: np.save(f / "margins.npy", np.zeros((10, 0, 6))),
+        lambda f: np.save(f / "margins.npy", np.zeros((10, 1, 6), int)),
+        lambda f: (f / "spec.json").write_text("[]"),
+        lambda f: (f / "spec.json").write_text("[" * 100_000),
+        lambda f: ((f / "spec.json").unlink(), os.mkfifo(f / "spec.json")),
+    ],
+)
+def test_a_damaged_bank_is_refused_in_one_line(kept, damage) -> None:
+    _, folder, config, data = kept
+    damage(folder)
+    with pytest.raises(InputError, match="^bank=") as caught:
+        load_bank(str(folder), config, data)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_bank_in_the_same_folder_is_another_input(tmp_path) -> None:
+    data, keys = toy_data(tmp_path / "data"), []
+    for value in (0.0, 0.0, 1.0):
+        for name in ("masks", "margins"):
+            np.save(tmp_path / f"{name}.npy", np.full(3, value))
+        keys.append(fingerprint("evaluate", toy_config(bank=str(tmp_path)), data))
+    assert keys[0] == keys[1] != keys[2]
