@@ -11,6 +11,7 @@ import pandas as pd
 from attribution.config import Config, nearest
 from attribution.errors import InputError
 from attribution.experiments.evidence import Evidence
+from attribution.runtime.hashing import derive_seed
 
 Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
 
@@ -276,10 +277,9 @@ def plan_trials(
 def _trial(
     arm: str, count: int, frac: float | None, evidence: Evidence, seeds: Sequence[int]
 ) -> Trial:
-    choose = ARMS[arm]
-    removed = tuple(
-        np.sort(choose(evidence, count, np.random.default_rng([seed, count]))) for seed in seeds
-    )
+    # The arm's name is part of the seed, so that no two arms draw from one stream.
+    generators = [np.random.default_rng(derive_seed(seed, arm, count)) for seed in seeds]
+    removed = tuple(np.sort(ARMS[arm](evidence, count, rng)) for rng in generators)
     size = len(removed[0])
     if frac is None or size != count:  # the arm decides, or has fewer examples than asked for
         frac = size / len(evidence.labels)

@@ -149,6 +149,16 @@ def test_random_is_the_same_for_the_same_seed() -> None:
     assert np.array_equal(trial.removed[1], again.removed[0])
 
 
+def test_arms_that_draw_from_the_same_examples_draw_independently() -> None:
+    """With a single group `majority` chooses as `random` does, but not the same examples."""
+    seeds = list(range(300))
+    found = replace(full_evidence(), groups=np.zeros(40, dtype=int))
+    trials = plan("random,majority", [0.25], found, seeds)
+    pairs = zip(one(trials, "random").removed, one(trials, "majority").removed, strict=True)
+    shared = [len(np.intersect1d(a, b)) for a, b in pairs]
+    assert np.mean(shared) == pytest.approx(10 * 10 / 40, abs=0.3)  # as chance has it
+
+
 def test_random_takes_every_example_equally_often_over_many_seeds() -> None:
     trial = one(plan("random", [0.25], seeds=list(range(4000))), "random")
     counts = np.bincount(np.concatenate(trial.removed), minlength=40)
