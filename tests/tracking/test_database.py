@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -71,3 +73,58 @@ def test_a_mistake_of_the_code_is_no_failure_of_the_store() -> None:
     error = MlflowException.invalid_parameter_value("no such thing")
     assert failure(error) == "" and failure(ValueError("x")) == ""
     assert database.failure(OSError(errno.ENOENT, "gone")) == ""
+
+
+@pytest.fixture
+def new_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a store that is not there yet."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
+    return tmp_path / "new.db"
+
+
+def test_a_store_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'file' / 'new.db'}")
+    with pytest.raises(InputError, match="^MLFLOW_TRACKING_URI=sqlite:.*: cannot be written"):
+        database.open_store(tmp_path / "cache")
+
+
+def test_a_store_appears_whole_or_not_at_all(
+    new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(database.os, "replace", killed)
+        database.open_store(tmp_path / "cache")
+    unfinished = new_store.with_name("new.db.unfinished")
+    assert not new_store.exists() and unfinished.exists()
+    # As a kill in the middle leaves it; under another name, for MLflow keeps what it has opened.
+    other = tmp_path / "other.db.unfinished"
+    other.write_bytes(unfinished.read_bytes()[:5000])
+    (tmp_path / "other.db.unfinished-journal").write_bytes(b"half a journal")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    database.open_store(tmp_path / "cache")
+    assert [file.name for file in tmp_path.glob("other*")] == ["other.db"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MlflowException("API request failed with 401 Client Error"), "MLFLOW_TRACKING_PASSWORD"),
+        (MlflowException("Max retries exceeded"), "Max retries exceeded"),
+        (OSError(28, "No space left on device", "/disk/file"), "/disk/file"),
+        (ValueError("a mistake of the code"), ""),
+        (FileNotFoundError(2, "no such file", "x"), ""),
+        (MlflowException.invalid_parameter_value("of the code too"), ""),
+    ],
+)
+def test_what_is_told_in_a_line_and_what_is_not(error: Exception, words: str) -> None:
+    told = database.failure(error)
+    assert (words in told) if words else not told
+
+
+def test_a_port_or_run_id_that_looks_like_a_refusal_is_none() -> None:
+    error = MlflowException("host='127.0.0.1', port=46403: Max retries: /get?run_id=9401f and a403")
+    assert "Max retries" in database.failure(error) and "PASSWORD" not in database.failure(error)

@@ -1,0 +1,108 @@
+"""Two commands at once, and commands whose tracking server fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from places import Place, child_environment
+
+NewPlace = Callable[..., Place]
+
+NewPlace = Callable[..., Place]
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def test_two_commands_at_once_on_a_new_store_make_one_result(new_place: NewPlace) -> None:
+    place = new_place("two")
+    command = [sys.executable, "-m", "scripts.finetune", *place.argv("finetune")]
+    environment = child_environment(place) | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{place.root / 'new.db'}",
+        "MLFLOW_EXPERIMENT_NAME": "Default",
+    }
+    both = [
+        subprocess.Popen(
+            command, cwd=place.root, env=environment | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    ids = {out.split("finetune run: ")[1].split()[0] for out, _ in said}
+    assert len(ids) == 1
+    assert sum("reusing run" in err for _, err in said) == 1
+    assert sum("another process is making it" in err for _, err in said) == 1
+
+
+def test_a_result_is_finished_before_another_process_may_look_for_it(
+    new_place: NewPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from filelock import FileLock, Timeout
+
+    place, held = new_place("order"), []
+    end_run = mlflow.end_run
+
+    def watched(*args: Any) -> None:
+        if mlflow.active_run():
+            for file in (place.cache / "locks").glob("????????????????.lock"):
+                try:
+                    FileLock(file).acquire(timeout=0)
+                except Timeout:
+                    held.append(file.stem)
+        end_run(*args)
+
+    monkeypatch.setattr(mlflow, "end_run", watched)
+    result = place.done("finetune")
+    assert [result.tags["fingerprint"][:16]] == held
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    """A tracking server that answers everything with `server.status`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(self.server.status)
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "MLFLOW_TRACKING_USERNAME"), (403, "MLFLOW_TRACKING_USERNAME"), (500, "500")],
+)
+def test_a_server_that_refuses_or_fails(
+    new_place: NewPlace, server, status: int, words: str
+) -> None:
+    server.status = status
+    place = new_place("server")
+    uri = f"http://127.0.0.1:{server.server_port}"
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.finetune", *place.argv("finetune")],
+        cwd=place.root,
+        env=child_environment(place)
+        | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
+        | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    error, go_on = done.stderr.strip().splitlines()[-2:]
+    assert done.returncode == 1 and error.startswith(f"error: MLFLOW_TRACKING_URI={uri}: ")
+    assert words in error and "Traceback" not in done.stderr
+    assert str(place.cache / "work") in go_on and "python -m scripts.finetune --dataset=" in go_on
