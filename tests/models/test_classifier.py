@@ -1,65 +1,32 @@
-"""Models: seeded heads, safetensors folders that transformers itself loads, and what is refused."""
+"""Models: seeded heads, safetensors folders that transformers itself loads, image sizes."""
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from model_folders import (
+    CLASSES,
+    MEAN,
+    STD,
+    backbone,
+    edit_config,
+    edit_tensors,
+    equal,
+    logits,
+    refusal,
+)
+from safetensors.torch import load_file
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from attribution.data.transforms import to_batch
-from attribution.errors import InputError
-from attribution.models import classifier, memory_layout, model_facts, pretrained
-
-CLASSES = ("dark", "bright")
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-
-
-def logits(model: nn.Module, size: int = 32) -> torch.Tensor:
-    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return model.eval()(images).logits
+from attribution.models import classifier
 
 
 def head(model: nn.Module) -> nn.Linear:
     return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-
-
-def backbone(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in model.state_dict().items() if not k.startswith("classifier")}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A saved two-class model whose running statistics are not those of a fresh one."""
-    model = classifier.build("resnet-mini", CLASSES, seed=7).train()
-    model(torch.randn(8, 3, 32, 32))
-    classifier.save(model, tmp_path / "model", 32, MEAN, STD)
-    return tmp_path / "model"
-
-
-def edit_config(folder: Path, **changes) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def refusal(action, *arguments) -> str:
-    with pytest.raises(InputError) as caught:
-        action(*arguments)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def test_one_seed_draws_the_same_weights_and_another_seed_others() -> None:
@@ -126,10 +93,6 @@ def test_the_saved_processor_resizes_to_the_image_size(folder: Path) -> None:
     assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
 
 
-def test_the_normalisation_of_a_saved_folder_is_found_again(folder: Path) -> None:
-    assert model_facts.normalisation(str(folder)) == (MEAN, STD)
-
-
 def test_only_safetensors_and_json_are_written(folder: Path) -> None:
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
 
@@ -155,12 +118,6 @@ def test_code_that_a_folder_brings_along_is_not_executed(folder: Path, model_typ
     else:
         refusal(classifier.build, str(folder), CLASSES, 0)
     assert not mark.exists()
-
-
-def edit_tensors(folder: Path, edit) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_a_missing_tensor_is_refused(folder: Path) -> None:
@@ -233,253 +190,3 @@ def test_checking_the_image_size_leaves_the_model_as_it_was(training: bool) -> N
     assert equal(before, model.state_dict())
     assert all(module.training == training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_the_fingerprint_of_a_folder_follows_its_content_and_not_its_place(
-    folder: Path, tmp_path: Path
-) -> None:
-    moved = tmp_path / "elsewhere"
-    shutil.copytree(folder, moved)
-    assert pretrained.fingerprint(str(moved)) == pretrained.fingerprint(str(folder))
-    edit_tensors(moved, lambda tensors: tensors["classifier.1.bias"].add_(1))
-    assert pretrained.fingerprint(str(moved)) != pretrained.fingerprint(str(folder))
-
-
-def test_the_fingerprint_of_a_folder_follows_its_preprocessing(folder: Path) -> None:
-    before = pretrained.fingerprint(str(folder))
-    classifier.save(classifier.load(folder), folder, 32, (0.1, 0.1, 0.1), STD)
-    assert pretrained.fingerprint(str(folder)) != before
-
-
-def test_the_fingerprint_of_a_hub_id_is_the_id() -> None:
-    assert pretrained.fingerprint("microsoft/resnet-18") == "microsoft/resnet-18"
-
-
-def test_the_fingerprint_of_a_mini_model_follows_its_architecture(monkeypatch) -> None:
-    before = pretrained.fingerprint("resnet-mini")
-    changed = pretrained.MINI_CONFIGS["resnet-mini"] | {"embedding_size": 32}
-    monkeypatch.setitem(pretrained.MINI_CONFIGS, "resnet-mini", changed)
-    assert pretrained.fingerprint("resnet-mini") != before
-
-
-# Folders that somebody else has written
-
-CONVOLUTION = "resnet.embedder.embedder.convolution.weight"
-VARIANCE = "resnet.embedder.embedder.normalization.running_var"
-
-
-def replace_file(folder: Path, name: str, content: bytes) -> None:
-    (folder / name).write_bytes(content)
-
-
-def pipe(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    {
-        "shape": (
-            lambda f: edit_tensors(f, lambda t: t.update({CONVOLUTION: torch.zeros(4, 3, 3, 3)})),
-            {"load": "cannot be loaded", "build": f"do not fit its config: ['{CONVOLUTION}']"},
-        ),
-        "missing below the head": (
-            lambda f: edit_tensors(f, lambda t: t.pop(CONVOLUTION)),
-            {"load": CONVOLUTION, "build": f"do not fit its config: ['{CONVOLUTION}']"},
-        ),
-        "NaN": (
-            lambda f: edit_tensors(f, lambda t: t[CONVOLUTION].mul_(np.nan)),
-            dict.fromkeys(("load", "build"), f"its tensor {CONVOLUTION} is not finite"),
-        ),
-        "infinite statistics": (
-            lambda f: edit_tensors(f, lambda t: t[VARIANCE].fill_(np.inf)),
-            dict.fromkeys(("load", "build"), f"its tensor {VARIANCE} is not finite"),
-        ),
-        "empty weights": (
-            lambda f: replace_file(f, "model.safetensors", b""),
-            dict.fromkeys(("load", "build"), "cannot be loaded"),
-        ),
-        "a header that claims an exabyte": (
-            lambda f: replace_file(f, "model.safetensors", (1 << 60).to_bytes(8, "little") + b"{}"),
-            dict.fromkeys(("load", "build"), "describes 79,"),
-        ),
-        "a config that claims terabytes": (
-            lambda f: edit_config(f, hidden_sizes=[10**6, 10**6, 10**6]),
-            dict.fromkeys(("load", "build"), "config.json describes 47,000,"),
-        ),
-        "a config that claims a milliard layers": (
-            lambda f: edit_config(f, depths=[1, 1, 10**9]),
-            dict.fromkeys(("load", "build"), "config.json describes more than 10,000 layers"),
-        ),
-        "a config that claims a milliard classes": (
-            lambda f: edit_config(f, num_labels=10**9),
-            dict.fromkeys(("load", "build", "image size"), "describes 1,000,000,000 numbers"),
-        ),
-        "a config that is a list": (
-            lambda f: replace_file(f, "config.json", b"[]"),
-            dict.fromkeys(("load", "build", "image size"), "cannot be loaded"),
-        ),
-        "a config nested beyond reason": (
-            lambda f: replace_file(f, "config.json", b"[" * 100_000),
-            dict.fromkeys(("load", "build", "image size", "normalisation"), "nested too deeply"),
-        ),
-        "a config that is a pipe": (
-            lambda f: pipe(f, "config.json"),
-            dict.fromkeys(("load", "build", "image size", "normalisation"), "not a regular file"),
-        ),
-        "weights that are a pipe": (
-            lambda f: pipe(f, "model.safetensors"),
-            dict.fromkeys(("load", "build", "fingerprint"), "not a regular file"),
-        ),
-        "a size of a wrong type": (
-            lambda f: edit_config(f, hidden_sizes="abc"),
-            dict.fromkeys(("load", "build", "image size"), "cannot be loaded"),
-        ),
-        "a preprocessor that is code": (
-            lambda f: edit_preprocessor(f, auto_map={"AutoImageProcessor": "evil.P"}),
-            dict.fromkeys(("image size", "normalisation"), "custom code"),
-        ),
-        "a preprocessor that divides by zero": (
-            lambda f: edit_preprocessor(f, image_std=[0.1, 0.0, 0.1]),
-            {"normalisation": "image_std (0.1, 0.0, 0.1) must be three finite numbers"},
-        ),
-        "a preprocessor of one channel": (
-            lambda f: edit_preprocessor(f, image_mean=[0.5], image_std=[0.5]),
-            {"normalisation": "must be three finite numbers"},
-        ),
-        "a preprocessor without a size": (
-            lambda f: edit_preprocessor(f, size={"height": -5}),
-            dict.fromkeys(("image size", "normalisation"), "cannot be loaded"),
-        ),
-    }.values(),
-)  # fmt: skip
-def test_a_folder_that_somebody_else_spoiled_is_refused(folder: Path, spoil, says) -> None:
-    spoil(folder)
-    actions = {
-        "load": lambda: classifier.load(folder),
-        "build": lambda: classifier.build(str(folder), CLASSES, 0),
-        "image size": lambda: model_facts.own_image_size(str(folder)),
-        "normalisation": lambda: model_facts.normalisation(str(folder)),
-        "fingerprint": lambda: pretrained.fingerprint(str(folder)),
-    }
-    for action, fragment in says.items():
-        message = refusal(actions[action])
-        assert fragment in message and str(folder) in message, message
-
-
-def edit_preprocessor(folder: Path, **changes) -> None:
-    file = folder / "preprocessor_config.json"
-    document = json.loads(file.read_text()) | changes
-    if "auto_map" in changes:
-        document["image_processor_type"] = "P"
-    file.write_text(json.dumps(document))
-
-
-def test_a_preprocessor_s_code_is_not_executed(folder: Path) -> None:
-    mark = folder / "executed"
-    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass P: pass\n")
-    edit_preprocessor(folder, auto_map={"AutoImageProcessor": "evil.P"})
-    refusal(model_facts.normalisation, str(folder))
-    assert not mark.exists()
-
-
-def test_a_folder_with_weights_as_a_pickle_alone_is_refused(folder: Path) -> None:
-    mark = folder / "executed"
-    (folder / "model.safetensors").unlink()
-    pickle = b"cbuiltins\nopen\n(V%s\nVw\ntR." % str(mark).encode()
-    (folder / "pytorch_model.bin").write_bytes(pickle)
-    message = refusal(classifier.build, str(folder), CLASSES, 0)
-    assert "no file named model.safetensors" in message
-    assert not mark.exists()
-
-
-def test_a_model_whose_class_is_code_in_its_folder_is_refused(folder: Path) -> None:
-    mark = folder / "executed"
-    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: pass\n")
-    maps = {"AutoConfig": "evil.C", "AutoModelForImageClassification": "evil.C"}
-    edit_config(folder, auto_map=maps, model_type="new")
-    assert "custom code" in refusal(classifier.build, str(folder), CLASSES, 0)
-    assert not mark.exists()
-
-
-def test_a_pickle_beside_safetensors_is_not_read(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
-    before = classifier.load(folder).state_dict()
-    (folder / "pytorch_model.bin").unlink()
-    assert equal(classifier.load(folder).state_dict(), before)
-
-
-def test_what_a_base_model_may_lack_or_have_more_of(folder: Path) -> None:
-    """Its head, counters that nothing depends on, and tensors of another use."""
-    before = backbone(classifier.build(str(folder), CLASSES, 0))
-    counter = VARIANCE.replace("running_var", "num_batches_tracked")
-    edit_tensors(folder, lambda t: [t.pop(k) for k in (counter, "classifier.1.weight")])
-    edit_tensors(folder, lambda t: t.update(surplus=torch.zeros(3)))
-    found = backbone(classifier.build(str(folder), CLASSES, 0))
-    assert all(torch.equal(found[k], before[k]) for k in before if k != counter)
-
-
-def wide_resnet() -> nn.Module:
-    config = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 128, 128], depths=[1, 1, 1], layer_type="basic"
-    )
-    torch.manual_seed(0)
-    return ResNetForImageClassification(config)
-
-
-def first_channels(model: nn.Module) -> list[bool]:
-    """Of each convolution with several channels and a kernel, whether its weight is as it comes."""
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [w.is_contiguous() for w in weights if w.shape[1] > 1 and w.shape[2] > 1]
-
-
-@pytest.mark.parametrize(
-    "size, tiny", [(32, [False] * 4 + [True] * 3), (64, [False] * 6 + [True]), (128, [False] * 7)]
-)
-def test_wide_convolutions_of_tiny_maps_alone_keep_their_channels_first(
-    size: int, tiny: list[bool]
-) -> None:
-    model = wide_resnet().train()
-    memory_layout.place(model, "cpu", size)
-    assert model.training and first_channels(model) == tiny
-
-
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_placed_model_computes_and_learns_the_same(tmp_path: Path, bfloat16: bool) -> None:
-    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    found = []
-    for size in (128, 32):
-        model = wide_resnet().eval()
-        memory_layout.place(model, "cpu", size)
-        memory_layout.place(model, "cpu", size)  # twice is as good as once
-        with torch.inference_mode():
-            model(images)  # leaves nothing behind
-        model = copy.deepcopy(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = model(images).logits.float().square().sum()
-        loss.backward()
-        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
-        found.append((loss.detach(), grads))
-        classifier.save(model, tmp_path / str(size), 32, MEAN, STD)
-        assert equal(classifier.load(tmp_path / str(size)).state_dict(), model.state_dict())
-    close = 2e-2 if bfloat16 else 1e-4
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=close, atol=close * other.abs().max().item())
-
-
-def test_a_placed_model_runs_under_vmap() -> None:
-    model, images = wide_resnet().eval(), torch.randn(2, 3, 32, 32)
-    memory_layout.place(model, "cpu", 32)
-    weights = dict(model.named_parameters())
-
-    def one(image: torch.Tensor) -> dict[str, torch.Tensor]:
-        def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-            return torch.func.functional_call(model, weights, image[None]).logits.sum()
-
-        return torch.func.grad(loss)(weights)
-
-    found = torch.func.vmap(one)(images)
-    model(images).logits.sum().backward()
-    for name, weight in weights.items():
-        torch.testing.assert_close(found[name].sum(0), weight.grad, rtol=1e-3, atol=1e-3)

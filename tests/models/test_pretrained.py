@@ -1,0 +1,189 @@
+"""Model folders that somebody else has written: their fingerprint, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_folders import (
+    CLASSES,
+    STD,
+    backbone,
+    edit_config,
+    edit_tensors,
+    equal,
+    refusal,
+)
+
+from attribution.models import classifier, model_facts, pretrained
+
+
+def test_the_fingerprint_of_a_folder_follows_its_content_and_not_its_place(
+    folder: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    assert pretrained.fingerprint(str(moved)) == pretrained.fingerprint(str(folder))
+    edit_tensors(moved, lambda tensors: tensors["classifier.1.bias"].add_(1))
+    assert pretrained.fingerprint(str(moved)) != pretrained.fingerprint(str(folder))
+
+
+def test_the_fingerprint_of_a_folder_follows_its_preprocessing(folder: Path) -> None:
+    before = pretrained.fingerprint(str(folder))
+    classifier.save(classifier.load(folder), folder, 32, (0.1, 0.1, 0.1), STD)
+    assert pretrained.fingerprint(str(folder)) != before
+
+
+def test_the_fingerprint_of_a_hub_id_is_the_id() -> None:
+    assert pretrained.fingerprint("microsoft/resnet-18") == "microsoft/resnet-18"
+
+
+def test_the_fingerprint_of_a_mini_model_follows_its_architecture(monkeypatch) -> None:
+    before = pretrained.fingerprint("resnet-mini")
+    changed = pretrained.MINI_CONFIGS["resnet-mini"] | {"embedding_size": 32}
+    monkeypatch.setitem(pretrained.MINI_CONFIGS, "resnet-mini", changed)
+    assert pretrained.fingerprint("resnet-mini") != before
+
+
+# Folders that somebody else has written
+
+CONVOLUTION = "resnet.embedder.embedder.convolution.weight"
+VARIANCE = "resnet.embedder.embedder.normalization.running_var"
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+
+
+def pipe(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    {
+        "shape": (
+            lambda f: edit_tensors(f, lambda t: t.update({CONVOLUTION: torch.zeros(4, 3, 3, 3)})),
+            {"load": "cannot be loaded", "build": f"do not fit its config: ['{CONVOLUTION}']"},
+        ),
+        "missing below the head": (
+            lambda f: edit_tensors(f, lambda t: t.pop(CONVOLUTION)),
+            {"load": CONVOLUTION, "build": f"do not fit its config: ['{CONVOLUTION}']"},
+        ),
+        "NaN": (
+            lambda f: edit_tensors(f, lambda t: t[CONVOLUTION].mul_(np.nan)),
+            dict.fromkeys(("load", "build"), f"its tensor {CONVOLUTION} is not finite"),
+        ),
+        "infinite statistics": (
+            lambda f: edit_tensors(f, lambda t: t[VARIANCE].fill_(np.inf)),
+            dict.fromkeys(("load", "build"), f"its tensor {VARIANCE} is not finite"),
+        ),
+        "empty weights": (
+            lambda f: replace_file(f, "model.safetensors", b""),
+            dict.fromkeys(("load", "build"), "cannot be loaded"),
+        ),
+        "a header that claims an exabyte": (
+            lambda f: replace_file(f, "model.safetensors", (1 << 60).to_bytes(8, "little") + b"{}"),
+            dict.fromkeys(("load", "build"), "describes 79,"),
+        ),
+        "a config that claims terabytes": (
+            lambda f: edit_config(f, hidden_sizes=[10**6, 10**6, 10**6]),
+            dict.fromkeys(("load", "build"), "config.json describes 47,000,"),
+        ),
+        "a config that claims a milliard layers": (
+            lambda f: edit_config(f, depths=[1, 1, 10**9]),
+            dict.fromkeys(("load", "build"), "config.json describes more than 10,000 layers"),
+        ),
+        "a config that claims a milliard classes": (
+            lambda f: edit_config(f, num_labels=10**9),
+            dict.fromkeys(("load", "build", "image size"), "describes 1,000,000,000 numbers"),
+        ),
+        "a config that is a list": (
+            lambda f: replace_file(f, "config.json", b"[]"),
+            dict.fromkeys(("load", "build", "image size"), "cannot be loaded"),
+        ),
+        "a config nested beyond reason": (
+            lambda f: replace_file(f, "config.json", b"[" * 100_000),
+            dict.fromkeys(("load", "build", "image size", "normalisation"), "nested too deeply"),
+        ),
+        "a config that is a pipe": (
+            lambda f: pipe(f, "config.json"),
+            dict.fromkeys(("load", "build", "image size", "normalisation"), "not a regular file"),
+        ),
+        "weights that are a pipe": (
+            lambda f: pipe(f, "model.safetensors"),
+            dict.fromkeys(("load", "build", "fingerprint"), "not a regular file"),
+        ),
+        "a size of a wrong type": (
+            lambda f: edit_config(f, hidden_sizes="abc"),
+            dict.fromkeys(("load", "build", "image size"), "cannot be loaded"),
+        ),
+        "a preprocessor that is code": (
+            lambda f: edit_preprocessor(f, auto_map={"AutoImageProcessor": "evil.P"}),
+            dict.fromkeys(("image size", "normalisation"), "custom code"),
+        ),
+        "a preprocessor that divides by zero": (
+            lambda f: edit_preprocessor(f, image_std=[0.1, 0.0, 0.1]),
+            {"normalisation": "image_std (0.1, 0.0, 0.1) must be three finite numbers"},
+        ),
+        "a preprocessor of one channel": (
+            lambda f: edit_preprocessor(f, image_mean=[0.5], image_std=[0.5]),
+            {"normalisation": "must be three finite numbers"},
+        ),
+        "a preprocessor without a size": (
+            lambda f: edit_preprocessor(f, size={"height": -5}),
+            dict.fromkeys(("image size", "normalisation"), "cannot be loaded"),
+        ),
+    }.values(),
+)  # fmt: skip
+def test_a_folder_that_somebody_else_spoiled_is_refused(folder: Path, spoil, says) -> None:
+    spoil(folder)
+    actions = {
+        "load": lambda: classifier.load(folder),
+        "build": lambda: classifier.build(str(folder), CLASSES, 0),
+        "image size": lambda: model_facts.own_image_size(str(folder)),
+        "normalisation": lambda: model_facts.normalisation(str(folder)),
+        "fingerprint": lambda: pretrained.fingerprint(str(folder)),
+    }
+    for action, fragment in says.items():
+        message = refusal(actions[action])
+        assert fragment in message and str(folder) in message, message
+
+
+def edit_preprocessor(folder: Path, **changes) -> None:
+    file = folder / "preprocessor_config.json"
+    document = json.loads(file.read_text()) | changes
+    if "auto_map" in changes:
+        document["image_processor_type"] = "P"
+    file.write_text(json.dumps(document))
+
+
+def test_a_preprocessor_s_code_is_not_executed(folder: Path) -> None:
+    mark = folder / "executed"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass P: pass\n")
+    edit_preprocessor(folder, auto_map={"AutoImageProcessor": "evil.P"})
+    refusal(model_facts.normalisation, str(folder))
+    assert not mark.exists()
+
+
+def test_a_pickle_beside_safetensors_is_not_read(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
+    before = classifier.load(folder).state_dict()
+    (folder / "pytorch_model.bin").unlink()
+    assert equal(classifier.load(folder).state_dict(), before)
+
+
+def test_what_a_base_model_may_lack_or_have_more_of(folder: Path) -> None:
+    """Its head, counters that nothing depends on, and tensors of another use."""
+    before = backbone(classifier.build(str(folder), CLASSES, 0))
+    counter = VARIANCE.replace("running_var", "num_batches_tracked")
+    edit_tensors(folder, lambda t: [t.pop(k) for k in (counter, "classifier.1.weight")])
+    edit_tensors(folder, lambda t: t.update(surplus=torch.zeros(3)))
+    found = backbone(classifier.build(str(folder), CLASSES, 0))
+    assert all(torch.equal(found[k], before[k]) for k in before if k != counter)
