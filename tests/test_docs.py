@@ -32,7 +32,7 @@ def flags(module: str) -> set[str]:
     """The flags of a benchmark, or of every script."""
     if module.startswith("scripts."):
         return set(FIELDS) | {"help"}
-    files = [ROOT / "benchmarks" / "__main__.py"]
+    files = [ROOT / "benchmarks" / name for name in ("__main__.py", "common.py")]
     files += [ROOT / "benchmarks" / f"{name}.py" for name in module.split()[1:]]
     return {"help"}.union(*(re.findall(r'"--(\w+)"', file.read_text()) for file in files))
 

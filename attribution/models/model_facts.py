@@ -46,12 +46,13 @@ def own_image_size(name: str) -> int:
     Raises:
         InputError: the model or its preprocessor cannot be read.
     """
+    config = skeleton(name).config  # refuses a broken config, whatever the preprocessor says
     own = processor(name)
     for size in (getattr(own, "crop_size", None), getattr(own, "size", None)):
         side = size and (dict(size).get("height") or dict(size).get("shortest_edge"))
         if side:
             return side
-    return getattr(skeleton(name).config, "image_size", None) or 224
+    return getattr(config, "image_size", None) or 224
 
 
 @cache

@@ -218,7 +218,7 @@ def test_images_too_small_for_the_strides(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["finetune", "ablation"])
 def test_diverging_training(place: Place, stage: str) -> None:
     result = refused(place, stage, "learning_rate=", "smaller", learning_rate=1e9)
-    assert len(result.runs) == {"finetune": 1, "ablation": 3}[stage]
+    assert len(result.runs) == {"finetune": 1, "ablation": 2}[stage]
 
 
 def test_a_singular_gram_matrix_and_the_same_again(place: Place, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_singular_gram_matrix_and_the_same_again(place: Place, tmp_path: Path)
     place.done("finetune", dataset=images)
     for _ in range(2):  # what the first call left must not change the answer
         result = place.run("trak", **given)  # the features are finished, and kept
-        check_refusal(result, "singular with lambda_reg 0", "raise lambda_reg")
+        check_refusal(result, "singular with lambda_reg 0", "use a larger lambda_reg")
         assert not result.made()
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from places import Place, Result, refused, run_id
 from toy import toy_config, toy_data
 
+from attribution.config import convert
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
@@ -220,8 +221,9 @@ def test_parameters_that_cannot_be_explained_are_refused(
 ) -> None:
     data, _ = ensemble
     mine = str(picture_of(data, 4, tmp_path))
-    given = {name: mine if value == "MINE" else value for name, value in given.items()}
+    texts = {name: mine if value == "MINE" else value for name, value in given.items()}
     with pytest.raises(InputError) as caught:
+        given = {name: convert(name, text) for name, text in texts.items()}
         explanation.check(toy_config(**given), data)
     assert all(fragment in str(caught.value) for fragment in fragments)
 
