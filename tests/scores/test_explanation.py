@@ -431,18 +431,18 @@ def test_scores_go_with_the_checkpoints_that_they_were_made_from(new_place, tmp_
     newer = place.done("finetune").run_id
     pictures = iter(sorted(place.dataset.rglob("*.png")))
     result = place.done("explain", image=next(pictures))
-    assert result.tags["finetune_run_id"] == newer != own and "are others" not in result.err
+    assert result.tags["finetune_run_id"] == newer != own and "differ from" not in result.err
     logits = place.artifacts(own) / "training" / "logits.npz"
     arrays = dict(np.load(logits))
     arrays["train_logits"] = arrays["train_logits"] + 1
     np.savez(logits, **arrays)
     result = place.done("explain", image=next(pictures))
-    assert f"trak run {first.run_id} scored" in result.err and "are others" in result.err
+    assert f"trak run {first.run_id} scored" in result.err and "differ from" in result.err
     kept.rename(checkpoints)
     result = place.done("explain", image=next(pictures))
-    assert result.tags["finetune_run_id"] == own and "are others" not in result.err
+    assert result.tags["finetune_run_id"] == own and "differ from" not in result.err
     result = place.done("explain", image=next(pictures), finetune_run_id=newer)
-    assert result.tags["finetune_run_id"] == newer and "are others" in result.err
+    assert result.tags["finetune_run_id"] == newer and "differ from" in result.err
 
 
 # -- what is shown ---------------------------------------------------------------------------------
