@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_ekfac_without_its_package_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install -r requirements-benchmark.txt"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[benchmark\]'"):
         check_methods(["ekfac"])
 
 
