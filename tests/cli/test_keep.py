@@ -302,7 +302,7 @@ def train_table(place: Place, result: Any) -> pd.DataFrame:
 def test_a_file_for_every_frac_holds_train_without_what_was_removed(exported) -> None:
     place, folder, result = exported
     names = {"harmful_0.09.csv": 2, "harmful_0.1.csv": 2, "harmful_0.2.csv": 5}
-    assert {file.name for file in folder.iterdir()} == set(names)
+    assert {file.name for file in folder.iterdir()} == {*names, "report.html"}
     removed, train = removed_by(place, result, "harmful"), train_table(place, result)
     assert len(train) == 24 and set(removed) == {2, 5}
     for name, count in names.items():
@@ -320,7 +320,7 @@ def test_a_reused_comparison_exports_too_and_replaces_nothing_unasked(exported, 
     given |= {"export_arm": "negative", "output": tmp_path}
     again = place.done("ablation", **given)
     assert not again.made() and again.tags["reused_run_id"] == result.run_id
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.csv")
     (removed,) = removed_by(place, result, "negative").values()
     train = train_table(place, result)
     assert removed == set(train["example_id"][train["alignment"] < 0])
@@ -338,7 +338,7 @@ def test_cleaned_is_the_folder_where_none_is_named(exported, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     given = {"label_noise": 0.2, "arms": "harmful,negative,loss", "frac": "0.1,0.09,0.2"}
     place.done("ablation", **given, export_arm="harmful")
-    for file in folder.iterdir():
+    for file in folder.glob("*.csv"):
         assert (tmp_path / "cleaned" / file.name).read_bytes() == file.read_bytes()
 
 

@@ -397,6 +397,7 @@ def test_the_script_itself_looks_for_files_that_are_there(
     argv = place.argv(stage, output=tmp_path, seed=9, **given)
     monkeypatch.setattr(sys, "argv", [stage, *argv])
     monkeypatch.delitem(sys.modules, f"scripts.{stage}", raising=False)
+    monkeypatch.setattr("attribution.cli.main.end", sys.exit)  # the real one ends this process
     with place.active(), pytest.raises(SystemExit) as stop:
         runpy.run_module(f"scripts.{stage}", run_name="__main__")
     said = capsys.readouterr().err.splitlines()[-1]
