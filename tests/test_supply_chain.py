@@ -1,4 +1,4 @@
-"""The locks against the requirements they were made of, and what CI makes of pip-audit's answers."""
+"""The locks agree with their requirements files, and CI reads pip-audit's answers correctly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AUDIT = runpy.run_path(str(ROOT / ".ci" / "audit.py"))
 
 
 def entries(lock: str) -> list[tuple[Requirement, list[str]]]:
-    """Every entry of a lock with its hashes, read as pip reads them: lines that go on after a backslash."""
+    """Every entry of a lock with its hashes; a backslash continues a line, as for pip."""
     text = re.sub(r"^\s*#.*\n?", "", (ROOT / lock).read_text(), flags=re.MULTILINE)
     lines = text.replace("\\\n", " ").splitlines()
     split = [re.split(r"\s+--hash=", line.strip()) for line in lines if line.strip()]
@@ -31,7 +31,7 @@ def entries(lock: str) -> list[tuple[Requirement, list[str]]]:
 
 
 def pinned(lock: str) -> dict[str, str]:
-    """Version by name, of what this machine and Python would install."""
+    """Version by name of the packages that this machine and Python would install."""
     here = [entry for entry, _ in entries(lock) if not entry.marker or entry.marker.evaluate()]
     versions = {canonicalize_name(e.name): str(e.specifier).removeprefix("==") for e in here}
     assert len(versions) == len(here), f"{lock} pins a package twice"
@@ -76,8 +76,8 @@ def test_torch_and_torchvision_are_the_pair_of_the_requirements(lock: str) -> No
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_holds_whatever_its_packages_say_they_need(lock: str) -> None:
-    """By the metadata of what is installed, where it is the locked version."""
+def test_a_lock_holds_every_dependency_of_its_packages(lock: str) -> None:
+    """Checked with the metadata of those packages that are installed in the locked version."""
     versions, looked_at = pinned(lock), 0
     for distribution in importlib.metadata.distributions():
         name = canonicalize_name(distribution.metadata["Name"])
