@@ -144,7 +144,7 @@ def test_alignment_against_loss_by_hand(example) -> None:
     [
         ("nowhere", "no such folder, and not a run id"),
         ("0" * 32, "no such run"),
-        (".", "no metadata.json"),
+        (".", "metadata.json"),
     ],
 )
 def test_bad_input_is_one_line(
