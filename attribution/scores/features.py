@@ -161,7 +161,7 @@ def _make_missing(config: Config, data: ImageData, folders: dict[Shard, Path]) -
     is_away = config.backend == "ray"
     results = parallel_map(
         _featurize_away if is_away else _featurize,
-        [(shard,) if is_away else (shard, folders[shard]) for shard in missing],
+        [(shard, shard.checkpoint if is_away else folders[shard]) for shard in missing],
         jobs,
         (config, data),
         config,
@@ -190,10 +190,14 @@ def _smaller_batch(task: tuple) -> tuple:
     return task[0].smaller(), *task[1:]
 
 
-def _featurize_away(config: Config, data: ImageData, shard: Shard) -> Files:
-    """Content of the folder that _featurize leaves, for a driver with another disk."""
+def _featurize_away(config: Config, data: ImageData, shard: Shard, checkpoint: Path) -> Files:
+    """Content of the folder that _featurize leaves, for a driver with another disk.
+
+    Args:
+        checkpoint: where the checkpoint lies on this machine. The shard names the driver's folder.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        _featurize(config, data, shard, Path(folder))
+        _featurize(config, data, replace(shard, checkpoint=checkpoint), Path(folder))
         return read_folder(Path(folder))
 
 
