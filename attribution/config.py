@@ -28,78 +28,31 @@ AUTO = (
     "learning_rate", "weight_decay", "num_models", "num_seeds",
 )  # fmt: skip
 
+# Each parameter's value with preset digits, food101 and images.
+_BY_PRESET: dict[str, tuple[Any, Any, Any]] = {
+    "dataset": ("digits", "ethz/food101", None),
+    "classes": ("", FOOD_CLASSES, ""),
+    "image_size": (16, 224, 64),
+    "label_noise": (0.1, 0.0, 0.0),
+    "augment": ("none", "flip,crop", "flip,crop"),
+    "model": ("resnet-mini", "microsoft/resnet-18", "resnet-mini"),
+    "num_models": (10, 4, 4),
+    "epochs": (15, 20, 15),
+    "learning_rate": (2e-3, 1e-4, 3e-3),
+    "batch_size": (32, 64, 64),
+    "weight_decay": (5e-4, 0.01, 5e-4),
+    "patience": (0, 3, 0),
+    "precision": ("float32", "auto", "auto"),
+    "feature_precision": ("float32", "auto", "auto"),
+    "proj_dim": (256, 512, 256),
+    "num_seeds": (10, 10, 10),
+    "num_subsets": (100, 50, 50),
+    "num_repeats": (3, 2, 2),
+    "brittleness_targets": (30, 0, 0),
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "dataset": "digits",
-        "classes": "",
-        "image_size": 16,
-        "label_noise": 0.1,
-        "augment": "none",
-        "model": "resnet-mini",
-        "num_models": 10,
-        "epochs": 15,
-        "learning_rate": 2e-3,
-        "batch_size": 32,
-        "weight_decay": 5e-4,
-        "patience": 0,
-        "subset_fraction": 0.5,
-        "precision": "float32",
-        "feature_precision": "float32",
-        "proj_dim": 256,
-        "num_blocks": 10,
-        "lambda_reg": 0.1,
-        "num_seeds": 10,
-        "num_subsets": 100,
-        "num_repeats": 3,
-        "brittleness_targets": 30,
-    },
-    "food101": {
-        "dataset": "ethz/food101",
-        "classes": FOOD_CLASSES,
-        "image_size": 224,
-        "label_noise": 0.0,
-        "augment": "flip,crop",
-        "model": "microsoft/resnet-18",
-        "num_models": 4,
-        "epochs": 20,
-        "learning_rate": 1e-4,
-        "batch_size": 64,
-        "weight_decay": 0.01,
-        "patience": 3,
-        "subset_fraction": 0.5,
-        "precision": "auto",
-        "feature_precision": "auto",
-        "proj_dim": 512,
-        "num_blocks": 10,
-        "lambda_reg": 0.1,
-        "num_seeds": 10,
-        "num_subsets": 50,
-        "num_repeats": 2,
-        "brittleness_targets": 0,
-    },
-    "images": {
-        "classes": "",
-        "image_size": 64,
-        "label_noise": 0.0,
-        "augment": "flip,crop",
-        "model": "resnet-mini",
-        "num_models": 4,
-        "epochs": 15,
-        "learning_rate": 3e-3,
-        "batch_size": 64,
-        "weight_decay": 5e-4,
-        "patience": 0,
-        "subset_fraction": 0.5,
-        "precision": "auto",
-        "feature_precision": "auto",
-        "proj_dim": 256,
-        "num_blocks": 10,
-        "lambda_reg": 0.1,
-        "num_seeds": 10,
-        "num_subsets": 50,
-        "num_repeats": 2,
-        "brittleness_targets": 0,
-    },
+    preset: {k: v[i] for k, v in _BY_PRESET.items() if v[i] is not None}
+    for i, preset in enumerate(("digits", "food101", "images"))
 }
 
 
@@ -143,14 +96,14 @@ class Config:
     patience: int = option("training", "stop after this many epochs without a better validation loss; 0 never stops early", at_least=0)
     precision: str = option("training", "precision of training; auto is bfloat16 autocast if the hardware supports it", choices=("auto", "float32", "bfloat16"))
     num_models: int = option("finetune", "checkpoints in the ensemble", at_least=1)
-    subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn anew for each", above=0, at_most=1)
+    subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn separately for each", 0.5, above=0, at_most=1)
     seed: int = option("training", "root of every seed except data_seed", 0, at_least=0)
     finetune_run_id: str = option("lineage", "id of the finetune run whose checkpoints are scored; empty finds or makes one", "")
     proj_dim: int = option("trak", "length of the projected gradient of each block", at_least=1)
-    num_blocks: int = option("trak", "blocks of consecutive layers; each block has its own projection and Gram matrix. 1 is TRAK as published, and the only choice with projector=normal", at_least=1)
+    num_blocks: int = option("trak", "blocks of consecutive layers; each block has its own projection and Gram matrix. 1 is TRAK as published, and the only choice with projector=normal", 10, at_least=1)
     projector: str = option("trak", "sketch is ours; normal is traker's own gradients and dense Gaussian projection", "sketch", choices=("sketch", "normal"))
     feature_precision: str = option("trak", "precision of the forward and backward pass for gradients; auto as for precision", choices=("auto", "float32", "bfloat16"))
-    lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the Gram matrix of the features", at_least=0)
+    lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the Gram matrix of the features", 0.1, at_least=0)
     loss_gradient_weight: str = option("trak", "mean multiplies row i of the scores by the mean of 1 - p over checkpoints; none does not", "mean", choices=("mean", "none"))
     keep_features: str = option("trak", "keep the features, which explain needs for new pictures (num_models x n_train x num_blocks x proj_dim x 2 bytes); auto keeps up to 2 GiB", "auto", choices=("auto", "yes", "no"))
     replay: str = option("lineage", "id of a run to compute again with nothing reused; says whether the results are identical", "")

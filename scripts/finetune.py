@@ -20,7 +20,6 @@ from attribution.models.checkpoints import Finetuned
 from attribution.models.ensemble import Ensemble
 from attribution.models.model_facts import parameter_count
 from attribution.reporting import figures
-from attribution.runtime.parallel import ask
 from attribution.runtime.progress import say
 from attribution.tracking.artifacts import artifact_path
 from attribution.tracking.job import Job, Upstream
@@ -39,7 +38,7 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     n, targets = (len(data.rows(split)) for split in ("train", "validation"))
     share = max(1, round(config.subset_fraction * n))
     most = "at most " if config.patience else ""
-    weights = 4 * ask(parameter_count, config.model, len(data.class_names))
+    weights = 4 * parameter_count(config.model, len(data.class_names))
     logits = 8 * (n + targets) * len(data.class_names)
     size = config.num_models * (weights + logits)
     return Estimate(

@@ -20,7 +20,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError, StoreFailure
 from attribution.runtime.cache_folder import alone, discard
-from attribution.runtime.parallel import ask
+from attribution.runtime.parallel import end_workers
 from attribution.runtime.progress import say
 from attribution.stages import STAGES, Stage
 from attribution.tracking import stage_runs
@@ -106,7 +106,7 @@ class Command:
             script.check(self.config, self.data)
         estimates = {n: script.estimate(self.config, self.data) for n, script in scripts.items()}
         plan.check_disk(estimates, self.config, current_run().artifact_uri)
-        seconds = ask(plan.seconds_of, estimates, self.config, self.data.class_names)
+        seconds = plan.seconds_of(estimates, self.config, self.data.class_names)
         for line in plan.describe(estimates, reused, seconds, self.config):
             say(line)
 
@@ -185,6 +185,8 @@ def run(stage: Stage, given: dict[str, Any]) -> int:
             raise
         kept = cache_of(given) / ("replays" if given.get("replay") else "work")
         raise StoreFailure(reason, kept) from error
+    finally:
+        end_workers()
 
 
 def _run(stage: Stage, given: dict[str, Any]) -> int:

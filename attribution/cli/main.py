@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from attribution.cli import workers
 from attribution.config import parse, resolve
 from attribution.errors import InputError, StoreFailure, redact
 from attribution.runtime.progress import say
@@ -25,17 +24,14 @@ BAD_INPUT, FAILED = 2, 1
 
 def main(stage: str) -> NoReturn:
     """Run the stage's command with this process's arguments, and end the process."""
-    code = run_command(stage, sys.argv[1:], early_workers=True)
+    code = run_command(stage, sys.argv[1:])
     if "torch" in sys.modules:  # which Python would take seconds to take apart
         end(code)
     sys.exit(code)
 
 
-def run_command(stage: str, argv: Sequence[str], early_workers: bool = False) -> int:
+def run_command(stage: str, argv: Sequence[str]) -> int:
     """Run one command: parse its flags, reuse or compute the stage, show the result.
-
-    Args:
-        early_workers: start worker processes before it is known whether there is work for them.
 
     Returns:
         The exit code: 0; 2 for bad input; 1 where the tracking store or a disk failed, or a replay
@@ -46,8 +42,6 @@ def run_command(stage: str, argv: Sequence[str], early_workers: bool = False) ->
             given = parse(stage, argv)
             if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
                 resolve(given)  # a value out of bounds is refused before the slow imports
-            if early_workers:
-                workers.start(stage, given)
             command = importlib.import_module("attribution.cli.command")
             return command.run(STAGES[stage], given)
         except InputError as error:
@@ -59,8 +53,6 @@ def run_command(stage: str, argv: Sequence[str], early_workers: bool = False) ->
                 return _stopped(received)
             say(redact(traceback.format_exc()))  # an error of the code itself
             return FAILED
-        finally:
-            workers.end()
 
 
 def _say_error(error: Exception, code: int) -> int:

@@ -20,7 +20,7 @@ from attribution.models.predict import predict
 from attribution.models.train import train
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import derive_seed
-from attribution.runtime.parallel import ask, parallel_map, resolve_jobs
+from attribution.runtime.parallel import parallel_map, resolve_jobs
 from attribution.runtime.progress import progress
 from attribution.runtime.safe_files import Files, read_arrays, read_folder, read_json, write_folder
 
@@ -32,7 +32,7 @@ def check(config: Config, data: ImageData) -> None:
         InputError: the model cannot be built, does not take images of this size, or a checkpoint
             would see fewer than two training examples.
     """
-    ask(classifier.check, config.model, data.class_names, config.image_size)
+    classifier.check(config.model, data.class_names, config.image_size)
     check_subset_fraction(config, len(data.rows("train")))
 
 

@@ -61,11 +61,6 @@ def _renew_head(model: PreTrainedModel, num_labels: int) -> None:
     heads[-1].reset_parameters()
 
 
-def warm_up() -> None:
-    """Import what building a model needs, which takes seconds."""
-    from transformers import AutoModelForImageClassification, ResNetForImageClassification  # noqa: F401
-
-
 def check(name: str, class_names: tuple[str, ...], image_size: int) -> None:
     """Refuse a model that cannot be built, or does not take images of this size.
 

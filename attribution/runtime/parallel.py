@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -16,11 +15,11 @@ from typing import Any, TypeVar
 
 from joblib import cpu_count
 from joblib.externals.loky import get_reusable_executor, reusable_executor
-from joblib.externals.loky.process_executor import ShutdownExecutorError
 
 from attribution.config import Config
 from attribution.errors import InputError
 from attribution.runtime.pool import LostWorker, Pool, call, prepare_worker, threads_per_task
+from attribution.runtime.progress import say
 from attribution.runtime.ray_pool import RayPool
 
 Result = TypeVar("Result")
@@ -110,8 +109,7 @@ class _Task:
     index: int
     name: str
     arguments: tuple
-    deaths: int = 0
-    moves: int = 0
+    losses: int = 0
 
     def prepare_retry(
         self, loss: LostWorker, smaller: Callable[[tuple], tuple] | None, jobs: int
@@ -121,19 +119,16 @@ class _Task:
         Raises:
             InputError: that was the last attempt.
         """
-        if loss.moved:
-            self.moves += 1
-        else:
-            self.deaths += 1
-        if self.deaths == ATTEMPTS or self.moves == MOVES:
+        self.losses += 1
+        if self.losses >= (MOVES if loss.moved else ATTEMPTS):
             raise InputError(
-                f"jobs={jobs}: {self.name}: {loss.reason}, {self.deaths or self.moves} times in a "
-                "row; use fewer jobs, a smaller batch_size or image_size, or more memory"
+                f"jobs={jobs}: {self.name}: {loss.reason}, {self.losses} times in a row; use fewer "
+                "jobs, a smaller batch_size or image_size, or more memory"
             )
         batch = ""
-        if smaller and self.deaths == ATTEMPTS - 1 and not loss.moved:
+        if smaller and self.losses == ATTEMPTS - 1 and not loss.moved:
             self.arguments, batch = smaller(self.arguments), " with a smaller batch"
-        print(f"{self.name}: {loss.reason}; trying again{batch}", file=sys.stderr, flush=True)
+        say(f"{self.name}: {loss.reason}; trying again{batch}")
 
 
 class Workers(Pool):
@@ -148,7 +143,16 @@ class Workers(Pool):
 
     def submit(self, arguments: tuple) -> Future:
         """Start function(*shared, *arguments) in a worker."""
-        return _submit(self.jobs, self.jobs, call, self.function, *self.shared, *arguments)
+        threads = threads_per_task(self.jobs)
+        # New workers start if the last ones died or had another number of threads.
+        executor = get_reusable_executor(
+            self.jobs,
+            timeout=300,
+            initializer=_begin_worker,
+            initargs=(threads, os.getpid()),
+            env=dict.fromkeys(_THREAD_VARIABLES, str(threads)),
+        )
+        return executor.submit(call, self.function, *self.shared, *arguments)
 
     def result(self, future: Future) -> Any:
         """The result of a finished task."""
@@ -164,19 +168,6 @@ class Workers(Pool):
             end_workers()
 
 
-def _submit(processes: int, jobs: int, function: Callable, *arguments: Any) -> Future:
-    """Call a function in a worker; there are new workers if the last ones died or had other threads."""
-    threads = threads_per_task(jobs)
-    executor = get_reusable_executor(
-        processes,
-        timeout=300,
-        initializer=_begin_worker,
-        initargs=(threads, os.getpid()),
-        env=dict.fromkeys(_THREAD_VARIABLES, str(threads)),
-    )
-    return executor.submit(function, *arguments)
-
-
 def _begin_worker(threads: int, driver: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the driver ends its workers
 
@@ -187,35 +178,6 @@ def _begin_worker(threads: int, driver: int) -> None:
 
     threading.Thread(target=end_with_driver, daemon=True).start()
     prepare_worker(threads)
-
-
-def start_workers(jobs: int, function: Callable[[], object]) -> None:
-    """Start workers before there are tasks, and call a function in each, such as slow imports.
-
-    One core stays free for this process; the first map starts the missing worker.
-
-    Args:
-        jobs: of the coming map, more than one.
-        function: its result and its errors are ignored.
-    """
-    processes = max(1, min(jobs, cpu_count() - 1))
-    for _ in range(processes):
-        _submit(processes, jobs, function)
-
-
-def ask(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Return function(*arguments), from a worker if there is one: it has the imports already.
-
-    Raises:
-        Exception: raised by the function.
-    """
-    executor = reusable_executor._executor
-    if executor:
-        try:
-            return executor.submit(function, *arguments).result()
-        except (BrokenProcessPool, ShutdownExecutorError):
-            pass  # no worker is left
-    return function(*arguments)
 
 
 def end_workers() -> None:

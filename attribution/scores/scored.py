@@ -17,7 +17,6 @@ from attribution.data.splits import TARGETS
 from attribution.models.checkpoints import Finetuned
 from attribution.models.ensemble import Ensemble, label_issues, label_quality
 from attribution.runtime.npy_blocks import open_matrix
-from attribution.runtime.parallel import ask
 from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
@@ -109,7 +108,7 @@ def check(config: Config, data: ImageData) -> None:
         InputError: see check_proj_dim and check_gradients.
     """
     check_proj_dim(config, len(data.rows("train")))
-    ask(check_gradients, config, data.class_names)
+    check_gradients(config, data.class_names)
 
 
 def score_training_set(

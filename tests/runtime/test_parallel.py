@@ -16,11 +16,9 @@ from attribution.errors import InputError
 from attribution.runtime.parallel import (
     ATTEMPTS,
     MOVES,
-    ask,
     end_workers,
     parallel_map,
     resolve_jobs,
-    start_workers,
 )
 from attribution.runtime.pool import LostWorker
 
@@ -80,60 +78,6 @@ def test_idle_workers_are_ended_at_once_and_the_next_map_has_others() -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert not before & worker_pids()
-
-
-def sign(folder: Path) -> None:
-    (folder / str(os.getpid())).touch()
-
-
-def test_workers_started_early_call_a_function_and_are_those_of_the_first_map(
-    tmp_path: Path,
-) -> None:
-    end_workers()
-    start_workers(2, functools.partial(sign, tmp_path))
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    early = {int(file.name) for file in tmp_path.iterdir()}
-    assert early and os.getpid() not in early
-    for pid in early:
-        os.kill(pid, 0)  # it outlives what it was called for
-    list(parallel_map(difference, [(i, 0) for i in range(8)], 2))
-    for pid in early:
-        os.kill(pid, 0)
-
-
-def test_a_function_that_fails_in_an_early_worker_is_nobodys_concern() -> None:
-    start_workers(2, functools.partial(refuse, 2))
-    assert sorted(parallel_map(refuse, [(0,), (1,)], 2)) == [(0, 0), (1, 1)]
-
-
-def fail_after(calls: Path) -> None:
-    with calls.open("a") as file:
-        file.write("called\n")
-    raise RuntimeError("of the function itself")
-
-
-def test_an_error_of_the_function_that_is_asked_is_raised_and_it_is_not_called_again(
-    tmp_path: Path,
-) -> None:
-    start_workers(2, os.getpid)
-    with pytest.raises(RuntimeError, match="of the function itself"):
-        ask(fail_after, tmp_path / "calls")
-    assert (tmp_path / "calls").read_text() == "called\n"
-
-
-def test_what_is_asked_is_answered_by_a_worker_or_here() -> None:
-    end_workers()
-    assert ask(os.getpid) == os.getpid()
-    start_workers(2, os.getpid)
-    assert ask(os.getpid) != os.getpid()
-    with pytest.raises(InputError, match="value=2: not wanted"):
-        ask(refuse, 2)
-    os.kill(ask(os.getpid), signal.SIGKILL)
-    assert ask(difference, 3, 1) == difference(3, 1)  # whoever answers
-    end_workers()
-    assert ask(os.getpid) == os.getpid()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
