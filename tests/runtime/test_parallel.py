@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from attribution.runtime.parallel import (
     resolve_jobs,
 )
 from attribution.runtime.pool import LostWorker
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def difference(a: int, b: int) -> int:
@@ -78,6 +81,32 @@ def test_idle_workers_are_ended_at_once_and_the_next_map_has_others() -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert not before & worker_pids()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
+def test_workers_end_when_their_driver_is_killed() -> None:
+    code = """if True:
+        import os, time
+        from attribution.runtime.parallel import parallel_map
+        print(next(parallel_map(os.getpid, [(), ()], 2))[1], flush=True)
+        time.sleep(600)"""
+    command = [sys.executable, "-c", code]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(driver.stdout.readline())
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 10
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(worker)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
