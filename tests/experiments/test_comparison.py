@@ -420,6 +420,7 @@ def test_where_it_is_computed_does_not_train_again(data, tmp_path, count) -> Non
     assert len(count) == 2
 
 
+@pytest.mark.slow
 def test_what_was_finished_before_changes_no_bit(data, tmp_path, count) -> None:
     config, seeds = toy_config(), [derive_seed(0, "retrain", s) for s in range(13)]
     trials = [arm("none", *[[]] * 13), arm("harmful", *[[1, 4]] * 13)]

@@ -1,0 +1,15 @@
+"""Scores without meaning show no effect."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks import null
+
+
+def test_scores_without_meaning_show_no_effect() -> None:
+    student, bootstrap, family = null.run(argparse.Namespace(experiments=30, num_seeds=8))
+    assert student["n"] == bootstrap["n"] == 120 and family["n"] == 30
+    for intervals in (student, bootstrap):
+        assert intervals["ci_low"] < 0.95 < intervals["ci_high"] + 0.03
+    assert family["ci_low"] <= 0.05
