@@ -18,13 +18,13 @@ import torch
 from attribution.data.splits import TARGETS
 from attribution.runtime.npy_blocks import row_slices, write_matrix
 from attribution.scores.alignment import group_alignment
-from attribution.scores.artifact import Scores, write_scores
+from attribution.scores.artifact import write_scores
 from attribution.scores.features import Store
 from attribution.scores.ridge import Ridge
 from attribution.scores.trak import combine
 from benchmarks.common import measure, peak_memory_mib, ratio, reset_peak_memory, summary
 
-LAMBDA_REG, GROUPS, TOP = 1.0, 10, 10
+LAMBDA_REG, GROUPS = 1.0, 10
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +112,6 @@ def make_scores(work: Path, checkpoints: int) -> None:
     )
     targets = pd.DataFrame({"position": np.arange(m)})
     write_scores(folder, found.file, train, targets, {})
-    scores = Scores(np.load(folder / "scores.npy", mmap_mode="r"), train, targets, {})
-    scores.top_per_target(TOP)
 
 
 def peak_of_scores(work: Path, checkpoints: int, threads: int) -> float:

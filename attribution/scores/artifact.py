@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow
 from pyarrow.parquet import ParquetFile
 
 from attribution.errors import InputError, reason
@@ -38,7 +37,6 @@ KINDS = {
     "texts": ("example_id", "label_name", "file_name"),
     "truth values": ("is_flipped",),
 }  # fmt: skip
-MOST_TABLE_BYTES = 1 << 30  # size of a decoded table
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,6 @@ class Scores:
         table = self.targets.iloc[targets].reset_index(drop=True)
         return Scores(np.concatenate(blocks), self.train, table, self.metadata)
 
-    def top_per_target(self, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """`top` of every target in one pass over the file: see top_k."""
-        return top_k(self.values, k)
-
-    def bottom_per_target(self, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """`bottom` of every target in one pass over the file: see top_k."""
-        return top_k(self.values, k, largest=False)
-
     def _ranked(self, target: int, k: int, sign: int) -> pd.DataFrame:
         if not 0 <= target < self.values.shape[1]:
             raise InputError(f"target={target}: must be from 0 to {self.values.shape[1] - 1}")
@@ -98,62 +88,6 @@ class Scores:
             raise InputError(f"target={target}: one of its scores is not finite")
         order = np.argsort(sign * column, kind="stable")[:k]
         return self.train.iloc[order].assign(score=column[order])
-
-
-def top_k(values: np.ndarray, k: int, largest: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The k highest scores of every target, in one pass over blocks of rows.
-
-    Args:
-        values: (n_train, n_targets), positive = helpful; may be a memory map.
-        largest: False for the k lowest scores.
-
-    Returns:
-        Positions of the training examples, (n_targets, k) int64, and their scores, (n_targets, k)
-        float32; the best first, equal scores in order of position. k is at most n_train.
-
-    Raises:
-        InputError: k below 1, or one of the best scores is not finite.
-    """
-    if k < 1:
-        raise InputError(f"k={k}: must be at least 1")
-    n, m = values.shape
-    k, sign = min(k, n), 1 if largest else -1
-    best = _Best(np.zeros((m, k), np.int64), np.full((m, k), -np.inf, np.float32))
-    first = 0
-    for block in row_blocks(values):
-        best.add(block if largest else -block, first)
-        first += len(block)
-    if not np.isfinite(best.scores).all():
-        raise InputError("scores: some are not finite")
-    return best.rows, sign * best.scores
-
-
-@dataclass
-class _Best:
-    """The k best scores of each column so far and their rows, (m, k); equal scores by row."""
-
-    rows: np.ndarray
-    scores: np.ndarray
-
-    def add(self, block: np.ndarray, first: int) -> None:
-        """Add rows (b, m) of the matrix, from row `first` on."""
-        # A later row must be better, not equal. NaN is taken in, so that top_k reports it.
-        better = ~(block <= self.scores[:, -1])
-        if len(block) > 1 and np.count_nonzero(better) > 4 * self.scores.size:
-            half = len(block) // 2  # after the first half, fewer of the second are better
-            self.add(block[:half], first)
-            self.add(block[half:], first + half)
-            return
-        rows, columns = np.divmod(np.flatnonzero(better), block.shape[1])
-        m, k = self.scores.shape
-        column = np.concatenate([np.repeat(np.arange(m), k), columns])
-        row = np.concatenate([self.rows.ravel(), rows + first])
-        score = np.concatenate([self.scores.ravel(), block[rows, columns]])
-        score[np.isnan(score)] = np.inf
-        order = np.lexsort((-score, column))  # stable: equal scores stay in order of rows
-        counts = np.bincount(column, minlength=m)
-        chosen = order[(np.cumsum(counts) - counts)[:, None] + np.arange(k)]
-        self.rows, self.scores = row[chosen], score[chosen]
 
 
 def write_scores(
@@ -289,11 +223,13 @@ def _read_matrix(file: Path, metadata: dict[str, Any]) -> np.ndarray:
 def _read_table(file: Path, length: int) -> pd.DataFrame:
     parquet = ParquetFile(file)
     rows = parquet.metadata.num_rows
-    if rows == length:  # checked before decoding: few bytes may claim many rows
-        table = _decoded(parquet).to_pandas().reset_index(drop=True)
-        rows = len(table)
-    if rows != length:
+    if rows != length:  # before decoding: few bytes may claim many rows
         raise ValueError(f"it has {rows} rows, not {length}")
+    decoded = parquet.read()
+    decoded.validate(full=True)  # also that texts are UTF-8
+    table = decoded.to_pandas().reset_index(drop=True)
+    if len(table) != length:
+        raise ValueError(f"it has {len(table)} rows, not {length}")
     missing = REQUIRED_COLUMNS[file.name] - set(table.columns)
     if missing:
         raise ValueError(f"it lacks the columns {sorted(missing)}")
@@ -305,28 +241,6 @@ def _read_table(file: Path, length: int) -> pd.DataFrame:
                 raise ValueError(f"its column {name} does not hold {kind}")
     if (table["position"] != range(length)).any():
         raise ValueError("it is not in order of position")
-    return table
-
-
-def _decoded(file: ParquetFile) -> pyarrow.Table:
-    """All rows of a file, decoded in batches: a long text that every row refers to is stored once.
-
-    Raises:
-        ValueError: the table is too large, or its values do not fit their types.
-    """
-    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-    size = sum(group.total_byte_size for group in groups)
-    batches, taken = [], 0
-    if size <= MOST_TABLE_BYTES:
-        for batch in file.iter_batches(max(1, min(1 << 16, MOST_TABLE_BYTES // max(1, size)))):
-            batches.append(batch)
-            taken += batch.nbytes
-            if taken > MOST_TABLE_BYTES:
-                break
-    if max(size, taken) > MOST_TABLE_BYTES:
-        raise ValueError(f"it is larger than {MOST_TABLE_BYTES >> 20} MiB")
-    table = pyarrow.Table.from_batches(batches, file.schema_arrow)
-    table.validate(full=True)  # also that texts are UTF-8
     return table
 
 

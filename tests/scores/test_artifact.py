@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -20,15 +19,12 @@ from places import Place, Result, check_refusal, run_id
 from safetensors.numpy import load_file, save_file
 
 from attribution.errors import InputError
-from attribution.runtime import npy_blocks
 from attribution.runtime.npy_blocks import write_matrix
-from attribution.scores import artifact as scores_module
 from attribution.scores.artifact import (
     REQUIRED_COLUMNS,
     SCHEMA_VERSION,
     Scores,
     load_scores,
-    top_k,
     write_scores,
 )
 
@@ -137,44 +133,6 @@ def test_equal_scores_come_in_order_of_position() -> None:
     scores = Scores(np.zeros((50, 1), np.float32), *tables(50, 1), {})
     assert scores.top(0, 50)["position"].tolist() == list(range(50))
     assert scores.bottom(0, 50)["position"].tolist() == list(range(50))
-
-
-# Few different values, so that many are equal.
-TIED = hnp.arrays(
-    np.float32, st.tuples(st.integers(1, 60), st.integers(1, 5)), elements=st.integers(-3, 3)
-)
-
-
-@given(values=st.one_of(MATRICES, TIED), k=st.integers(1, 12), rows=st.integers(1, 40))
-def test_top_k_of_every_target_is_that_of_a_stable_sort(values, k, rows) -> None:
-    for largest, sign in ((True, -1), (False, 1)):
-        with patch.object(npy_blocks, "BLOCK_ROWS", rows):
-            positions, found = top_k(values, k, largest)
-        order = np.argsort(sign * values, axis=0, kind="stable")[:k].T
-        np.testing.assert_array_equal(positions, order)
-        np.testing.assert_array_equal(found, np.take_along_axis(values.T, order, axis=1))
-
-
-@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal"])
-def test_top_k_of_a_file_in_any_order_of_scores(tmp_path: Path, order: str) -> None:
-    values = np.random.default_rng(0).integers(0, 500, (3000, 40)).astype(np.float32)
-    if order != "random":
-        values = np.sort(values, axis=0) if order == "ascending" else -np.sort(-values, axis=0)
-    if order == "equal":
-        values[:] = 1
-    scores = load_scores(write(tmp_path, values))
-    with patch.object(npy_blocks, "BLOCK_ROWS", 700):
-        top, bottom = scores.top_per_target(7), scores.bottom_per_target(7)
-    assert top[0].shape == top[1].shape == (40, 7)
-    for target in (0, 17, 39):
-        for found, frame in ((top, scores.top(target, 7)), (bottom, scores.bottom(target, 7))):
-            assert found[0][target].tolist() == frame["position"].tolist()
-            assert found[1][target].tolist() == frame["score"].tolist()
-
-
-def test_top_k_refuses_a_k_below_one() -> None:
-    with pytest.raises(InputError, match="k=0: must be at least 1"):
-        top_k(np.zeros((3, 2), np.float32), 0)
 
 
 def test_selected_targets_rank_as_in_the_whole(tmp_path: Path) -> None:
@@ -443,17 +401,6 @@ def test_two_columns_of_one_name_are_refused(artifact: Path) -> None:
     assert "two columns" in refusal(artifact)
 
 
-def test_a_small_table_that_decodes_to_a_large_one_is_refused(artifact: Path) -> None:
-    """One long text, to which every row refers."""
-    import pyarrow as pa
-
-    text = pa.DictionaryArray.from_arrays(pa.array([0] * 4, pa.int32()), pa.array(["x" * 10**6]))
-    change_table(artifact, "train.parquet", lambda t: t.append_column("file_name", text))
-    assert (artifact / "train.parquet").stat().st_size < 10**5
-    with patch.object(scores_module, "MOST_TABLE_BYTES", 3 * 10**6):
-        assert "larger than" in refusal(artifact)
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_not_finite_is_not_read(artifact: Path, bad: float) -> None:
     values = np.zeros((4, 3), np.float32)
@@ -501,9 +448,6 @@ def test_the_best_of_scores_that_are_not_finite_are_refused(bad: float, largest:
     with pytest.raises(InputError, match="^target=1: one of its scores is not finite"):
         scores.top(1, 3) if largest else scores.bottom(1, 3)
     assert len(scores.top(0, 3)) == 3
-    if not np.isinf(bad) or (bad > 0) == largest:
-        with pytest.raises(InputError, match="^scores: some are not finite"):
-            top_k(values, 3, largest)
 
 
 # -- the commands ----------------------------------------------------------------------------------

@@ -152,7 +152,6 @@ def test_more_targets_than_training_examples_and_longer_features(tmp_path: Path)
 
 def test_no_array_as_large_as_the_matrix_is_in_memory(tmp_path: Path) -> None:
     """n m is 153 MiB; scores, alignment and self-influence need a few blocks of 4 MiB."""
-    from attribution.scores.artifact import top_k
     from benchmarks.common import peak_memory_mib, reset_peak_memory
 
     if not Path("/proc/self/clear_refs").exists():
@@ -166,7 +165,6 @@ def test_no_array_as_large_as_the_matrix_is_in_memory(tmp_path: Path) -> None:
         before = peak_memory_mib()
         values = combine([store], folder / "scores.npy", Ridge(0.1)).values
         group_alignment(values, np.arange(targets) % 2, np.array([0.5, 0.5]))
-        top_k(values, 5)
 
     before = 0.0
     everything(tmp_path / "small", 100, 10)  # what libraries load at their first use
