@@ -320,7 +320,7 @@ def test_the_help_names_every_flag_and_its_preset_values(capsys) -> None:
     others = ("evaluate", "explain")
     own = {n for n, f in FIELDS.items() if f.metadata["group"] not in others}
     assert all((f"--{name} " in shown) == (name in own) for name in FIELDS)
-    for name in ("num_models", "proj_dim"):
+    for name in ("label_noise", "proj_dim"):
         values = ", ".join(f"{preset}: {given[name]}" for preset, given in PRESETS.items())
         assert values in shown
     assert "(default: 0.1)" in shown  # of lambda_reg

@@ -90,19 +90,7 @@ def pipe(folder: Path, name: str) -> None:
         ),
         "a header that claims an exabyte": (
             lambda f: replace_file(f, "model.safetensors", (1 << 60).to_bytes(8, "little") + b"{}"),
-            dict.fromkeys(("load", "build"), "describes 79,"),
-        ),
-        "a config that claims terabytes": (
-            lambda f: edit_config(f, hidden_sizes=[10**6, 10**6, 10**6]),
-            dict.fromkeys(("load", "build"), "config.json describes 47,000,"),
-        ),
-        "a config that claims a milliard layers": (
-            lambda f: edit_config(f, depths=[1, 1, 10**9]),
-            dict.fromkeys(("load", "build"), "config.json describes more than 10,000 layers"),
-        ),
-        "a config that claims a milliard classes": (
-            lambda f: edit_config(f, num_labels=10**9),
-            dict.fromkeys(("load", "build", "image size"), "describes 1,000,000,000 numbers"),
+            dict.fromkeys(("load", "build"), "cannot be loaded"),
         ),
         "a config that is a list": (
             lambda f: replace_file(f, "config.json", b"[]"),
