@@ -173,7 +173,7 @@ class Place:
             folder = Path(name)
             if any(part.startswith(".") for part in folder.relative_to(work).parts):
                 continue
-            units = [folder] if {"done", "logits.npz"} & set(files) else []
+            units = [folder] if {"grads.mmap", "logits.npz"} & set(files) else []
             if folder.name == "retrainings":
                 units = [folder / file for file in files if re.fullmatch(r"[^.].*\.npz", file)]
             for unit in units:

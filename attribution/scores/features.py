@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -92,14 +91,12 @@ class Shard:
     """One task: some examples of a split under one checkpoint.
 
     Attributes:
-        checkpoint: from_pretrained folder.
         model_id: traker's number of the checkpoint, which also seeds the projection.
         split: name of the split.
         rows: positions of the examples in the split.
         batch_size: images per batch. It changes only the last bit of the features.
     """
 
-    checkpoint: Path
     model_id: int
     split: str
     rows: range
@@ -134,47 +131,33 @@ def featurize(
     # GPU and CPU have folders of their own: shard sizes and the features' last bits differ.
     folder = work / f"features-{device}-{size}"
     stores = [Store(folder / f"{m:03d}", m) for m in range(len(checkpoints))]
-    shards = [
-        Shard(
-            checkpoint,
-            m,
-            split,
-            range(start, min(start + size, len(data.rows(split)))),
-            feature_batch_size(config.image_size, device),
-        )
-        for m, checkpoint in enumerate(checkpoints)
-        for split in ("train", TARGETS)
-        for start in range(0, len(data.rows(split)), size)
-    ]
-    folders = {
-        shard: stores[shard.model_id].shard(shard.split, shard.rows.start) for shard in shards
-    }
-    _make_missing(config, data, folders)
+    batch_size = feature_batch_size(config.image_size, device)
+    folders = {}
+    for store in stores:
+        for split in ("train", TARGETS):
+            n = len(data.rows(split))
+            for start in range(0, n, size):
+                rows = range(start, min(start + size, n))
+                shard = Shard(store.model_id, split, rows, batch_size)
+                folders[shard] = store.shard(split, start)
+    _make_missing(config, data, checkpoints, folders)
     return stores
 
 
-def _make_missing(config: Config, data: ImageData, folders: dict[Shard, Path]) -> None:
-    """Make each shard whose folder is not finished."""
-    missing = [shard for shard, folder in folders.items() if not (folder / "done").exists()]
+def _make_missing(
+    config: Config, data: ImageData, checkpoints: Sequence[Path], folders: dict[Shard, Path]
+) -> None:
+    """Make each shard that has no folder yet."""
+    missing = [shard for shard, folder in folders.items() if not folder.exists()]
+    tasks = [(shard, checkpoints[shard.model_id]) for shard in missing]
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
-    # Workers on this machine write to the folders. Those of a cluster return the content.
-    is_away = config.backend == "ray"
-    results = parallel_map(
-        _featurize_away if is_away else _featurize,
-        [(shard, shard.checkpoint if is_away else folders[shard]) for shard in missing],
-        jobs,
-        (config, data),
-        config,
-        [str(shard) for shard in missing],
-        smaller=_smaller_batch,
-    )
+    names = [str(shard) for shard in missing]
     done = len(folders) - len(missing)
     with progress("trak: shards featurised", len(folders), done) as advance:
-        for index, files in results:
-            if files is not None:
-                folder = folders[missing[index]]
-                shutil.rmtree(folder, ignore_errors=True)  # begun by another run
-                write_folder(folder, files)
+        for index, files in parallel_map(
+            _featurize, tasks, jobs, (config, data), config, names, _smaller_batch
+        ):
+            write_folder(folders[missing[index]], files)
             advance()
 
 
@@ -185,49 +168,43 @@ def feature_batch_size(image_size: int, device_type: str) -> int:
     return 256 if image_size <= 32 else 64 if image_size <= 96 else 16
 
 
-def _smaller_batch(task: tuple) -> tuple:
+def _smaller_batch(task: tuple[Shard, Path]) -> tuple[Shard, Path]:
     """A task of parallel_map with smaller batches."""
-    return task[0].smaller(), *task[1:]
+    return task[0].smaller(), task[1]
 
 
-def _featurize_away(config: Config, data: ImageData, shard: Shard, checkpoint: Path) -> Files:
-    """Content of the folder that _featurize leaves, for a driver with another disk.
+def _featurize(config: Config, data: ImageData, shard: Shard, checkpoint: Path) -> Files:
+    """Featurise a shard, in smaller batches if a GPU runs out of memory.
 
-    Args:
-        checkpoint: where the checkpoint lies on this machine. The shard names the driver's folder.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        _featurize(config, data, replace(shard, checkpoint=checkpoint), Path(folder))
-        return read_folder(Path(folder))
-
-
-def _featurize(config: Config, data: ImageData, shard: Shard, folder: Path) -> None:
-    """Featurise a shard into a folder, in smaller batches if a GPU runs out of memory.
+    Returns:
+        The files of traker's folder as bytes, because workers may not share a disk.
 
     Raises:
         torch.OutOfMemoryError: a single image does not fit.
     """
     keep_freed_memory()
-    while not _fits(config, data, shard, folder):
+    while (files := _featurize_if_it_fits(config, data, shard, checkpoint)) is None:
         shard = shard.smaller()
-    # traker leaves a second array of this size, for its own way of scoring.
-    (folder / str(shard.model_id) / "features.mmap").unlink(missing_ok=True)
-    (folder / "done").touch()
+    return files
 
 
-def _fits(config: Config, data: ImageData, shard: Shard, folder: Path) -> bool:
-    """Featurise a shard; whether its batches fit in memory."""
-    # traker cannot continue with another batch size: a shard is whole or made again.
-    shutil.rmtree(folder, ignore_errors=True)
+def _featurize_if_it_fits(
+    config: Config, data: ImageData, shard: Shard, checkpoint: Path
+) -> Files | None:
+    """The files of traker's folder; None if a batch does not fit in memory."""
     device = resolve_device(config.device)
     batches = batches_of(config, data, shard.split, shard.batch_size, device, shard.rows)
-    try:
-        run_traker(config, shard.checkpoint, shard.model_id, batches, len(shard.rows), folder)
-    except torch.OutOfMemoryError:
-        if shard.batch_size == 1:
-            raise
-        return False
-    return True
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            run_traker(config, checkpoint, shard.model_id, batches, len(shard.rows), folder)
+        except torch.OutOfMemoryError:
+            if shard.batch_size == 1:
+                raise
+            return None
+        # traker leaves a second array of this size, for its own way of scoring.
+        (folder / str(shard.model_id) / "features.mmap").unlink(missing_ok=True)
+        return read_folder(folder)
 
 
 def run_traker(

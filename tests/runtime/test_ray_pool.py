@@ -104,7 +104,7 @@ def test_every_kind_of_task_gives_the_same_bits_as_local_workers(
         if config.backend == "ray":
             for module, name in (
                 (checkpoints, "_train_checkpoint"),
-                (features, "_featurize_away"),
+                (features, "_featurize"),
                 (retraining, "_retrain"),
             ):
                 monkeypatch.setattr(module, name, far_from(driver, getattr(module, name)))

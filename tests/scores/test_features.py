@@ -13,7 +13,7 @@ from toy import toy_config, toy_data
 from attribution.data.dataset import ImageData
 from attribution.models import classifier, model_facts
 from attribution.scores import features as module
-from attribution.scores.features import Shard, Store
+from attribution.scores.features import Shard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,17 +32,6 @@ def test_what_a_killed_driver_left_beside_the_shards_is_no_shard(tmp_path: Path)
     assert store.count("train") == 20
 
 
-def test_a_shard_begun_with_another_batch_size_is_made_anew(tmp_path: Path) -> None:
-    data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(proj_dim=16)
-    model = saved_model(tmp_path / "model", data)
-    whole, begun = (Store(tmp_path / name, 0) for name in ("whole", "begun"))
-    for store, size, rows in ((whole, 8, range(20)), (begun, 3, range(6)), (begun, 8, range(20))):
-        folder = store.shard("train", 0)
-        module._featurize(config, data, Shard(model, 0, "train", rows, size), folder)
-    np.testing.assert_array_equal(*(s.features("train")[0] for s in (whole, begun)))
-    np.testing.assert_array_equal(whole.one_minus_p("train"), begun.one_minus_p("train"))
-
-
 def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,20 +42,20 @@ def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
         sizes.append(size)
         if size > most:
             raise torch.OutOfMemoryError
-        (folder / "0").mkdir(parents=True)
+        (folder / "0").mkdir()
+        (folder / "0" / "grads.mmap").write_bytes(b"features")
 
     monkeypatch.setattr(module, "run_traker", run)
     data, config = toy_data(tmp_path / "data", n_train=40), toy_config()
-    shard = Shard(tmp_path, 0, "train", range(40), 32)
-    for most, expected in ((3, [32, 8, 2]), (32, [32])):
+    shard = Shard(0, "train", range(40), 32)
+    for fits, expected in ((3, [32, 8, 2]), (32, [32])):
+        most = fits
         sizes.clear()
-        folder = tmp_path / str(most)
-        module._featurize(config, data, shard, folder)
-        assert sizes == expected and (folder / "done").exists()
+        files = module._featurize(config, data, shard, tmp_path)
+        assert sizes == expected and list(files) == ["0/grads.mmap"]
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        module._featurize(config, data, shard, tmp_path / "none")
-    assert not (tmp_path / "none" / "done").exists()
+        module._featurize(config, data, shard, tmp_path)
 
 
 @pytest.mark.parametrize("asked", [1, 3, 99])
@@ -74,11 +63,10 @@ def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: 
     data = toy_data(tmp_path / "data", n_train=12, n_other=6)
     folder = saved_model(tmp_path / "model", data)
     matrices = sum(p.dim() > 1 for p in classifier.load(folder).parameters())
-    features, store = [], Store(tmp_path / "s", 0)
+    features = []
     for num_blocks in (1, asked):
         config = toy_config(proj_dim=16, num_blocks=num_blocks)
-        shard = Shard(folder, 0, "train", range(12), 12)
-        module._featurize(config, data, shard, store.shard("train", 0))
+        store, _ = module.featurize(config, data, [folder, folder], tmp_path / str(num_blocks))
         features.append(np.array(store.features("train")[0]))
     one, several = features
     blocks = min(asked, matrices)
