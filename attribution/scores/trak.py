@@ -143,16 +143,19 @@ def combine(
     if not (file.exists() and done.exists()):
         n = stores[0].count("train")
         weights = np.zeros((len(stores), n)) if held_out is None else held_out
-        per_example: list[np.ndarray] = []
+        # One array: a small one kept for each block would leave gaps that no later block fits in.
+        per_example, start = np.zeros((n, 2)), 0
 
         def rows() -> Iterator[np.ndarray]:
+            nonlocal start
             for scores, numbers in _score_blocks(stores, ridge, row_scale(stores, weight), weights):
-                per_example.append(numbers)
+                per_example[start : start + len(numbers)] = numbers
+                start += len(numbers)
                 yield scores
                 del scores  # free its memory before the next block is made
 
         write_matrix(file, ahead(rows()), (n, stores[0].count(TARGETS)))
-        write_matrix(done, per_example, (n, 2))
+        write_matrix(done, [per_example], (n, 2))
     self_influence, found = np.array(open_matrix(done)).T
     row_weight = row_scale(stores, weight)[:, 0] * len(stores)
     return TrakScores(file, self_influence, None if held_out is None else found, row_weight)
