@@ -1,10 +1,9 @@
-"""Hardware, library versions, command and commit: the conditions of a measured result."""
+"""Hardware, library versions and command line: the conditions of a measured result."""
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from contextlib import suppress
 from datetime import date
@@ -16,7 +15,6 @@ import torch
 
 from attribution.errors import redact
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch", "torchvision", "transformers", "datasets", "traker", "mlflow", "numpy", "scikit-learn",
     "cleanlab", "joblib", "ray", "dattri", "captum", "kronfluence",
@@ -41,24 +39,8 @@ def hardware() -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Everything that is needed to repeat a run: hardware(), the command line and the commit."""
-    return hardware() | {"command": [redact(word) for word in sys.argv]} | _commit()
-
-
-def _commit() -> dict[str, Any]:
-    """The commit of this code and whether files were changed; empty if it is not a git checkout."""
-    try:
-        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return {}  # installed inside the checkout of another project
-        return {"commit": _git("rev-parse", "HEAD"), "commit_is_dirty": bool(_git("status", "-s"))}
-    except (OSError, subprocess.SubprocessError):
-        return {}
-
-
-def _git(*words: str) -> str:
-    command = ["git", "-C", str(ROOT), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    return done.stdout.strip()
+    """What is needed to repeat a run, besides the commit that MLflow records: hardware(), the command line."""
+    return hardware() | {"command": [redact(word) for word in sys.argv]}
 
 
 def _processor() -> str:

@@ -82,7 +82,7 @@ def _numbers(file: Path) -> dict[str, np.ndarray]:
 
 
 def _say_changes(original: str, replay: str) -> None:
-    """Print what has changed in versions, hardware and commit since the original run."""
+    """Print what has changed in versions and hardware since the original run."""
     try:
         then, now = (read_json(artifact_path(run_id, ENVIRONMENT)) for run_id in (original, replay))
     except (InputError, ValueError):

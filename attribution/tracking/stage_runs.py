@@ -106,7 +106,7 @@ def describe(stage: str, config: Config, data: ImageData) -> None:
 
 
 def log_environment() -> None:
-    """Log versions, hardware, command line and commit to the active run."""
+    """Log versions, hardware and command line to the active run."""
     mlflow.log_dict(machine.environment(), ENVIRONMENT)
 
 
