@@ -16,6 +16,8 @@ import pytest
 import torch
 from places import Place, write_images
 
+from attribution.runtime import signals
+
 # Set before any library reads them; the folder goes with the process.
 _scratch = tempfile.TemporaryDirectory(prefix="trak-ablation-tests-", ignore_cleanup_errors=True)
 os.environ.update(
@@ -37,6 +39,10 @@ if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // _workers))
 for _name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(_name, None)
+
+
+# A test that sends itself a signal must not end the process that runs the tests, however slow it is.
+signals.GRACE_SECONDS = 600.0
 
 
 @pytest.fixture(scope="session")

@@ -23,26 +23,34 @@ class _Handler:
     Attributes:
         asked: the number of the signal, or empty.
         waits: whether stop_after raises the exception.
+        timers: that end the process, or raise the exception once more.
     """
 
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.waits = False
+        self.timers: list[threading.Timer] = []
 
     def __call__(self, number: int, _: object) -> None:
         if self.asked:
             return
         self.asked.append(number)
-        _later(GRACE_SECONDS, os._exit, 128 + number)
+        self._later(GRACE_SECONDS, os._exit, 128 + number)
         if not self.waits:
             raise KeyboardInterrupt(signal.Signals(number).name)
 
     def raise_again(self, dropped: Any) -> None:
         """Handle an exception that Python dropped, as it does in destructors and weakref callbacks."""
         if self.asked and dropped.exc_type is KeyboardInterrupt:
-            _later(AGAIN_SECONDS, os.kill, os.getpid(), self.asked.pop())
+            self._later(AGAIN_SECONDS, os.kill, os.getpid(), self.asked.pop())
         else:
             sys.__unraisablehook__(dropped)
+
+    def _later(self, seconds: float, function: Callable, *arguments: Any) -> None:
+        timer = threading.Timer(seconds, function, arguments)
+        timer.daemon = True
+        timer.start()
+        self.timers.append(timer)
 
 
 _handler = _Handler()  # of the block in progress; signals belong to the whole process
@@ -61,16 +69,18 @@ def ended_by_signals() -> Iterator[list[int]]:
     answer, the process exits. A signal that is ignored, as under `nohup`, stays ignored.
     """
     global _handler
-    _handler = _Handler()
+    own = _handler = _Handler()
     handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-    before = [signal.signal(number, _handler) for number in handled]
-    hook, sys.unraisablehook = sys.unraisablehook, _handler.raise_again
+    before = [signal.signal(number, own) for number in handled]
+    hook, sys.unraisablehook = sys.unraisablehook, own.raise_again
     try:
-        yield _handler.asked
+        yield own.asked
     finally:
         for number, handler in zip(handled, before):
             signal.signal(number, handler)
         sys.unraisablehook = hook
+        for timer in own.timers:
+            timer.cancel()
         _handler = _Handler()
 
 
@@ -85,12 +95,6 @@ def stop_after() -> Iterator[None]:
         handler.waits = False
     if handler.asked and not stopping:
         raise KeyboardInterrupt
-
-
-def _later(seconds: float, function: Callable, *arguments: Any) -> None:
-    timer = threading.Timer(seconds, function, arguments)
-    timer.daemon = True
-    timer.start()
 
 
 def end(code: int) -> NoReturn:

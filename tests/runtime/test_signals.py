@@ -22,11 +22,10 @@ NewPlace = Callable[..., Place]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def cancel_timers() -> None:
-    """Those that would end this process."""
-    for timer in threading.enumerate():
-        if isinstance(timer, threading.Timer):
-            timer.cancel()
+def living() -> list[threading.Thread]:
+    """Threads that are not about to end."""
+    time.sleep(0.2)
+    return threading.enumerate()
 
 
 @pytest.mark.parametrize("number", STOPPING)
@@ -40,8 +39,8 @@ def test_a_signal_is_an_exception_and_the_next_one_is_not(number: int) -> None:
         finally:
             os.kill(os.getpid(), number)
             cleared_up = True
-            cancel_timers()
     assert asked == [number] and cleared_up
+    assert not any(isinstance(thread, threading.Timer) for thread in living())  # none ends us later
     assert signal.signal(number, before) == signal.default_int_handler
 
 
@@ -59,7 +58,6 @@ def test_a_signal_is_not_lost_in_a_callback_whose_exceptions_python_drops() -> N
         del target
         time.sleep(2)
     assert kept() is None and asked == [signal.SIGTERM]
-    cancel_timers()
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +22,6 @@ from attribution.tracking import database
 from attribution.tracking.run_lifecycle import end_dead_runs, open_run, signature
 
 NewPlace = Callable[..., Place]
-
-
-def cancel_timers() -> None:
-    """Those that would end this process."""
-    for timer in threading.enumerate():
-        if isinstance(timer, threading.Timer):
-            timer.cancel()
 
 
 @pytest.fixture
@@ -49,7 +41,6 @@ def test_a_signal_that_a_library_turns_into_another_error_still_marks_the_run_ki
             time.sleep(60)
         except KeyboardInterrupt:
             raise RuntimeError("of a library") from None
-    cancel_timers()
     found = mlflow.MlflowClient().get_run(run.info.run_id)
     assert (found.info.status, found.data.tags["stopped_by"]) == ("KILLED", "signal")
     with pytest.raises(RuntimeError), open_run() as run:  # which nobody stopped
@@ -97,7 +88,6 @@ def test_a_run_is_begun_and_ended_whole(
     reached = False
     with pytest.raises(KeyboardInterrupt), ended_by_signals(), open_run():
         reached = True
-    cancel_timers()
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert run.info.status == expected and reached == (function == "end_run")
     assert mlflow.active_run() is None
