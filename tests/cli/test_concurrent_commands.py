@@ -16,7 +16,6 @@ from places import Place, child_environment
 
 NewPlace = Callable[..., Place]
 
-NewPlace = Callable[..., Place]
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,6 @@ from attribution.tracking import replay
 
 NewPlace = Callable[..., Place]
 pytestmark = pytest.mark.slow
-
-NewPlace = Callable[..., Place]
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
