@@ -20,11 +20,11 @@ def test_commands_stopped_at_random_moments_lose_nothing(
 ) -> None:
     """The short version of `python -m benchmarks faults`."""
     place = new_place("faults")
-    small = dict(flag[2:].split("=") for flag in place.argv("ablation"))
+    small = dict(flag[2:].split("=") for flag in place.argv("finetune"))
     monkeypatch.setattr(faults, "SETTINGS", small | {"jobs": 2})
-    monkeypatch.setattr(faults, "COMMANDS", {"ablation": {}})
+    monkeypatch.setattr(faults, "COMMANDS", {"finetune": {}})
     options = argparse.Namespace(
-        backends=["local"], commands=["ablation"], kinds=["Ctrl-C"], trials=1, seed=3
+        backends=["local"], commands=["finetune"], kinds=["Ctrl-C"], trials=1, seed=3
     )
     rows = faults.run(options)
     assert sum(row["trials"] for row in rows) == 1

@@ -56,45 +56,47 @@ BEFORE = beside_the_code()
 
 @pytest.fixture(scope="module")
 def projects(new_place: NewPlace) -> tuple[Place, dict[str, str]]:
-    """Run ids by entry point: `mlflow run`, one after the other, in one store."""
-    import mlflow
-
+    """Run ids by entry point in one store; finetune and main by `mlflow run`, which takes longer."""
     place, run_ids = new_place("projects"), {}
-    given = {**SMALL, "dataset": place.dataset, "cache_dir": place.cache, "learning_rate": "1e-3"}
-    given["seed"] = 3
-    ablation_only = ("num_seeds", "frac", "arms")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in child_environment(place).items():
-            patch.setenv(name, value)
-        for entry_point in (*STAGES, "evaluate", "explain", "main"):
-            parameters = {k: str(v) for k, v in given.items()}
-            if entry_point in ("finetune", "trak", "evaluate", "explain"):
-                parameters = {k: v for k, v in parameters.items() if k not in ablation_only}
-            if entry_point == "finetune":
-                del parameters["proj_dim"]
-            if entry_point == "evaluate":
-                parameters |= {"num_subsets": "10", "num_repeats": "1"}
-            if entry_point == "explain":
-                parameters["target"] = "2"
-            if entry_point == "ablation":
-                parameters["arms"] = "none,random,helpful,harmful,negative,loss"
-            if entry_point == "main":  # what is not said comes from the run that is named
-                kept = ("num_seeds", "arms", "cache_dir", "jobs")
-                parameters = {k: v for k, v in parameters.items() if k in kept}
-                parameters |= {"frac": "0.2", "trak_run_id": run_ids["trak"]}
-            submitted = mlflow.projects.run(
-                str(ROOT),
-                entry_point,
-                parameters=parameters,
-                env_manager="local",
-                experiment_name=place.experiment,
-            )
-            assert submitted.get_status() == "FINISHED"
-            run_ids[entry_point] = submitted.run_id
+    given = {"seed": 3, "learning_rate": "1e-3"}
+    finetune = {**SMALL, "dataset": place.dataset, "cache_dir": place.cache, **given}
+    for name in ("num_seeds", "frac", "arms", "proj_dim"):
+        del finetune[name]
+    run_ids["finetune"] = mlflow_run(place, "finetune", finetune)
+    own = {
+        "trak": {},
+        "ablation": {"arms": "none,random,helpful,harmful,negative,loss"},
+        "evaluate": {"num_subsets": 10, "num_repeats": 1},
+        "explain": {"target": 2},
+    }
+    for entry_point, more in own.items():
+        run_ids[entry_point] = place.done(entry_point, **given, **more).run_id
+    # What is not said comes from the run that is named.
+    main = {name: SMALL[name] for name in ("num_seeds", "arms", "jobs")}
+    main |= {"cache_dir": place.cache, "frac": "0.2", "trak_run_id": run_ids["trak"]}
+    run_ids["main"] = mlflow_run(place, "main", main)
     return place, run_ids
 
 
-def test_mlflow_run_finishes_every_entry_point_and_logs_resolved_parameters(projects) -> None:
+def mlflow_run(place: Place, entry_point: str, parameters: dict[str, Any]) -> str:
+    """The id of the run of `mlflow run . -e ENTRY_POINT`."""
+    import mlflow
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in child_environment(place).items():
+            patch.setenv(name, value)
+        submitted = mlflow.projects.run(
+            str(ROOT),
+            entry_point,
+            parameters={name: str(value) for name, value in parameters.items()},
+            env_manager="local",
+            experiment_name=place.experiment,
+        )
+    assert submitted.get_status() == "FINISHED"
+    return submitted.run_id
+
+
+def test_every_entry_point_finishes_and_logs_resolved_parameters(projects) -> None:
     from attribution import stages
     from attribution.config import FIELDS
 
@@ -119,22 +121,18 @@ def test_mlflow_run_finishes_every_entry_point_and_logs_resolved_parameters(proj
     assert main["frac"] == "0.2" and main["num_seeds"] == "2" and main["lambda_reg"] == "0.1"
 
 
-def test_mlflow_run_benchmark_logs_its_table_to_its_own_run(projects) -> None:
-    import mlflow
+def test_a_benchmark_logs_its_table_to_its_own_run(
+    projects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.__main__ import main
 
     place, _ = projects
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in child_environment(place).items():
-            patch.setenv(name, value)
-        submitted = mlflow.projects.run(
-            str(ROOT),
-            "benchmark",
-            parameters={"what": "features", "settings": "mini-16", "repeats": "1"},
-            env_manager="local",
-            experiment_name=place.experiment,
-        )
-    assert submitted.get_status() == "FINISHED"
-    assert (place.artifacts(submitted.run_id) / "benchmark.json").is_file()
+    words = ["features", "--settings", "mini-16", "--repeats", "1", "--log"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    with place.active():
+        main()
+    [run] = [run for run in place.runs() if run.data.tags.get("stage") == "benchmark"]
+    assert (place.artifacts(run.info.run_id) / "benchmark.json").is_file()
 
 
 def test_mlflow_run_builds_each_stage_on_the_one_before(projects) -> None:
@@ -805,19 +803,3 @@ def test_a_hub_format_folder_with_the_food_preset(new_place: NewPlace, tmp_path:
     assert config["id2label"] == {"0": "pear", "1": "quince"}
     weights = load_file(checkpoint / "model.safetensors")
     assert weights["classifier.1.weight"].shape == (2, 16)
-
-
-def test_two_commands_at_once_make_one_result(new_place: NewPlace) -> None:
-    place = new_place("two")
-    place.runs()  # the store exists before both use it
-    command = [sys.executable, "-m", "scripts.finetune", *place.argv("finetune")]
-    both = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=child_environment(place), stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
-    assert len(place.runs("finetune")) == 1
-    assert sum("reusing run" in error for error in errors) == 1
