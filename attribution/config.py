@@ -1,25 +1,24 @@
-"""Every parameter of the project: its default, bounds and help, the presets, and flags as a Config."""
+"""Every parameter of the project: its default, bounds and help, the presets, and a checked Config."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from attribution.errors import InputError
-from attribution.stages import STAGES
 
 FOOD_CLASSES = (
     "bruschetta,garlic_bread,grilled_salmon,omelette,pancakes,"
     "pizza,pork_chop,spaghetti_bolognese,spaghetti_carbonara,steak"
 )
+
+SCRATCH_MODELS = ("resnet-mini",)  # trained from random weights
 
 # With preset images a command chooses these from the data and the model
 # (attribution/cli/auto_settings.py). The values in PRESETS serve callers that look at no data.
@@ -187,65 +186,6 @@ def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
     names = close or list(valid)[:limit]
     more = "" if close or len(valid) <= limit else f", … ({len(valid)} in total)"
     return ("did you mean " if close else "valid: ") + ", ".join(map(str, names)) + more
-
-
-def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The parameters that the caller gave, by name. An unknown flag ends the process (exit code 2)."""
-    groups = (*STAGES[stage].all_groups, *STAGES[stage].outputs, "lineage", "execution")
-    names = list(STAGES)
-    unknown = {f"{later}_run_id" for later in names[names.index(stage) :]}
-    command = f"python -m scripts.{stage}"
-    parser = _Parser(command, f"{command} [--NAME VALUE ...]", allow_abbrev=False)
-    sections = {group: parser.add_argument_group(group) for group in groups}
-    for name, f in FIELDS.items():
-        if f.metadata["group"] in groups and name not in unknown:
-            optional: dict[str, Any] = {"nargs": "?", "const": "yes"} if name == "overwrite" else {}
-            sections[f.metadata["group"]].add_argument(
-                f"--{name}",
-                metavar=f.type.upper(),
-                default=argparse.SUPPRESS,
-                **optional,
-                help=_help(f).replace("%", "%%"),
-            )
-    words = sys.argv[1:] if argv is None else argv
-    found = vars(parser.parse_known([_underscored(word) for word in words]))
-    # argparse turns --name=-- into an empty list.
-    texts = {name: text if isinstance(text, str) else "--" for name, text in found.items()}
-    return {name: convert(name, text) for name, text in texts.items()}
-
-
-def _underscored(word: str) -> str:
-    """Accept --num-seeds=3 for --num_seeds=3: people type both."""
-    flag, equals, value = word.partition("=")
-    return (
-        flag.replace("-", "_").replace("__", "--", 1) + equals + value if word[:2] == "--" else word
-    )
-
-
-class _Parser(argparse.ArgumentParser):
-    def parse_known(self, words: Sequence[str]) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(words)
-        if unknown:
-            flags = [action.option_strings[0] for action in self._actions]
-            self.error(f"{unknown[0]}: no such parameter; {nearest(unknown[0], flags)}")
-        return known
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message}\n")
-
-
-def _help(f: dataclasses.Field) -> str:
-    text = f.metadata["help"]
-    if "choices" in f.metadata:
-        text += f": {', '.join(f.metadata['choices'])}"
-    values = {name: preset.get(f.name) for name, preset in PRESETS.items()}
-    if f.name in AUTO:
-        values["images"] = "by the data"
-    shown = [f"{k}: {v}" for k, v in values.items() if v not in (None, "", FOOD_CLASSES)]
-    default = default_of(f)
-    if default is not None:
-        shown = [f"default: {'empty' if default == '' else default}"]
-    return f"{text} ({', '.join(shown)})" if shown else text
 
 
 def default_of(f: dataclasses.Field) -> Any:

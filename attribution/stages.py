@@ -20,6 +20,8 @@ class Stage:
             a checkpoint where it contains {m}.
         results: artifacts that a replay compares, of folders their weights.
         note: markdown at the top of the run's page in MLflow.
+        about: what the command does, for --help.
+        examples: flags of example commands.
         upstream: stages whose results this one needs, the nearest first.
         upstream_for: a further upstream stage that is needed only where a parameter is given.
         outputs: parameter groups of the files that the command writes outside MLflow.
@@ -30,6 +32,8 @@ class Stage:
     artifacts: tuple[str, ...]
     results: tuple[str, ...]
     note: str
+    about: str
+    examples: tuple[str, ...]
     upstream: tuple[str, ...] = ()
     upstream_for: Mapping[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
@@ -58,6 +62,8 @@ class Stage:
 _STAGES = (
     Stage(
         name="finetune",
+        about="Fine-tune an ensemble of classifiers, each on a random part of the training set.",
+        examples=("--dataset path/to/images", "--dataset path/to/images --keep cleaned/harmful_0.05.csv"),
         groups=("data", "training", "finetune"),
         artifacts=("training/logits.npz", "checkpoints/{m:03d}/model.safetensors"),
         results=("checkpoints", "training/logits.npz"),
@@ -72,6 +78,8 @@ An ensemble of checkpoints. Each one was trained on its own random part of the t
     ),
     Stage(
         name="trak",
+        about="Score how much each training example helps or hurts each validation example (TRAK).",
+        examples=("--dataset path/to/images", "--finetune_run_id RUN_ID"),
         groups=("trak",),
         upstream=("finetune",),
         artifacts=(
@@ -90,6 +98,8 @@ How much each training example helps (positive) or hurts (negative) each validat
     ),
     Stage(
         name="ablation",
+        about="Remove training examples, train again without them, and compare: does it really change accuracy?",
+        examples=("--dataset path/to/images --frac 0.05", "--dataset path/to/images --arms harmful,loss --frac 0.02,0.05 --num_seeds 20"),
         groups=("ablation",),
         upstream=("trak",),
         outputs=("export", "output"),
@@ -99,6 +109,8 @@ How much each training example helps (positive) or hurts (negative) each validat
     ),
     Stage(
         name="evaluate",
+        about="Measure how well the scores predict models that were really retrained on random subsets.",
+        examples=("--trak_run_id RUN_ID", "--trak_run_id RUN_ID --methods trak,loss --num_subsets 50"),
         groups=("evaluate",),
         upstream=("trak", "finetune"),
         artifacts=("evaluation.csv", "bank/spec.json"),
@@ -113,6 +125,8 @@ Is the attribution right? Each method's predictions against models retrained on 
     ),
     Stage(
         name="explain",
+        about="Show the training examples behind predictions: of mistakes, validation examples, or a new image.",
+        examples=("--dataset path/to/images --errors 6", "--dataset path/to/images --image new.png"),
         groups=("explain",),
         upstream=("trak",),
         upstream_for={"image": "finetune"},  # a new picture needs the checkpoints themselves

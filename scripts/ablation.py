@@ -9,20 +9,22 @@ if __name__ == "__main__":  # before the imports that take seconds: --help needs
 
 from pathlib import Path
 
+from attribution.cli import next_steps
 from attribution.cli.outputs import save, save_table
 from attribution.cli.plan import Estimate, retraining_estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments import comparison
-from attribution.experiments.arms import export_files
+from attribution.experiments.arms import DRAWN, export_files
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.evidence import gather_evidence
-from attribution.reporting import ablation_record, terminal
+from attribution.reporting import ablation_record, answer, terminal
 from attribution.reporting.ablation_record import EarlierComparison
-from attribution.runtime.progress import say
 from attribution.tracking.artifacts import address
 from attribution.tracking.job import Job, Upstream
+from attribution.tracking.links import arms_link
 from attribution.tracking.record import Record
+from attribution.tracking.stage_runs import experiment_of, lineage
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -72,12 +74,29 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     terminal.print_comparison(done.result.table)
     for file, frac in _exports(config).items():
         save_table(done.result.kept(config.export_arm, frac), file)
-        say(f"kept by {config.export_arm}: --keep {file}")
+        train = next_steps.command("finetune", config, keep=file)
+        next_steps.say_next(f"{file} lists what {config.export_arm} keeps. To train on it:", train)
     report = address(done.run_id, "report.html")
     if config.output:
         report = str(Path(config.output).expanduser() / "report.html")
         save(done.file("report.html"), Path(report))
+    trak_id = lineage(done.run_id)["trak"]
     print(f"ablation run: {done.run_id}")
+    print(f"trak run: {trak_id}")
+    print(f"scores: runs:/{trak_id}/scores")
     print(f"report: {report}")
-    for line in ablation_record.where_to_look(done.run_id):
-        say(line)
+    _say_next(done, config, trak_id)
+
+
+def _say_next(done: Upstream, config: Config, trak_id: str) -> None:
+    """How to act on the result, and how to see more of it."""
+    top = answer.best(done.result.table)
+    if top is not None and top["arm"] not in DRAWN and top["action"] == "remove":
+        flags = {"trak_run_id": trak_id, "export_arm": top["arm"]}
+        again = next_steps.command("ablation", config, **flags)
+        next_steps.say_next(f"To list the images that {top['arm']} keeps, for training:", again)
+    else:
+        suspects = address(trak_id, "suspects.csv")
+        next_steps.say_next("Images that a person should look at first:", suspects)
+    link = arms_link(experiment_of(done.run_id), done.run_id)
+    next_steps.say_next("To compare the arms in MLflow:", *next_steps.in_mlflow(link))

@@ -124,4 +124,5 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     if done.result.brittleness is not None:
         terminal.print_brittleness(done.result.brittleness)
     print(f"evaluate run: {done.run_id}")
-    say(f"bank: runs:/{done.run_id}/bank   # --bank takes it for other scores of the same data")
+    print(f"bank: runs:/{done.run_id}/bank")
+    say("--bank takes it for other scores of the same data")

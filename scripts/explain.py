@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from attribution.cli import next_steps
 from attribution.cli.outputs import refuse_existing, save
 from attribution.cli.plan import Estimate
 from attribution.config import Config
@@ -18,7 +19,6 @@ from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
 from attribution.reporting import figures, html, terminal
-from attribution.runtime.progress import say
 from attribution.scores import explanation
 from attribution.scores.explanation import Explanation
 from attribution.scores.stored_features import StoredFeatures, load_features
@@ -108,4 +108,4 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
             save(done.file(name), folder / name)
         page = str(folder / "explanation.html")
     print(f"explain run: {done.run_id}")
-    say(f"next: open {page}")
+    next_steps.say_next("To see the examples behind each prediction, open:", page)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from attribution.cli import next_steps
 from attribution.cli.plan import Estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
@@ -96,7 +97,8 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     for name in ("validation_accuracy_mean", "ensemble_validation_accuracy"):
         print(f"{name}: {metrics[name]:.4f}")
     print(f"finetune run: {done.run_id}")
-    say(f"next: python -m scripts.trak --finetune_run_id {done.run_id}")
+    again = next_steps.command("trak", config, finetune_run_id=done.run_id)
+    next_steps.say_next("To score the training examples with these checkpoints:", again)
 
 
 def warn_of_other_checkpoints(job: Job) -> None:

@@ -9,12 +9,12 @@ if __name__ == "__main__":  # before the imports that take seconds: --help needs
 
 from pathlib import Path
 
+from attribution.cli import next_steps
 from attribution.cli.plan import Estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments.statistics import detection_metrics
 from attribution.reporting import figures
-from attribution.runtime.progress import say
 from attribution.scores import scored, stored_features
 from attribution.scores.scored import Scored
 from attribution.tracking.artifacts import artifact_path
@@ -98,4 +98,5 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     print(f"suspects.csv: {count} training examples to check, the most doubtful first")
     print(f"trak run: {done.run_id}")
     print(f'scores: attribution.load_scores("runs:/{done.run_id}/scores")')
-    say(f"next: python -m scripts.ablation --trak_run_id {done.run_id} --frac 0.05")
+    again = next_steps.command("ablation", config, trak_run_id=done.run_id)
+    next_steps.say_next("To remove examples by these scores, and see what that changes:", again)

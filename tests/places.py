@@ -126,12 +126,12 @@ class Place:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            before = {run.info.run_id for run in self.runs()}
+            before = {run.info.run_id for run in self.runs(deleted=True)}
             try:
                 code = run_command(stage, self.argv(stage, **given))
             except SystemExit as stop:  # argparse
                 code = stop.code
-            new = [run for run in self.runs() if run.info.run_id not in before]
+            new = [r for r in self.runs(deleted=True) if r.info.run_id not in before]
         return Result(code, out.getvalue(), err.getvalue(), new)
 
     def done(self, stage: str, **given: Any) -> Result:
@@ -140,11 +140,14 @@ class Place:
         assert result.code == 0, result.err
         return result
 
-    def runs(self, stage: str = "") -> list[Any]:
+    def runs(self, stage: str = "", deleted: bool = False) -> list[Any]:
         """All runs in order of their start, or those of a stage that computed something."""
-        client = self.client()
+        from mlflow.entities import ViewType
+
+        client, view = self.client(), ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
         experiment = client.get_experiment_by_name(self.experiment)
-        found = client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+        where, order = [experiment.experiment_id], ["start_time ASC"]
+        found = client.search_runs(where, run_view_type=view, order_by=order)
         if not stage:
             return found
         tags = [(run, run.data.tags) for run in found]
@@ -185,7 +188,7 @@ def refused(place: Place, stage: str, *fragments: str, **given: Any) -> Result:
     check_refusal(result, *fragments)
     assert not result.made()
     for run in result.runs:
-        assert run.info.status == "FAILED"
+        assert (run.info.status, run.info.lifecycle_stage) == ("FAILED", "deleted")
         assert not place.artifacts(run.info.run_id).exists()
     if result.runs:
         assert result.tags["error"] == result.errors[0].removeprefix("error: ")

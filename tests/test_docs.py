@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from attribution.config import FIELDS, STAGES, parse, resolve
+from attribution.cli.flags import parse
+from attribution.config import FIELDS, resolve
 from attribution.experiments.arms import ARMS, check_arms
+from attribution.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from attribution.config import FIELDS, parse, resolve
+from attribution.cli.flags import parse
+from attribution.config import FIELDS, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("MLproject", "python_env.yaml", "conda.yaml", "requirements.txt")

@@ -47,12 +47,14 @@ class Command:
     Attributes:
         stage: the stage that was asked for.
         made: the stages that this command has computed, by name.
+        has_begun: whether it has begun to compute one.
     """
 
     stage: Stage
     config: Config
     data: ImageData
     made: dict[str, Upstream] = field(default_factory=dict)
+    has_begun: bool = False
 
     def find_or_make(self, run: Any) -> Upstream:
         """The stage's result: that of a finished run, or computed and logged to this run."""
@@ -138,6 +140,7 @@ class Command:
         job = Job(self.config, self.data, upstream, run.run_id, run.experiment_id)
         mlflow.set_tags({f"{name}_run_id": run_id for name, run_id in job.run_ids.items()})
         script = stage.script()
+        self.has_begun = True
         result = script.run(job)
         log_record(script.record(job, result))
         stage_runs.log_environment()
@@ -190,12 +193,19 @@ def run(stage: Stage, given: dict[str, Any]) -> int:
 
 
 def _run(stage: Stage, given: dict[str, Any]) -> int:
-    with _own_run(stage, given) as run:
-        config, data = prepare(stage, given)
-        script = stage.script()
-        refuse_existing(script.outputs(config), config)
-        command = Command(stage, config, data)
-        done = command.find_or_make(run)
+    run, command, is_mlflows = None, None, "MLFLOW_RUN_ID" in os.environ  # set by `mlflow run`
+    try:
+        with _own_run(stage, given) as run:
+            config, data = prepare(stage, given)
+            script = stage.script()
+            refuse_existing(script.outputs(config), config)
+            command = Command(stage, config, data)
+            done = command.find_or_make(run)
+    except InputError:
+        if run and not is_mlflows and not (command and command.has_begun):
+            # A typing error is not a result: the FAILED run goes to MLflow's bin.
+            mlflow.MlflowClient().delete_run(run.info.run_id)
+        raise
     command.tidy(done)
     script.show(done, config, data)
     if config.replay and not report_replay(config.replay, done.run_id):

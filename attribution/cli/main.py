@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from attribution.config import parse, resolve
+from attribution.cli import flags
+from attribution.config import resolve
 from attribution.errors import InputError, StoreFailure, redact
 from attribution.runtime.progress import say
 from attribution.runtime.signals import end, ended_by_signals
@@ -39,7 +40,8 @@ def run_command(stage: str, argv: Sequence[str]) -> int:
     """
     with ended_by_signals() as received:
         try:
-            given = parse(stage, argv)
+            given = flags.parse(stage, argv)
+            flags.check(given)
             if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
                 resolve(given)  # a value out of bounds is refused before the slow imports
             command = importlib.import_module("attribution.cli.command")

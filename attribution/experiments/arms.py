@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from attribution.config import Config, nearest
+from attribution.config import Config
 from attribution.errors import InputError
 from attribution.experiments.evidence import Evidence
+from attribution.experiments.names import check_known
 from attribution.runtime.hashing import derive_seed
 
 Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
@@ -183,9 +184,8 @@ def check_arms(arms: Sequence[str], missing: Sequence[str] = ()) -> None:
     Raises:
         InputError: with the nearest valid names, or with what the arm needs.
     """
+    check_known("arms", arms, ARMS)
     for arm in arms:
-        if arm not in ARMS:
-            raise InputError(f"arms={arm}: unknown; {nearest(arm, list(ARMS), limit=20)}")
         field, reason = NEEDS.get(arm, ("", ""))
         if field in missing:
             raise InputError(f"arms={arm}: {reason}, or leave out the arm")

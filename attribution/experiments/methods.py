@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attribution.config import Config, nearest
+from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.experiments.ekfac import ekfac_scores
+from attribution.experiments.names import check_known
 from attribution.models import classifier
 from attribution.models.batches import batches_of
 from attribution.models.predict import prediction_batch_size
@@ -204,8 +205,6 @@ def check_methods(names: Sequence[str]) -> None:
         raise InputError(
             "methods: names none; leave the parameter out for all that need no extra package"
         )
-    for name in names:
-        if name not in METHODS:
-            raise InputError(f"methods={name}: unknown; {nearest(name, list(METHODS), limit=20)}")
+    check_known("methods", names, METHODS)
     if "ekfac" in names and not find_spec("kronfluence"):
         raise InputError("methods=ekfac: needs kronfluence; pip install -e '.[benchmark]'")

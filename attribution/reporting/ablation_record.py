@@ -10,7 +10,7 @@ import mlflow
 import pandas as pd
 
 from attribution.data.dataset import ImageData
-from attribution.errors import InputError, redact
+from attribution.errors import InputError
 from attribution.experiments.arms import ARMS, DRAWN, kept_table, trial_name
 from attribution.experiments.comparison import Comparison, Outcome, verdict
 from attribution.reporting import ablation_html, figures, mlflow_notes
@@ -167,14 +167,3 @@ class EarlierComparison:
             raise InputError(f"export_arm={arm}: its nested run in run {self.run_id} is gone")
         file = artifact_path(runs[0].info.run_id, "kept.csv")
         return pd.read_csv(file, dtype=str, keep_default_na=False)
-
-
-def where_to_look(run_id: str) -> list[str]:
-    """Lines for the terminal: how to open the comparison in MLflow's pages."""
-    uri = mlflow.get_tracking_uri()
-    is_server = uri.startswith("http")
-    store = uri if redact(uri) == uri else '"$MLFLOW_TRACKING_URI"'  # a password stays unprinted
-    start = "" if is_server else f"mlflow ui --backend-store-uri {store}   # and then "
-    address = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
-    experiment = mlflow.get_run(run_id).info.experiment_id
-    return [redact(f"next: {start}open {address}/{arms_link(experiment, run_id)}")]

@@ -14,21 +14,72 @@ from rich.text import Text
 from attribution.errors import printable
 from attribution.experiments.arms import trial_name
 from attribution.experiments.comparison import JUDGED, verdict
+from attribution.experiments.names import ARM_WORDS
 from attribution.experiments.statistics import detectable_effect, seeds_needed
+from attribution.reporting import answer
 
 WIDTH = 134  # columns of a log file or a pipe
 
 
 def print_comparison(table: pd.DataFrame) -> None:
-    """Print the comparison with intervals, adjusted p-values and a verdict for each arm."""
+    """Print what each arm is, the comparison with a verdict for each, and the answer in words."""
+    console = _console()
+    arms = list(dict.fromkeys(table["arm"]))
+    width = max(map(len, arms))
+    console.print("The arms, each one way to choose training examples:", highlight=False)
+    for arm in arms:
+        about = Text(f"  {arm:<{width}}  {ARM_WORDS[arm].about}")
+        console.print(about, soft_wrap=not console.is_terminal)
     seeds = int(table["n_seeds"].iloc[0])
     for metric in JUDGED:
         if f"{metric}_mean" in table:
-            name = metric.replace("_", " ")
-            columns = "arm", "frac", "removed", name, "vs random", "p (Holm)", ""
-            title = f"Test {name} over {seeds} paired seeds, 95 % intervals"
-            _print(title, columns, [cells(row, metric) for _, row in table.iterrows()])
-    _console().print(power(table), soft_wrap=True, highlight=False)
+            title = f"Test {metric.replace('_', ' ')} over {seeds} paired seeds, 95 % intervals"
+            _print_verdicts(console, title, metric, table)
+    for sentence in (*answer.sentences(table), power(table)):
+        if sentence:
+            console.print(sentence, soft_wrap=not console.is_terminal, highlight=False)
+    console.print()
+
+
+def _print_verdicts(console: Console, title: str, metric: str, table: pd.DataFrame) -> None:
+    """Print a comparison; a narrow terminal shows fewer columns, and at last the verdict below its row."""
+    headers = [
+        "arm",
+        "frac",
+        "removed",
+        metric.replace("_", " "),
+        "vs random",
+        "p (Holm)",
+        "verdict",
+    ]
+    each = [(row, cells(row, metric)) for _, row in table.iterrows()]
+    full = [list(map(printable, texts)) for _, texts in each]
+    # Where the share has no column it is part of the name.
+    short = [
+        [trial_name(row["arm"], row["action"], row["frac"]), *texts[1:]] for row, texts in each
+    ]
+    for shown, rows in (
+        (range(7), full),
+        ((0, 2, 3, 4, 5, 6), short),
+        ((0, 3, 4, 5, 6), short),
+        ((0, 3, 4, 6), short),
+    ):
+        widths = {i: max(len(texts[i]) for texts in [headers, *rows]) for i in shown}
+        if sum(widths.values()) + 3 * len(widths) + 1 <= console.width:
+            made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+            for i in shown:
+                made.add_column(
+                    headers[i], justify="left" if i in (0, 6) else "right", no_wrap=True
+                )
+            for texts in rows:
+                made.add_row(*(Text(texts[i]) for i in shown))
+            console.print(made)
+            return
+    console.print(f"{title}\n", highlight=False)
+    for texts in [headers, *short]:
+        line = f"{texts[0]:<{widths[0]}}  {texts[3]:>{widths[3]}}  {texts[4]:>{widths[4]}}"
+        console.print(Text(f"{line.rstrip()}\n    {texts[6]}"), soft_wrap=True)
+    console.print()
 
 
 def _console() -> Console:

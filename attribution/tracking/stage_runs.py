@@ -72,6 +72,11 @@ def run_tags(run_id: str) -> dict[str, str]:
     return mlflow.get_run(run_id).data.tags
 
 
+def experiment_of(run_id: str) -> str:
+    """The id of a run's experiment."""
+    return mlflow.get_run(run_id).info.experiment_id
+
+
 def lineage(run_id: str | None) -> dict[str, str]:
     """The ids of a run and of the runs that it was built on, by stage."""
     found = {}

@@ -14,8 +14,9 @@ from places import Place, refused
 from toy import toy_config, toy_data
 
 from attribution.cli import plan
+from attribution.cli.flags import parse
 from attribution.cli.plan import Estimate, bytes_text, check_disk, describe, duration, seconds_of
-from attribution.config import parse, resolve
+from attribution.config import resolve
 from attribution.data.dataset import load_data
 from attribution.errors import InputError
 from attribution.models import classifier, model_facts

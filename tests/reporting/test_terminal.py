@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
+import pytest
 from made_comparison import BASE, GROUPS, MORE, N_SEEDS, N_TEST, only, table_of
+from rich.console import Console
 
+from attribution.experiments.comparison import verdict
+from attribution.experiments.names import ARM_WORDS
 from attribution.experiments.statistics import detectable_effect, seeds_needed
+from attribution.reporting import answer, terminal
+from attribution.reporting.ablation_html import VERDICTS
 from attribution.reporting.terminal import power, print_comparison
 
 
@@ -71,7 +79,8 @@ def test_a_second_table_tells_the_worst_group_where_groups_are_known(capsys) -> 
     table = table_of(MORE, GROUPS)
     print_comparison(table)
     both = capsys.readouterr().out
-    assert plain.split("5 seeds can detect")[0].rstrip() in both  # the first is as it was
+    plain, both = (text[text.index("Test accuracy") :] for text in (plain, both))
+    assert plain.split("Relabelling")[0].rstrip() in both  # the first is as it was
     assert "Test worst group accuracy over 5 paired seeds" in both
     for arm in ("harmful", "loss"):
         assert len(lines_of(plain, arm)) == 2 and len(lines_of(both, arm)) == 4
@@ -85,12 +94,41 @@ def test_a_second_table_tells_the_worst_group_where_groups_are_known(capsys) -> 
 def test_the_terminal_tells_relabelling_from_removal_and_ends_with_the_power(capsys) -> None:
     table = table_of(MORE)
     print_comparison(table)
-    output = capsys.readouterr().out
+    output = capsys.readouterr().out.partition("Test accuracy")[2]
     assert [line.split()[1] == "relabelled" for line in lines_of(output, "random")] == [
         False, False, True,
     ]  # fmt: skip
     assert lines_of(output, "oracle")[0].split()[1] == "relabelled"
     assert output.rstrip().endswith(power(table))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_no_width_of_a_terminal_hides_a_verdict_or_cuts_a_figure(
+    width: int, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_of(MORE)
+    monkeypatch.setattr(terminal, "_console", lambda: Console(width=width, force_terminal=True))
+    print_comparison(table)
+    output = "".join(re.split(r"\x1b\[[\d;]*m", capsys.readouterr().out))
+    shown = output[output.index("Test accuracy") :].partition("Relabelling")[0]
+    assert "…" not in output and max(map(len, output.splitlines())) <= width
+    assert shown.count("verdict") == 1
+    words = re.findall("|".join([*VERDICTS, "baseline"]), shown)
+    assert words == [verdict(row) for _, row in table.iterrows()]
+    for _, row in table.iterrows():
+        assert f"{row['accuracy_mean']:.4f} ±" in shown
+    for share in ("10 %", "20 %") if width >= 120 else ("harmful 0.1", "harmful 0.2"):
+        assert share in shown
+
+
+def test_every_arm_is_explained_before_its_row_and_the_answer_comes_after(capsys) -> None:
+    table = table_of(MORE)
+    print_comparison(table)
+    before, _, after = capsys.readouterr().out.partition("Test accuracy")
+    for arm in table["arm"]:
+        assert f"  {arm} " in before and ARM_WORDS[arm].about in before
+    for sentence in answer.sentences(table):
+        assert sentence in after
 
 
 def comparison(difference: float, detectable: float) -> pd.DataFrame:

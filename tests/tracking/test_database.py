@@ -13,7 +13,6 @@ from requests import ConnectionError
 from sqlalchemy.exc import OperationalError
 
 from attribution.errors import InputError
-from attribution.reporting import ablation_record
 from attribution.tracking import database
 from attribution.tracking.database import failure, open_store
 
@@ -53,20 +52,6 @@ def test_a_store_of_a_retired_or_malformed_kind_is_refused_without_its_credentia
     with pytest.raises(InputError, match="not an address") as refused:
         open_store(tmp_path)
     assert "s3cret" not in str(refused.value)
-
-
-@pytest.mark.parametrize("uri", [SERVER, POSTGRES])
-def test_where_to_look_names_no_credentials(uri: str, monkeypatch) -> None:
-    class Run:
-        class info:
-            experiment_id = "1"
-
-    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
-    monkeypatch.setattr(mlflow, "get_run", lambda run_id: Run)
-    (line,) = ablation_record.where_to_look("r1")
-    assert "s3cret" not in line and "viewStateShareKey=r1" in line
-    if uri == POSTGRES:  # a command that works as it stands
-        assert '--backend-store-uri "$MLFLOW_TRACKING_URI"' in line
 
 
 def test_a_mistake_of_the_code_is_no_failure_of_the_store() -> None:

@@ -1,0 +1,81 @@
+"""The answer of a comparison in plain sentences: which arm changed test accuracy, and by how much."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from attribution.experiments.arms import trial_name
+from attribution.experiments.comparison import CONTROLS, verdict
+from attribution.experiments.names import ARM_WORDS
+
+BETTER, WORSE = "better than random", "worse than random"
+VERBS = {"remove": "removing", "relabel": "relabelling"}
+
+
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a comparison that are compared with random removal, with their verdict."""
+    rows = table[~table["arm"].isin(CONTROLS) & (table["n_removed"] > 0)]
+    return rows.assign(verdict=[verdict(row) for _, row in rows.iterrows()])
+
+
+def best(table: pd.DataFrame) -> pd.Series | None:
+    """The row of the arm with the largest gain over random among those that are better; None if none is."""
+    rows = judged(table)
+    rows = rows[rows["verdict"] == BETTER]
+    return None if rows.empty else rows.loc[rows["accuracy_vs_random"].idxmax()]
+
+
+def sentences(table: pd.DataFrame) -> list[str]:
+    """The best and the worst arm against random removal, then the others that differ from it."""
+    rows = judged(table)
+    if rows.empty:
+        return ["No arm was compared with random removal."]
+    found = []
+    top = best(table)
+    if top is None:
+        found.append("No arm raised test accuracy more than random removal did.")
+    else:
+        found.append(_effect(top, "raised"))
+    worse = rows[rows["verdict"] == WORSE]
+    if not worse.empty:
+        found.append(_effect(worse.loc[worse["accuracy_vs_random"].idxmin()], "lowered"))
+    shown = [] if top is None else [top.name]
+    others = rows[(rows["verdict"] == BETTER) & ~rows.index.isin(shown)]
+    if not others.empty:
+        found.append(f"Also better than random: {_list(others)}.")
+    unclear = rows[~rows["verdict"].isin([BETTER, WORSE])]
+    if not unclear.empty:
+        found.append(f"Not distinguishable from random with this many seeds: {_list(unclear)}.")
+    return found
+
+
+def _effect(row: pd.Series, verb: str) -> str:
+    """One sentence on a row that differs from random, and from `none` if that is known."""
+    n = int(row["n_removed"])
+    words = ARM_WORDS[row["arm"]].chosen.format(n=n)
+    acting = VERBS[row["action"]]
+    sign = 1 if verb == "raised" else -1
+    text = (
+        f"{acting.capitalize()} {words} {verb} test accuracy by "
+        f"{sign * 100 * row['accuracy_vs_random']:.1f} points ({_interval(row, 'random', sign)}) "
+        f"compared with {acting} {n} at random."
+    )
+    if pd.notna(row.get("accuracy_vs_none")):
+        change = 100 * row["accuracy_vs_none"]
+        text += f" Compared with all examples: {change:+.1f} points ({_interval(row, 'none')})."
+    return text
+
+
+def _interval(row: pd.Series, control: str, sign: int = 1) -> str:
+    """The 95 % interval in points, of the difference times `sign`."""
+    ends = (sign * 100 * row[f"accuracy_vs_{control}_ci_{end}"] for end in ("low", "high"))
+    low, high = sorted(ends)
+    return f"95 % interval {low:.1f} to {high:.1f}"
+
+
+def _list(rows: pd.DataFrame) -> str:
+    return ", ".join(
+        f"{trial_name(row['arm'], row['action'], row['frac'])} "
+        f"({round(100 * row['accuracy_vs_random'], 1) + 0.0:+.1f} points)"
+        for _, row in rows.iterrows()
+    )

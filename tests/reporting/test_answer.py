@@ -1,0 +1,60 @@
+"""The answer of a comparison in words."""
+
+from __future__ import annotations
+
+import re
+
+from made_comparison import MORE, only, table_of
+
+from attribution.experiments.names import ARM_WORDS
+from attribution.reporting import answer
+
+
+def test_the_best_arm_is_named_with_its_gain_over_random_and_over_none() -> None:
+    table = table_of(MORE)
+    first = answer.sentences(table)[0]
+    row = table[table["arm"] == "oracle"].iloc[0]
+    gain = 100 * row["accuracy_vs_random"]
+    low, high = (100 * row[f"accuracy_vs_random_ci_{end}"] for end in ("low", "high"))
+    assert first.startswith(
+        f"Relabelling the 4 examples with flipped labels raised test accuracy by {gain:.1f} points "
+        f"(95 % interval {low:.1f} to {high:.1f}) compared with relabelling 4 at random."
+    )
+    assert f"Compared with all examples: {100 * row['accuracy_vs_none']:+.1f} points" in first
+    assert answer.best(table)["arm"] == "oracle"
+
+
+def test_an_arm_that_lowers_accuracy_is_said_to_with_figures_above_zero() -> None:
+    swapped = {"harmful": "random", "random": "harmful", "none": "none"}
+    worse = {
+        (swapped[arm], size, action): right
+        for (arm, size, action), right in MORE.items()
+        if arm in swapped and action == "remove"
+    }
+    table = table_of(worse)
+    first, second = answer.sentences(table)[:2]
+    assert first == "No arm raised test accuracy more than random removal did."
+    assert re.match(
+        r"Removing the 8 most harmful examples lowered test accuracy by 3.8 points", second
+    )
+    assert answer.best(table) is None
+
+
+def test_an_arm_that_differs_by_chance_is_said_not_to_be_distinguishable() -> None:
+    found = answer.sentences(table_of(only("loss")))
+    assert found[0].startswith("No arm raised")
+    assert found[-1].startswith("Not distinguishable from random with this many seeds: loss 0.1 (")
+
+
+def test_nothing_is_claimed_of_baselines() -> None:
+    assert answer.sentences(table_of(only())) == ["No arm was compared with random removal."]
+
+
+def test_every_arm_has_its_words() -> None:
+    from attribution.experiments.arms import ARMS
+    from attribution.experiments.methods import METHODS
+    from attribution.experiments.names import METHOD_WORDS
+
+    assert list(ARM_WORDS) == list(ARMS) and list(METHOD_WORDS) == list(METHODS)
+    for words in ARM_WORDS.values():
+        assert words.about[0].islower() and not words.about.endswith(".")
