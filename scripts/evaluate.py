@@ -17,10 +17,10 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments import evaluation
 from attribution.experiments.evaluation import Evaluation
-from attribution.experiments.methods import FEATURISING, METHODS, Subject
+from attribution.experiments.methods import FEATURISING, Subject
+from attribution.experiments.names import METHOD_WORDS
 from attribution.experiments.subset_bank import Bank, load_bank
 from attribution.reporting import figures, terminal
-from attribution.reporting.mlflow_notes import first_line
 from attribution.runtime.progress import say
 from attribution.tracking.artifacts import artifact_path, has_artifact
 from attribution.tracking.job import Job, Upstream
@@ -91,7 +91,7 @@ def _method(row: pd.Series) -> Record:
     figures = row.drop("method").dropna().astype(float)
     return Record(
         name=name,
-        tags={"stage": "evaluate_method", "method": name, NOTE: first_line(METHODS[name])},
+        tags={"stage": "evaluate_method", "method": name, NOTE: METHOD_WORDS[name]},
         params={"method": name},
         metrics=figures.to_dict(),
     )

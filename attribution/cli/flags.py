@@ -150,6 +150,6 @@ def _check_source(parameter: str, text: str | None, known: Sequence[str], exampl
         except OSError:
             here = []
         raise InputError(
-            f"{parameter}={text}: no such folder; {nearest(Path(text).name, [*known, *here])}. An id of the "
+            f"{parameter}={text}: missing folder; {nearest(Path(text).name, [*known, *here])}. An id of the "
             f"Hugging Face Hub has its owner in front, such as {example}"
         )

@@ -16,10 +16,12 @@ class Words:
     Attributes:
         about: one line on what it chooses, and why.
         chosen: what a trial chose, as part of a sentence; {n} is their number.
+        order: the column of the training table that it ranks by, and whether the first is the lowest.
     """
 
     about: str
     chosen: str
+    order: tuple[str, bool] = ("alignment", True)
 
 
 ARM_WORDS = {
@@ -35,10 +37,12 @@ ARM_WORDS = {
     "helpful": Words(
         "highest alignment, the examples whose presence raises accuracy most: removing them should hurt",
         "the {n} most helpful examples",
+        ("alignment", False),
     ),
     "harmful": Words(
         "lowest trust score, the examples whose presence lowers accuracy most",
         "the {n} most harmful examples",
+        ("trust", True),
     ),
     "negative": Words(
         "every example with negative alignment, however many there are (frac does not apply)",
@@ -47,18 +51,22 @@ ARM_WORDS = {
     "loss": Words(
         "highest ensemble loss: the cheap baseline that attribution has to beat",
         "the {n} examples with the highest loss",
+        ("loss", False),
     ),
     "confident": Words(
         "lowest label quality by confident learning (cleanlab)",
         "the {n} examples with the lowest label quality",
+        ("label_quality", True),
     ),
     "self_influence": Words(
         "highest influence on their own prediction: memorised examples",
         "the {n} examples with the highest self-influence",
+        ("self_influence", False),
     ),
     "harmful_loss": Words(
         "low trust score and high loss: the examples that come first in both rankings",
         "the {n} examples with low trust and high loss",
+        ("trust", True),
     ),
     "majority": Words(
         "random examples of the largest group", "{n} random examples of the largest group"

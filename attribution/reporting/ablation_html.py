@@ -11,25 +11,15 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import ARMS, Trial, trial_name
+from attribution.experiments.arms import Trial, trial_name
 from attribution.experiments.comparison import CONTROLS, JUDGED, Comparison, verdict
-from attribution.reporting import html, terminal
-from attribution.reporting.mlflow_notes import first_line
+from attribution.experiments.names import ARM_WORDS
+from attribution.reporting import answer, html, terminal
 
 GALLERY = 24  # examples shown for each arm
 CLASSES = 30  # classes shown: those with the largest differences
-TONES = {"better than random": "good", "worse than random": "bad"}
-VERDICTS = (*TONES, "not significant after Holm", "indistinguishable from random")
+TONES = {answer.BETTER: "good", answer.WORSE: "bad"}
 ACTED = {"remove": "removed", "relabel": "relabelled", "both": "removed or relabelled"}
-# The column that an arm's examples are sorted by, and whether it rises; alignment rises by default.
-ORDER = {
-    "harmful": ("trust", True),
-    "harmful_loss": ("trust", True),
-    "helpful": ("alignment", False),
-    "loss": ("loss", False),
-    "confident": ("label_quality", True),
-    "self_influence": ("self_influence", False),
-}
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,7 @@ def page(report: Report) -> str:
     return html.render(
         "report",
         dataset=Path(report.config.dataset).name,
+        answer=answer.sentences(table),
         sentences=_sentences(report.config, data, table),
         comparisons=[_comparison(table, m) for m in JUDGED if f"{m}_mean" in table],
         power=terminal.power(table),
@@ -68,7 +59,7 @@ def page(report: Report) -> str:
         classes=_classes(report.comparison.per_class),
         arms=_arms(data, report.comparison),
         quality=_quality(report.quality) if report.quality is not None else None,
-        explained={arm: first_line(ARMS[arm]) for arm in table["arm"]},
+        explained={arm: ARM_WORDS[arm].about for arm in table["arm"]},
         run_ids=report.run_ids,
         settings=report.config.group("data", "training", "finetune", "trak", "ablation"),
         versions=report.versions,
@@ -78,7 +69,7 @@ def page(report: Report) -> str:
 
 
 def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str]:
-    """Three sentences: how the scores were made, how the arms were compared, the result."""
+    """Two sentences: how the scores were made, and how the arms were compared."""
     n = {split: f"{len(data.rows(split)):,}" for split in ("train", "validation", "test")}
     share = f"{100 * config.subset_fraction:.3g} %"
     flips = int(data.table("train")["is_flipped"].sum())
@@ -90,22 +81,7 @@ def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str
         f"the effect of every training image on {n['validation']} validation images.",
         f"Each arm chose examples, which were {ACTED[config.action]}. The model was then retrained "
         f"with {seeds} paired seeds and tested on {n['test']} test images that no choice depended on.",
-        _finding(table[~table["arm"].isin(CONTROLS) & (table["n_removed"] > 0)]),
     ]
-
-
-def _finding(judged: pd.DataFrame) -> str:
-    """The arms by verdict, with their change in accuracy."""
-    found: dict[str, list[str]] = {}
-    for _, row in judged.iterrows():
-        name = trial_name(row["arm"], row["action"], row["frac"])
-        difference = f"{name} ({100 * row['accuracy_vs_random']:+.2f} points)"
-        found.setdefault(verdict(row), []).append(difference)
-    if not found:
-        return "No arm was compared."
-    none = "" if VERDICTS[0] in found else "No arm is better than random removal. "
-    parts = [f"{words}: {', '.join(found[words])}" for words in VERDICTS if words in found]
-    return f"{none}Test accuracy, compared with the same number of random examples: {'; '.join(parts)}."
 
 
 def _comparison(table: pd.DataFrame, metric: str) -> dict[str, Any]:
@@ -176,7 +152,7 @@ def _arm(
 ) -> dict[str, Any]:
     """What one trial chose: counts, flips, classes, and a gallery of its first examples."""
     removed, metrics = comparison.removed(trial), comparison.removal_metrics(trial)
-    value, rises = ORDER.get(trial.arm, ("alignment", True))
+    value, rises = ARM_WORDS[trial.arm].order
     count = GALLERY if with_gallery else 0
     shown = removed.sort_values(value, ascending=rises, kind="stable").head(count)
     per_class = {

@@ -11,9 +11,11 @@ import pandas as pd
 
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
-from attribution.experiments.arms import ARMS, DRAWN, kept_table, trial_name
+from attribution.experiments.arms import DRAWN, kept_table, trial_name
 from attribution.experiments.comparison import Comparison, Outcome, verdict
-from attribution.reporting import ablation_html, figures, mlflow_notes
+from attribution.experiments.names import ARM_WORDS
+from attribution.experiments.statistics import detection_metrics
+from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
 from attribution.runtime.progress import say
 from attribution.tracking.artifacts import artifact_path
@@ -22,13 +24,35 @@ from attribution.tracking.links import arms_link, compare_link, run_link
 from attribution.tracking.record import Record
 from attribution.tracking.stage_runs import NOTE, newest
 
+# Metrics of an arm that stand first; accuracy is the mean over seeds.
+HEADLINE = {
+    "accuracy_mean": "accuracy",
+    "accuracy_ci_low": "accuracy_ci_low",
+    "accuracy_ci_high": "accuracy_ci_high",
+    "accuracy_vs_random": "accuracy_vs_random",
+    "accuracy_vs_random_ci_low": "accuracy_vs_random_ci_low",
+    "accuracy_vs_random_ci_high": "accuracy_vs_random_ci_high",
+    "accuracy_vs_random_p_holm": "accuracy_vs_random_p_holm",
+}
 MOST_ARMS = 40  # in a note: MLflow cuts off what is longer than 8,000 characters
 
 
 def make(job: Job, result: Comparison) -> Record:
     """Everything that the comparison leaves in its run."""
     name, view = mlflow_notes.arms_view(job.run_id, f"Arms of {job.run_name}")
+    train = result.train
+    flips = detection_metrics(
+        train["is_flipped"].to_numpy(),
+        {"trust": train["trust"].to_numpy(), "loss": -train["loss"].to_numpy()},
+    )
+    top = answer.best(result.table)
     return Record(
+        tags={
+            "best_arm": "none"
+            if top is None
+            else trial_name(top["arm"], top["action"], top["frac"])
+        },
+        metrics=_overall(result) | flips,
         tables={"comparison": result.table, "per_class": result.per_class},
         write=partial(_write, job, result),
         children=[
@@ -88,7 +112,7 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
         gallery = figures.removed_gallery(data, removed, trial.name)
         figures.save(gallery, folder / "removed.png")
 
-    note = f"{mlflow_notes.first_line(ARMS[trial.arm])}\n\nVerdict: {words}. {mlflow_notes.ARM}"
+    note = f"{ARM_WORDS[trial.arm].about}\n\nVerdict: {words}. {mlflow_notes.ARM}"
     return Record(
         name=trial.name,
         tags={"stage": "ablation_arm", "arm": trial.arm, "verdict": words, NOTE: note},
@@ -99,13 +123,44 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
             "n_removed": trial.size,
         },
         series=[
-            (name, value, seed)
+            (f"seed/{name}", value, seed)
             for name, values in outcome.per_seed.items()
             for seed, value in enumerate(values)
         ],
-        metrics=outcome.summary | result.removal_metrics(trial),
+        metrics=headline(outcome.summary) | result.removal_metrics(trial),
         write=write,
     )
+
+
+def headline(summary: dict[str, float]) -> dict[str, float]:
+    """A trial's summary as metrics: a few that everybody compares, rounded; the rest below `more/`.
+
+    MLflow's tables and its comparison show every digit, and fold names with a slash away.
+    """
+    found = {}
+    for name, value in summary.items():
+        if name in HEADLINE:
+            digits = ".2g" if name.endswith("_p_holm") else ".4f"
+            found[HEADLINE[name]] = float(f"{value:{digits}}")
+        else:
+            found[f"more/{name}"] = value
+    return found
+
+
+def _overall(result: Comparison) -> dict[str, float]:
+    """Metrics of the comparison as a whole: its baseline, its arms, and the best one's gain."""
+    table = result.table
+    none = table[table["arm"] == "none"].iloc[0]
+    found = {
+        "accuracy_none": none["accuracy_mean"],
+        "n_arms": len(answer.judged(table)),
+        "n_better_than_random": (answer.judged(table)["verdict"] == answer.BETTER).sum(),
+    }
+    top = answer.best(table)
+    if top is not None:
+        found["best_vs_random"] = top["accuracy_vs_random"]
+        found["best_vs_none"] = top["accuracy_vs_none"]
+    return {name: round(float(value), 4) for name, value in found.items()}
 
 
 def _note(job: Job, result: Comparison, children: list[str]) -> str:
@@ -124,7 +179,8 @@ def _note(job: Job, result: Comparison, children: list[str]) -> str:
         arms.append(f"- **{name}** {row['accuracy_mean']:.4f}, {verdict(row)}")
     if len(result.table) > MOST_ARMS:
         arms.append(f"- and {len(result.table) - MOST_ARMS} more: arms, best first")
-    return "\n".join([" · ".join(f"[{text}]({to})" for text, to in links.items()), "", *arms])
+    first = " · ".join(f"[{text}]({to})" for text, to in links.items())
+    return "\n".join([*answer.sentences(result.table), "", first, "", *arms])
 
 
 @dataclass(frozen=True)

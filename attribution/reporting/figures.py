@@ -117,13 +117,20 @@ def explanation(data: ImageData, found: Explanation) -> Figure:
     return _gallery(lines, title)
 
 
-def removed_gallery(data: ImageData, removed: pd.DataFrame, title: str, limit: int = 48) -> Figure:
-    """The removed examples with the lowest alignment; a red frame marks a known flip."""
-    shown = removed.sort_values("alignment", kind="stable").head(limit)
-    tiles = _tiles(data, shown, "alignment")
+def removed_gallery(
+    data: ImageData, removed: pd.DataFrame, title: str, order: tuple[str, bool], limit: int = 48
+) -> Figure:
+    """The removed examples in the arm's own order; a red frame marks a known flip.
+
+    Args:
+        order: the column that the arm ranks by, and whether the first is the lowest.
+    """
+    column, rises = order
+    shown = removed.sort_values(column, ascending=rises, kind="stable").head(limit)
+    tiles = _tiles(data, shown, column)
     lines = [tiles[i : i + 12] for i in range(0, len(tiles), 12)]
     more = f", the first {limit} of {len(removed)}" if len(removed) > limit else ""
-    return _gallery(lines, f"removed by {title}{more}; label and alignment")
+    return _gallery(lines, f"removed by {title}{more}; label and {column.replace('_', ' ')}")
 
 
 def comparison(table: pd.DataFrame) -> Figure:

@@ -98,7 +98,7 @@ def describe(stage: str, config: Config, data: ImageData) -> None:
         NOTE: STAGES[stage].note,
     }
     mlflow.set_tags(tags | ({"replay_of": config.replay} if config.replay else {}))
-    name_run(f"{stage} {Path(config.dataset).name} {key[:6]}")
+    name_run(_name_of(stage, config, key))
     log_params(config.group(*STAGES[stage].all_groups, "execution"))
     source = from_pandas(
         data.examples.drop(columns="file_name"),
@@ -108,6 +108,14 @@ def describe(stage: str, config: Config, data: ImageData) -> None:
         digest=data.fingerprint[:8],
     )
     mlflow.log_input(source, context=stage)
+
+
+def _name_of(stage: str, config: Config, key: str) -> str:
+    """A name that tells runs apart: data, for an ablation shares and arms, and the fingerprint's start."""
+    words = [stage, Path(config.dataset).name]
+    if stage == "ablation":
+        words += [f"frac {config.frac}", config.arms if len(config.arms) < 30 else "several arms"]
+    return " ".join([*words, key[:6]])
 
 
 def log_environment() -> None:

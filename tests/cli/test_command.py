@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import mlflow
 import pytest
-from places import Place
+from places import Place, refused
 
 from attribution.cli import main
 from attribution.tracking import artifacts
@@ -66,3 +66,12 @@ def test_an_error_of_the_code_is_shown_whole_but_without_credentials(
     result = new_place("broken").run("finetune")
     assert result.code == 1 and "Traceback" in result.err and "***@host" in result.err
     assert "s3cret" not in result.err
+
+
+def test_a_command_that_computed_nothing_leaves_no_failed_run_among_the_results(
+    new_place: Callable[..., Place],
+) -> None:
+    place = new_place("nothing")
+    early = refused(place, "finetune", "classes=purple: no such class", classes="purple,red")
+    late = refused(place, "finetune", "learning_rate=", learning_rate=1e30)
+    assert [run.info.lifecycle_stage for run in (*early.runs, *late.runs)] == ["deleted", "active"]

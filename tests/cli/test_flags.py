@@ -125,9 +125,9 @@ def test_the_help_shows_choices_and_a_line_for_each_arm_or_method(capsys) -> Non
         ("device", "gpu", "device=gpu: must be auto, cpu, or cuda"),
         ("device", "cuda0", "device=cuda0: must be"),
         ("image", "missing.png", "image=missing.png: no such file"),
-        ("dataset", "cifar10", "dataset=cifar10: no such folder"),
+        ("dataset", "cifar10", "dataset=cifar10: missing folder"),
         ("dataset", "cifar10", "has its owner in front, such as uoft-cs/cifar10"),
-        ("dataset", "./flowers/photos", "dataset=./flowers/photos: no such folder"),
+        ("dataset", "./flowers/photos", "dataset=./flowers/photos: missing folder"),
         ("model", "resnet18", "such as microsoft/resnet-18"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_mistyped_folder_is_answered_with_the_nearest_one(
 ) -> None:
     (tmp_path / "flowers").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="dataset=flower: no such folder; did you mean flowers"):
+    with pytest.raises(InputError, match="dataset=flower: missing folder; did you mean flowers"):
         flags.check({"dataset": "flower"})
     monkeypatch.chdir("/")
     with pytest.raises(InputError, match="did you mean flowers"):
