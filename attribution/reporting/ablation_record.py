@@ -46,12 +46,9 @@ def make(job: Job, result: Comparison) -> Record:
         {"trust": train["trust"].to_numpy(), "loss": -train["loss"].to_numpy()},
     )
     top = answer.best(result.table)
+    best = "" if top is None else trial_name(top["arm"], top["action"], top["frac"])
     return Record(
-        tags={
-            "best_arm": "none"
-            if top is None
-            else trial_name(top["arm"], top["action"], top["frac"])
-        },
+        tags={"best_arm": best or "no arm"},
         metrics=_overall(result) | flips,
         tables={"comparison": result.table, "per_class": result.per_class},
         write=partial(_write, job, result),
@@ -109,7 +106,7 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
         removed.to_parquet(folder / "removed.parquet", index=False)
         if trial.arm not in ("none", *DRAWN) and trial.action == "remove":
             kept_table(trial, result.train).to_csv(folder / "kept.csv", index=False)
-        gallery = figures.removed_gallery(data, removed, trial.name)
+        gallery = figures.removed_gallery(data, removed, trial.name, ARM_WORDS[trial.arm].order)
         figures.save(gallery, folder / "removed.png")
 
     note = f"{ARM_WORDS[trial.arm].about}\n\nVerdict: {words}. {mlflow_notes.ARM}"

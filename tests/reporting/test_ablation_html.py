@@ -18,7 +18,7 @@ from scipy import stats
 from toy import toy_config
 
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import ARMS, Trial
+from attribution.experiments.arms import Trial
 from attribution.experiments.comparison import (
     CLASS_COLUMNS,
     Comparison,
@@ -27,7 +27,8 @@ from attribution.experiments.comparison import (
     comparison_table,
 )
 from attribution.experiments.evidence import Evidence
-from attribution.reporting import ablation_html
+from attribution.experiments.names import ARM_WORDS
+from attribution.reporting import ablation_html, answer
 from attribution.reporting.terminal import power
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,34 +215,16 @@ def test_colours_go_with_the_verdict_and_bars_with_the_interval(made) -> None:
             assert 0 <= ends[0] <= ends[1] <= 200
 
 
-def test_the_sentences_name_what_came_of_it(made) -> None:
+def test_the_answer_stands_first_and_then_how_it_was_found(made) -> None:
     (body,) = made.tree.all("body")
-    sentences = [e.text for e in body.children if isinstance(e, Element) and e.tag == "p"][:3]
+    paragraphs = [each.text for each in body.all("p")]
+    found = answer.sentences(made.comparison.table)
+    assert paragraphs[: len(found)] == found
+    sentences = [text for text in paragraphs[len(found) :] if text.strip()][:2]
     flips = int(made.data.table("train")["is_flipped"].sum())
     assert f"60 training images of 3 classes ({flips} labels were flipped" in sentences[0]
     assert "4 paired seeds" in sentences[1] and "75 test images" in sentences[1]
-    for (arm, size, _), (mean, *_, words) in verdicts(SPEC, 75).items():
-        name = f"{arm} {size / 60:.3g} ({100 * mean:+.2f} points)"
-        (part,) = [p for p in sentences[2].split(": ", 1)[1].split(";") if name in p]
-        assert words in part
-    assert "negative" not in sentences[2] and power(made.comparison.table) in made.tree.text
-
-
-def test_without_a_better_arm_it_says_so(made) -> None:
-    spec = {key: SPEC[key] for key in SPEC if key[0] in ("none", "random")}
-    spec["loss", 6, "remove"] = SPEC["random", 6, "remove"]
-    labels = np.arange(75) % 3
-    trials = trials_of(spec, 60)
-    logits = [
-        3.0 * np.eye(3)[np.where(np.arange(75) < np.array(r)[:, None], labels, (labels + 1) % 3)]
-        for r in spec.values()
-    ]
-    table = comparison_table(compare(trials, logits, labels))
-    text = ablation_html._finding(table[table["arm"] == "loss"])
-    assert text.startswith("No arm is better than random removal. ")
-    assert "No arm is better" not in made.tree.text
-    assert "indistinguishable from random: loss 0.1 (+0.00 points)" in text
-    assert ablation_html._finding(table[:0]) == "No arm was compared."
+    assert power(made.comparison.table) in made.tree.text
 
 
 def class_loop(made: Made) -> list[dict[str, Any]]:
@@ -429,10 +412,10 @@ def test_no_text_from_data_becomes_markup(made) -> None:
 
 
 def test_every_arm_of_the_table_is_explained_in_one_line(made) -> None:
-    items = [item.text for e in after(made.tree, "How to read this") for item in e.all("li")]
+    items = [item.text for e in after(made.tree, "The comparison") for item in e.all("li")]
     for arm in dict.fromkeys(arm for arm, *_ in SPEC):
         (words,) = [text for text in items if text.startswith(f"{arm}: ")]
-        assert words.removeprefix(f"{arm}: ") == ARMS[arm].__doc__.splitlines()[0]
+        assert words.removeprefix(f"{arm}: ") == ARM_WORDS[arm].about
 
 
 def test_one_share_has_no_curves(tmp_path) -> None:
@@ -466,7 +449,9 @@ def test_baselines_alone_make_a_page(tmp_path) -> None:
         key: SPEC[key] for key in SPEC if key in (("none", 0, "remove"), ("random", 6, "remove"))
     }
     made = made_page(tmp_path, spec, NASTY)
-    assert "No arm was compared." in made.tree.text and galleries(made.tree) == {}
+    assert (
+        "No arm was compared with random removal." in made.tree.text and galleries(made.tree) == {}
+    )
 
 
 def quality(ceiling: float) -> pd.DataFrame:

@@ -14,7 +14,6 @@ from attribution.experiments.comparison import verdict
 from attribution.experiments.names import ARM_WORDS
 from attribution.experiments.statistics import detectable_effect, seeds_needed
 from attribution.reporting import answer, terminal
-from attribution.reporting.ablation_html import VERDICTS
 from attribution.reporting.terminal import power, print_comparison
 
 
@@ -66,6 +65,10 @@ def test_power_takes_a_difference_that_is_rounding_noise_in_its_stride() -> None
     table = table_of(only("loss"))
     table.loc[table["arm"] == "loss", "accuracy_vs_random"] = 2.2e-17
     assert power(table).startswith("5 seeds can detect")
+
+
+VERDICTS = ("better than random", "worse than random", "not significant after Holm",
+            "indistinguishable from random")  # fmt: skip
 
 
 def lines_of(output: str, word: str) -> list[str]:
