@@ -81,6 +81,7 @@ class Config:
     noise_kind: str = option("data", "flips go to any other class (uniform), or to the next class in the list (pair)", "uniform", choices=("uniform", "pair"))
     shortcut: str = option("data", "patch paints a coloured square on 95 % of the training images of the first class, on 5 % of the others, and on half of all validation and test images", "none", choices=("none", "patch"))
     keep: str = option("data", "file with the example_ids of the training examples to keep: a list, or a table as export_arm writes it; empty keeps all", "")
+    labels: str = option("data", "table with the columns example_id (or file_name) and label: labels of training examples to use in place of the data set's; empty changes none", "")
     data_seed: int = option("data", "seed of the splits and of the planted label noise", 0, at_least=0)
     image_column: str = option("data", "column that holds the images, for data sets in Hub format; empty finds it", "")
     label_column: str = option("data", "column that holds the labels, for data sets in Hub format; empty finds it", "")

@@ -14,10 +14,10 @@ from attribution.cli.plan import Estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments.statistics import detection_metrics
-from attribution.reporting import figures
+from attribution.reporting import figures, html
 from attribution.scores import scored, stored_features
 from attribution.scores.scored import Scored
-from attribution.tracking.artifacts import artifact_path
+from attribution.tracking.artifacts import address, artifact_path
 from attribution.tracking.fingerprint import ESTIMATOR_VERSION, fingerprint
 from attribution.tracking.job import Job, Upstream
 from attribution.tracking.record import Record
@@ -66,6 +66,10 @@ def record(job: Job, result: Scored) -> Record:
         result.write(folder, job.config)
         gallery = figures.score_gallery(job.data, result.scores)
         figures.save(gallery, folder / "scores" / "gallery.png")
+        command = next_steps.command("finetune", job.config, keep="keep.csv", labels="labels.csv")
+        name = Path(job.config.dataset).name
+        page = html.suspects(job.data, result.suspects, name, command)
+        (folder / "suspects.html").write_text(page, encoding="utf-8")
 
     is_flipped = result.scores.train["is_flipped"].to_numpy()
     return Record(
@@ -94,9 +98,12 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     for name in ("flips_auroc_trust", "flips_auroc_loss", "share_negative_alignment"):
         if name in metrics:
             print(f"{name}: {metrics[name]:.4f}")
-    count = len(result.suspects)
-    print(f"suspects.csv: {count} training examples to check, the most doubtful first")
+    print(f"suspects: {len(result.suspects)} training examples to check, the most doubtful first")
     print(f"trak run: {done.run_id}")
     print(f'scores: attribution.load_scores("runs:/{done.run_id}/scores")')
+    page = address(done.run_id, "suspects.html")
+    next_steps.say_next(
+        "To look at the suspects, and choose what to keep and to relabel, open:", page
+    )
     again = next_steps.command("ablation", config, trak_run_id=done.run_id)
     next_steps.say_next("To remove examples by these scores, and see what that changes:", again)

@@ -14,7 +14,7 @@ from attribution.data.listing import Listing, check_classes, list_data
 from attribution.data.pixel_cache import RECIPE, cached_pixels, painted_pixels
 from attribution.data.planted import plant_noise, plant_patch
 from attribution.data.sources import short_hash
-from attribution.data.splits import carve, kept_splits
+from attribution.data.splits import carve, kept_splits, relabelled
 from attribution.errors import InputError
 
 
@@ -82,6 +82,8 @@ def load_data(config: Config, listing: Listing | None = None) -> ImageData:
     check_classes(table, names, config)  # again: files may have been skipped
     table["split"] = carve(table, config.data_seed)
     examples = plant_noise(table, names, config)
+    if config.labels:
+        examples = relabelled(examples, names, config)
     patches: list[str] = []
     if config.shortcut == "patch":
         examples = plant_patch(examples, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +17,11 @@ from PIL import Image
 from attribution.data.dataset import ImageData
 from attribution.scores.explanation import Explanation
 
+MOST_SUSPECTS = 2000  # on one page
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 SHOWN = 128  # pixels: images are embedded no larger, because a page holds a hundred of them
 TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    loader=FileSystemLoader(TEMPLATE_FOLDER),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -31,15 +34,22 @@ def render(template: str, **values: Any) -> str:
     return TEMPLATES.get_template(f"{template}.html").render(**values)
 
 
-def embedded(content: bytes) -> str:
-    """A PNG as a data: address."""
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+def embedded(content: bytes, kind: str = "png") -> str:
+    """An image file as a data: address."""
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
 
 
-def picture(pixels: np.ndarray) -> str:
-    """An image, uint8 (h, w, 3), as a data: address, at most SHOWN pixels wide and high."""
+def picture(pixels: np.ndarray, is_one_of_many: bool = False) -> str:
+    """An image, uint8 (h, w, 3), as a data: address, at most SHOWN pixels wide and high.
+
+    Args:
+        is_one_of_many: whether a page has so many that they should be JPEGs.
+    """
     file, image = io.BytesIO(), Image.fromarray(pixels)
     image.thumbnail((SHOWN, SHOWN))
+    if is_one_of_many and min(image.size) > 32:  # a JPEG of a tiny image is hardly smaller
+        image.save(file, "JPEG", quality=85)
+        return embedded(file.getvalue(), "jpeg")
     image.save(file, "PNG", optimize=True)
     return embedded(file.getvalue())
 
@@ -83,3 +93,42 @@ def explanations(data: ImageData, found: Iterable[Explanation], run_ids: dict[st
         for each in found
     ]
     return render("explanation", explanations=shown, run_ids=run_ids)
+
+
+def suspects(data: ImageData, table: pd.DataFrame, dataset: str, command: str) -> str:
+    """The page on which a person decides about the suspects, and downloads the decisions.
+
+    Args:
+        table: suspects.csv.
+        dataset: its name.
+        command: that trains with the downloaded files.
+    """
+    pixels, rows = data.pixels(), data.rows("train")
+    shown = [
+        {
+            "rank": row.rank,
+            "example_id": row.example_id,
+            "name": row.file_name or row.example_id,
+            "label": row.label,
+            "suggested": row.suggested_label,
+            "reasons": row.reasons.split(", "),
+            "is_flipped": row.is_flipped,
+            "image": picture(np.array(pixels[rows[row.position]]), is_one_of_many=True),
+        }
+        for row in table.head(MOST_SUSPECTS).itertuples()
+    ]
+    script = (TEMPLATE_FOLDER / "suspects.js").read_text(encoding="utf-8")
+    sha256 = hashlib.sha256(script.encode()).digest()
+    return render(
+        "suspects",
+        dataset=dataset,
+        suspects=shown,
+        more=max(0, len(table) - MOST_SUSPECTS),
+        classes=data.class_names,
+        reasons=sorted({reason for each in shown for reason in each["reasons"]}),
+        command=command,
+        training="\n".join(data.table("train")["example_id"]),
+        script=script,
+        # The browser runs this script alone, whatever a name in the data says.
+        script_hash=f"sha256-{base64.b64encode(sha256).decode()}",
+    )

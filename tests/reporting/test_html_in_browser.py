@@ -1,13 +1,20 @@
-"""HTML pages in a real browser: names in data run nothing."""
+"""HTML pages in a real browser: names in data run nothing, and the page of suspects works."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from places import Place, write_images
+from toy import toy_config, toy_data
+
+from attribution.data.dataset import ImageData
+from attribution.data.splits import relabelled
+from attribution.reporting import html
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 # Without escaping, each name would set `window.owned` or request a file.
@@ -84,10 +91,103 @@ def test_were_a_name_not_escaped_the_page_would_still_run_nothing(
     pages, opened, tmp_path: Path, number: int
 ) -> None:
     """The second lock; and the test above can fail."""
-    html = pages[number].read_text(encoding="utf-8")
-    policy = html[html.index("<meta http-equiv") :].split("\n")[0]
+    text = pages[number].read_text(encoding="utf-8")
+    policy = text[text.index("<meta http-equiv") :].split("\n")[0]
     for lock, expected in ((policy, None), ("", 1)):
         file = tmp_path / "page.html"
-        file.write_text(html.replace(policy, lock).replace("<body>", f"<body>{CLASSES[0]}"))
+        file.write_text(text.replace(policy, lock).replace("<body>", f"<body>{CLASSES[0]}"))
         page, _ = opened(file)
         assert page.evaluate("window.owned") == expected
+
+
+# -- suspects.html ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checked(browser: Any, tmp_path: Path) -> Iterator[tuple[Any, ImageData, list[str]]]:
+    """The page of four suspects with nasty names, its data, and what the browser complained of."""
+    data = toy_data(tmp_path / "data", n_train=24, n_other=6)
+    names = CLASSES[:2]
+    examples = data.examples.assign(
+        label_name=[names[i] for i in data.examples["label"]],
+        file_name=[f"a,b/{i}{FILE}" for i in range(len(data.examples))],
+    )
+    data = dataclasses.replace(data, class_names=names, examples=examples)
+    train = data.table("train").head(4)
+    table = train.assign(
+        rank=range(1, 5),
+        label=train["label_name"],
+        suggested_label=[names[1], "", names[0], ""],
+        reasons=["high loss", "harms validation, high loss", "harms validation", "high loss"],
+    )
+    file = tmp_path / "suspects.html"
+    file.write_text(html.suspects(data, table, "x & y", "python -m scripts.finetune"), "utf-8")
+    context, heard = browser.new_context(viewport={"width": 1100, "height": 900}), []
+    page = context.new_page()
+    page.on("console", lambda message: heard.append(message.text))
+    page.on("pageerror", lambda error: heard.append(str(error)))
+    page.on(
+        "request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or heard.append(r.url)
+    )
+    page.goto(file.as_uri())
+    yield page, data, heard
+    context.close()
+
+
+def downloaded(page: Any, button: str) -> pd.DataFrame:
+    with page.expect_download() as found:
+        page.get_by_role("button", name=button).click()
+    return pd.read_csv(found.value.path(), dtype=str, keep_default_na=False)
+
+
+def test_a_choice_of_suspects_is_downloaded_as_the_files_that_a_command_takes(
+    checked, tmp_path: Path
+) -> None:
+    page, data, heard = checked
+    cards, train = page.locator(".suspect"), data.table("train")
+    assert "0" in page.locator("#count").inner_text() and cards.count() == 4
+    cards.nth(1).get_by_text("remove", exact=True).click()
+    cards.nth(0).get_by_text("relabel", exact=True).click()  # as suggested
+    cards.nth(3).locator("select").select_option(index=0)  # which chooses relabel too
+    assert page.locator("#count").inner_text().endswith("To remove: 1. To relabel: 2. To keep: 1.")
+    keep = downloaded(page, "Download keep.csv")
+    assert list(keep["example_id"]) == [
+        i for i in train["example_id"] if i != train["example_id"][1]
+    ]
+    labels = downloaded(page, "Download labels.csv")
+    assert labels.to_dict("list") == {
+        "example_id": [train["example_id"][0], train["example_id"][3]],
+        "label": [data.class_names[1], data.class_names[0]],
+        "file_name": [train["file_name"][0], train["file_name"][3]],
+    }
+    (tmp_path / "labels.csv").write_text(labels.to_csv(index=False))
+    config = toy_config(labels=str(tmp_path / "labels.csv"))
+    corrected = relabelled(data.examples, list(data.class_names), config)
+    own = corrected.set_index("example_id")["label_name"]
+    assert list(own[labels["example_id"]]) == list(labels["label"])
+    assert not heard and page.evaluate("window.owned") is None
+
+
+def test_suspects_are_filtered_sorted_and_enlarged(checked) -> None:
+    page, data, heard = checked
+    page.locator("#reason").select_option("harms validation")
+    assert page.locator(".suspect:visible").count() == 2
+    page.locator("#class").select_option(data.class_names[0])
+    shown = page.locator(".suspect:visible").evaluate_all("all => all.map(c => c.dataset.label)")
+    assert set(shown) <= {data.class_names[0]}
+    page.locator("#class").select_option("")
+    page.locator("#reason").select_option("")
+    page.locator("#sort").select_option("class")
+    labels = page.locator(".suspect").evaluate_all("all => all.map(c => c.dataset.label)")
+    assert len(labels) == 4 and labels == sorted(labels, key=labels.index)
+    page.locator(".suspect:visible .zoom").first.click()
+    assert page.locator("#large").is_visible()
+    page.locator("#large").click()
+    assert not page.locator("#large").is_visible() and not heard
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_nothing_of_the_suspects_is_cut_off(checked, width: int) -> None:
+    page, *_ = checked
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

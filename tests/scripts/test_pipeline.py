@@ -20,6 +20,8 @@ from PIL import Image
 from places import ROOT, SMALL, Place, child_environment, write_images
 from scipy.stats import spearmanr
 
+from attribution.reporting.ablation_record import HEADLINE
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 METRICS = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
@@ -228,22 +230,28 @@ def test_the_comparison_of_mlflow_run_is_one_nested_run_for_each_arm(projects) -
 
 
 def check_metrics(place: Place, run: Any, row: dict[str, Any]) -> None:
+    """A few figures of accuracy stand first, rounded; the rest lies below `more/`, seeds below `seed/`."""
     metrics = run.data.metrics
+    summary = {name.removeprefix("more/"): value for name, value in metrics.items()}
+    summary["accuracy_mean"] = summary["accuracy"]
     for metric in METRICS:
-        per_seed = steps(place, run.info.run_id, metric)
+        per_seed = steps(place, run.info.run_id, f"seed/{metric}")
         assert sorted(per_seed) == [0, 1]
-        mean = metrics[f"{metric}_mean"]
-        assert mean == pytest.approx(np.mean(list(per_seed.values())))
-        assert metrics[f"{metric}_ci_low"] <= mean <= metrics[f"{metric}_ci_high"]
-        assert row[f"{metric}_mean"] == pytest.approx(mean)
+        mean = summary[f"{metric}_mean"]
+        assert mean == pytest.approx(np.mean(list(per_seed.values())), abs=1e-4)
+        assert summary[f"{metric}_ci_low"] <= mean <= summary[f"{metric}_ci_high"]
+        assert row[f"{metric}_mean"] == pytest.approx(mean, abs=1e-4)
     for control in ("random", "none"):
         compared = row["arm"] not in ("none", control) and row["n_removed"] > 0
         names = [f"accuracy_vs_{control}{end}" for end in ("", "_ci_low", "_ci_high", "_p_holm")]
-        assert all((name in metrics) == compared for name in names)
+        assert all((name in summary) == compared for name in names)
+        assert all((name in metrics) == (compared and control == "random") for name in names)
         if compared:
-            low, high = metrics[names[1]], metrics[names[2]]
-            assert low <= metrics[names[0]] <= high and 0 <= metrics[names[3]] <= 1
-            assert row[names[0]] == pytest.approx(metrics[names[0]])
+            low, high = summary[names[1]], summary[names[2]]
+            assert low <= summary[names[0]] <= high and 0 <= summary[names[3]] <= 1
+            assert row[names[0]] == pytest.approx(summary[names[0]], abs=1e-4)
+    first = [name for name in metrics if "/" not in name and not name.startswith("flips_")]
+    assert set(first) <= set(HEADLINE.values())
 
 
 def check_removed(folder: Path, row: dict[str, Any]) -> None:
@@ -261,11 +269,11 @@ def test_paired_differences_are_those_of_the_seeds(projects) -> None:
     runs = place.children(run_ids["main"])
     by_arm = {run.data.params["arm"]: run for run in runs}
     assert set(by_arm) == {"none", "random", "harmful"}
-    each = {arm: steps(place, run.info.run_id, "log_loss") for arm, run in by_arm.items()}
+    each = {arm: steps(place, run.info.run_id, "seed/log_loss") for arm, run in by_arm.items()}
     metrics = by_arm["harmful"].data.metrics
     for control in ("none", "random"):
         differences = [each["harmful"][s] - each[control][s] for s in (0, 1)]
-        assert metrics[f"log_loss_vs_{control}"] == pytest.approx(np.mean(differences))
+        assert metrics[f"more/log_loss_vs_{control}"] == pytest.approx(np.mean(differences))
 
 
 def test_nothing_is_written_beside_the_code(projects) -> None:
