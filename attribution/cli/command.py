@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,11 +140,12 @@ class Command:
         run = current_run()
         job = Job(self.config, self.data, upstream, run.run_id, run.experiment_id)
         mlflow.set_tags({f"{name}_run_id": run_id for name, run_id in job.run_ids.items()})
-        script = stage.script()
+        script, start = stage.script(), time.monotonic()
         self.has_begun = True
         result = script.run(job)
         log_record(script.record(job, result))
         stage_runs.log_environment()
+        say(f"{stage.name}: finished in {time.monotonic() - start:.0f} s, run {run.run_id}")
         self.made[stage.name] = done = Upstream(run.run_id, result)
         return done
 

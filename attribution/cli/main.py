@@ -44,6 +44,8 @@ def run_command(stage: str, argv: Sequence[str]) -> int:
             flags.check(given)
             if not any(given.get(name) for name in ("trak_run_id", "finetune_run_id", "replay")):
                 resolve(given)  # a value out of bounds is refused before the slow imports
+            if sys.stderr.isatty():
+                say("loading PyTorch and MLflow, which takes some seconds")
             command = importlib.import_module("attribution.cli.command")
             return command.run(STAGES[stage], given)
         except InputError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +57,17 @@ class Scores:
     train: pd.DataFrame
     targets: pd.DataFrame
     metadata: dict[str, Any]
+
+    def __repr__(self) -> str:
+        n, targets = self.values.shape
+        return f"<Scores of {n:,} training examples on {targets:,} targets; positive = helpful>"
+
+    def _repr_html_(self) -> str:
+        """The ten training examples with the lowest trust, for a notebook."""
+        columns = ["example_id", "file_name", "label_name", "trust", "alignment", "loss"]
+        shown = self.train.sort_values("trust").head(10)
+        table = shown[[name for name in columns if name in shown]].to_html(index=False)
+        return f"<p>{html.escape(repr(self))}. The least trusted training examples:</p>{table}"
 
     def top(self, target: int, k: int = 10) -> pd.DataFrame:
         """The k training examples most helpful to a target, with a `score` column, best first.
@@ -171,7 +184,12 @@ def local_folder(source: str, parameter: str = "scores") -> Path:
         return Path(source)
     import mlflow  # a second, which a folder on this disk need not wait for
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
+        if found := re.fullmatch(r"runs:/+(\w+)/scores", source):
+            # Of an ablation, an evaluation or an explanation: the scores that it was made from.
+            trak_id = mlflow.get_run(found[1]).data.tags.get("trak_run_id", found[1])
+            source = f"runs:/{trak_id}/scores"
         return Path(mlflow.artifacts.download_artifacts(source))
     except Exception as error:  # each artifact store raises its own kind
         raise InputError(f"{parameter}={source}: cannot be downloaded ({reason(error)})") from None

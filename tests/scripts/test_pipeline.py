@@ -191,6 +191,8 @@ def test_the_score_artifact_of_mlflow_run(projects) -> None:
     assert matrix.dtype == np.float32 and matrix.flags.c_contiguous
     with place.active():
         scores = load_scores(f"runs:/{run_ids['trak']}/scores")
+        again = load_scores(f"runs:/{run_ids['ablation']}/scores")  # of the run that it builds on
+    assert np.array_equal(again.values, scores.values)
     assert np.array_equal(scores.values, matrix)
     assert matrix.shape == (len(scores.train), len(scores.targets)) == (24, 9)
     assert scores.metadata["finetune_run_id"] == run_ids["finetune"]
