@@ -74,8 +74,9 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     terminal.print_comparison(done.result.table)
     for file, frac in _exports(config).items():
         save_table(done.result.kept(config.export_arm, frac), file)
-        train = next_steps.command("finetune", config, keep=file)
-        next_steps.say_next(f"{file} lists what {config.export_arm} keeps. To train on it:", train)
+        train = next_steps.command("finetune", config, **next_steps.ONE_MODEL, keep=file)
+        what = f"{file} lists what {config.export_arm} keeps. To train one model on all of it:"
+        next_steps.say_next(what, train)
     report = address(done.run_id, "report.html")
     if config.output:
         report = str(Path(config.output).expanduser() / "report.html")

@@ -22,7 +22,7 @@ from attribution.models.ensemble import Ensemble
 from attribution.models.model_facts import parameter_count
 from attribution.reporting import figures
 from attribution.runtime.progress import say
-from attribution.tracking.artifacts import artifact_path
+from attribution.tracking.artifacts import address, artifact_path
 from attribution.tracking.job import Job, Upstream
 from attribution.tracking.record import Record
 
@@ -97,6 +97,8 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     for name in ("validation_accuracy_mean", "ensemble_validation_accuracy"):
         print(f"{name}: {metrics[name]:.4f}")
     print(f"finetune run: {done.run_id}")
+    best = done.result.members.best(data.labels("validation"))
+    print(f"best model: {address(done.run_id, f'checkpoints/{best:03d}')}")
     again = next_steps.command("trak", config, finetune_run_id=done.run_id)
     next_steps.say_next("To score the training examples with these checkpoints:", again)
 

@@ -66,7 +66,8 @@ def record(job: Job, result: Scored) -> Record:
         result.write(folder, job.config)
         gallery = figures.score_gallery(job.data, result.scores)
         figures.save(gallery, folder / "scores" / "gallery.png")
-        command = next_steps.command("finetune", job.config, keep="keep.csv", labels="labels.csv")
+        files = {"keep": "keep.csv", "labels": "labels.csv"}
+        command = next_steps.command("finetune", job.config, **next_steps.ONE_MODEL, **files)
         name = Path(job.config.dataset).name
         page = html.suspects(job.data, result.suspects, name, command)
         (folder / "suspects.html").write_text(page, encoding="utf-8")

@@ -12,6 +12,9 @@ from attribution.errors import redact
 from attribution.runtime.progress import say
 from attribution.stages import STAGES
 
+# Flags of finetune that train one model on everything, in place of an ensemble on random parts.
+ONE_MODEL = {"num_models": 1, "subset_fraction": 1.0}
+
 
 def say_next(what: str, *lines: str) -> None:
     """Say what can be done next, and below it the lines to type or to open."""

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from attribution.data.dataset import ImageData
 from attribution.experiments.arms import trial_name
@@ -39,6 +40,8 @@ def training_curves(histories: Sequence[list[dict[str, float]]]) -> Figure:
             left.plot(epochs, [epoch[name] for epoch in history], color=colour, alpha=0.5)
         accuracy = [epoch["validation_accuracy"] for epoch in history]
         right.plot(epochs, accuracy, color=HELPFUL, alpha=0.5)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="epoch", ylabel="loss (nats)", title="training (grey), validation (red)")
     right.set(xlabel="epoch", ylabel="accuracy", title="validation accuracy")
     return figure
@@ -157,12 +160,15 @@ def removal_curves(table: pd.DataFrame) -> Figure:
     axes.axhspan(none["accuracy_ci_low"], none["accuracy_ci_high"], color=NEUTRAL, alpha=0.12)
     colours = matplotlib.colormaps["tab20"](range(20))
     acted = table[table["n_removed"] > 0]
-    for i, ((arm, action), rows) in enumerate(acted.groupby(["arm", "action"], sort=False)):
+    lines = list(acted.groupby(["arm", "action"], sort=False))
+    apart = float(np.ptp(100 * acted["frac"])) / 200 if len(acted) else 0.0  # of error bars
+    for i, ((arm, action), rows) in enumerate(lines):
         rows = rows.sort_values("frac")
         mean = rows["accuracy_mean"]
         errors = mean - rows["accuracy_ci_low"], rows["accuracy_ci_high"] - mean
+        shares = 100 * rows["frac"] + (i - len(lines) / 2) * apart
         axes.errorbar(
-            100 * rows["frac"], mean, errors, marker="o", markersize=4, capsize=2, linewidth=1.2,
+            shares, mean, errors, marker="o", markersize=4, capsize=2, linewidth=1.2,
             color=colours[i % len(colours)], linestyle="--" if action == "relabel" else "-",
             label=trial_name(arm, action),
         )  # fmt: skip
