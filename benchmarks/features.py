@@ -46,12 +46,15 @@ OTHER = """
 import sys, torch
 try:
     from attribution.gradients.sketch import Sketch
-    from attribution.runtime.memory import keep_freed_memory
+    from attribution.models.memory_layout import place
+    from attribution.runtime.device import keep_freed_memory
 except ImportError:  # before the rooms
     from attribution.memory import keep_freed_memory
+    from attribution.models import place
     from attribution.sketch import Sketch
 keep_freed_memory()
 model, images, labels, k, blocks, bfloat16, threads = torch.load(sys.argv[1], weights_only=False)
+place(model, images.device, images.shape[-1])
 torch.set_num_threads(threads)
 sketch = Sketch(k, num_blocks=blocks)
 for _ in sys.stdin:
@@ -152,7 +155,7 @@ def _compare(
         "features": features,
     }
     bfloat16, threads = precision == "bfloat16", torch.get_num_threads()
-    job = model, images, labels, k, blocks, bfloat16, threads
+    job = last, images, labels, k, blocks, bfloat16, threads
     with contextlib.ExitStack() as stack:
         if options.before:
             before = stack.enter_context(_features_before(options.before, job))
