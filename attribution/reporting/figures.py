@@ -23,6 +23,7 @@ from attribution.scores.explanation import Explanation
 
 DPI = 110
 HELPFUL, HARMFUL, NEUTRAL = "#1b7837", "#b2182b", "#4d4d4d"
+BETTER, WORSE = "#0060a8", "#b44a00"  # blue and orange: told apart by nearly everybody
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -147,7 +148,8 @@ def comparison(table: pd.DataFrame) -> Figure:
     right.axvline(0, color=NEUTRAL, linewidth=0.8)
     left.set_yticks(y, [_plain(name) for name in names])
     left.set(xlabel="test accuracy (mean, 95 % interval over seeds)")
-    right.set(xlabel="difference from the same number of random examples (paired, 95 %)")
+    words = "difference from random (paired, 95 %)\nblue: better, orange: worse"
+    right.set(xlabel=words)
     return figure
 
 
@@ -179,7 +181,7 @@ def removal_curves(table: pd.DataFrame) -> Figure:
 
 def _intervals(axes: Axes, table: pd.DataFrame, y: np.ndarray, mean: str, stem: str) -> None:
     low, high = table[f"{stem}_ci_low"], table[f"{stem}_ci_high"]
-    colours = {"better than random": HELPFUL, "worse than random": HARMFUL}
+    colours = {"better than random": BETTER, "worse than random": WORSE}
     for i, (_, row) in enumerate(table.iterrows()):
         colour = colours.get(verdict(row), NEUTRAL)
         axes.plot([low.iloc[i], high.iloc[i]], [y[i], y[i]], color=colour, linewidth=2)
