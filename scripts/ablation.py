@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("error: type python -m scripts.ablation, in the project's folder")
+
 from attribution.cli.main import main
 
 if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them

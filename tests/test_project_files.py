@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 
 from attribution.cli.flags import parse
 from attribution.config import FIELDS, resolve
+from attribution.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("MLproject", "python_env.yaml", "conda.yaml", "requirements.txt")
@@ -190,3 +192,11 @@ def test_no_file_names_a_registry_host_or_a_machine_s_path() -> None:
                 "/ro" + "ot/",
             ):
                 assert word not in text, f"{name} names {word}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_script_that_is_started_as_a_file_says_what_to_type(stage: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / f"{stage}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == f"error: type python -m scripts.{stage}, in the project's folder\n"
