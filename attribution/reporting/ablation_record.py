@@ -177,7 +177,8 @@ def _note(job: Job, result: Comparison, children: list[str]) -> str:
     if len(result.table) > MOST_ARMS:
         arms.append(f"- and {len(result.table) - MOST_ARMS} more: arms, best first")
     first = " · ".join(f"[{text}]({to})" for text, to in links.items())
-    return "\n".join([*answer.sentences(result.table), "", first, "", *arms])
+    # The links come first: MLflow folds the rest of a long note away.
+    return "\n".join([first, "", answer.sentences(result.table)[0], "", *arms])
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,11 @@ def test_the_same_folder_again_is_answered_by_the_first_run(own: Place, first) -
 
 
 def test_what_a_run_built_on_has_is_kept_and_only_seeds_are_chosen(own: Place, first) -> None:
-    nothing = dict.fromkeys(SMALL) | {"dataset": None, "jobs": 1, "arms": "no_such_arm"}
+    nothing = dict.fromkeys(SMALL) | {
+        "dataset": None,
+        "jobs": 1,
+        "arms": "oracle",
+    }  # nothing was flipped
     run = own.run("ablation", **nothing, trak_run_id=first.tags["trak_run_id"])
     said = [line for line in run.err.splitlines() if line.startswith("auto: ")]
     assert said[0] == "auto: num_seeds 10"

@@ -225,9 +225,10 @@ def check_comparison(ui: Ui, page: Any) -> None:
         line = page.get_by_role("row", name=re.compile(rf"^{parameter}\b")).first
         for value in values:
             expect(line).to_contain_text(value)
-    line = page.get_by_role("row").filter(has=page.get_by_role("link", name="accuracy", exact=True))
+    expect(page.get_by_role("link", name="accuracy", exact=True)).to_be_attached()
     for mean in ui.table["accuracy_mean"]:  # and not that of the last seed
-        expect(line.first).to_contain_text(f"{round(mean, 4):.3f}")
+        shown = str(int(1000 * round(mean, 4) + 0.5) / 1000)  # as JavaScript rounds
+        expect(page.get_by_text(shown, exact=True).first).to_be_attached()
 
 
 # -- the run's own page ----------------------------------------------------------------------------

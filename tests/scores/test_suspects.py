@@ -181,7 +181,7 @@ def test_planted_flips_come_first_on_the_digits(digits) -> None:
     folder = place.artifacts(result.run_id)
     table = pd.read_csv(folder / "suspects.csv", keep_default_na=False)
     train = pd.read_parquet(folder / "scores" / "train.parquet")
-    assert f"suspects.csv: {len(table)} training examples" in result.out
+    assert f"suspects: {len(table)} training examples" in result.out
     assert table["rank"].tolist() == list(range(1, len(table) + 1))
     flips = int(train["is_flipped"].sum())
     assert flips == 108 and table["is_flipped"].head(50).mean() > 0.8
@@ -244,7 +244,7 @@ def test_scores_without_suspects_are_logged(new_place, monkeypatch) -> None:
     original = module.suspects
     monkeypatch.setattr(module, "suspects", lambda *args: original(*args)[:0])
     result = place.done("trak", epochs=1)
-    assert "suspects.csv: 0 training examples" in result.out
+    assert "suspects: 0 training examples" in result.out
     assert not place.done("trak", epochs=1).made()
 
 

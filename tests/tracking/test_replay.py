@@ -28,7 +28,7 @@ def replayed(new_place: NewPlace) -> tuple[Place, Any, Any]:
 def test_a_replay_makes_everything_anew_and_says_that_it_is_the_same(replayed) -> None:
     place, first, again = replayed
     assert again.made() == {"finetune", "trak", "ablation"}
-    lines = dict(line.rsplit(None, 1) for line in again.out.splitlines() if line[:1] != " ")
+    lines = dict(line.rsplit(None, 1) for line in again.out.splitlines() if line[:1].strip())
     for name in (
         "finetune  checkpoints",
         "trak      scores/scores.npy",
