@@ -14,7 +14,7 @@ from places import COLOURS, SMALL, Place, Result, check_refusal, refused, run_id
 
 from attribution.cli.main import run_command
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 NOTHING: dict[str, Any] = {"dataset": None, **dict.fromkeys(SMALL), "jobs": 1}
 
 

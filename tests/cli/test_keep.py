@@ -210,6 +210,7 @@ def files_of(place: Place, result: Any) -> list[bytes]:
     ]
 
 
+@pytest.mark.slow
 def test_a_kept_part_is_as_good_as_a_folder_that_never_had_the_rest(
     kept, new_place, tmp_path
 ) -> None:
@@ -299,6 +300,7 @@ def train_table(place: Place, result: Any) -> pd.DataFrame:
     return pd.read_parquet(trak / "scores" / "train.parquet")
 
 
+@pytest.mark.slow
 def test_a_file_for_every_frac_holds_train_without_what_was_removed(exported) -> None:
     place, folder, result = exported
     names = {"harmful_0.09.csv": 2, "harmful_0.1.csv": 2, "harmful_0.2.csv": 5}

@@ -128,6 +128,7 @@ def test_holm_gives_the_textbook_values() -> None:
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005, 0.5]), [0.04, 0.09, 0.09, 0.025, 0.5])
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_the_step_down_done_by_hand(p_values) -> None:
@@ -275,6 +276,7 @@ def test_without_spread_any_effect_is_detectable() -> None:
     assert detectable_effect(0.0, 10) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.05, 4), st.sampled_from([0.5, 0.8, 0.9]))
 def test_the_seeds_needed_are_the_first_number_that_has_the_power(size, power) -> None:

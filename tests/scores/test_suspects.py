@@ -176,6 +176,7 @@ def digits(new_place):
     return place, place.done("trak", **given)
 
 
+@pytest.mark.slow
 def test_planted_flips_come_first_on_the_digits(digits) -> None:
     place, result = digits
     folder = place.artifacts(result.run_id)

@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 from attribution.reporting.ablation_record import HEADLINE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 METRICS = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
 STAGES = ("finetune", "trak", "ablation")
