@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from joblib import cpu_count
@@ -109,7 +109,7 @@ class _Task:
     index: int
     name: str
     arguments: tuple
-    losses: int = 0
+    losses: Counter[bool] = field(default_factory=Counter)  # by whether its machine was lost
 
     def prepare_retry(
         self, loss: LostWorker, smaller: Callable[[tuple], tuple] | None, jobs: int
@@ -119,14 +119,15 @@ class _Task:
         Raises:
             InputError: that was the last attempt.
         """
-        self.losses += 1
-        if self.losses >= (MOVES if loss.moved else ATTEMPTS):
+        self.losses[loss.moved] += 1
+        count = self.losses[loss.moved]
+        if count == (MOVES if loss.moved else ATTEMPTS):
             raise InputError(
-                f"jobs={jobs}: {self.name}: {loss.reason}, {self.losses} times in a row; use fewer "
+                f"jobs={jobs}: {self.name}: {loss.reason}, {count} times in a row; use fewer "
                 "jobs, a smaller batch_size or image_size, or more memory"
             )
         batch = ""
-        if smaller and self.losses == ATTEMPTS - 1 and not loss.moved:
+        if smaller and count == ATTEMPTS - 1 and not loss.moved:
             self.arguments, batch = smaller(self.arguments), " with a smaller batch"
         say(f"{self.name}: {loss.reason}; trying again{batch}")
 
