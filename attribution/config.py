@@ -175,6 +175,16 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 
+def check_device(name: str) -> None:
+    """Refuse a device of another name, without asking whether it is there.
+
+    Raises:
+        InputError: it is none of auto, cpu, cuda and cuda:NUMBER.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"device={name}: must be auto, cpu, or cuda (cuda:1 is the second GPU)")
+
+
 def split_list(text: str) -> list[str]:
     """Split a comma list: 'a, b' is ['a', 'b'], '"a, b"' is ['a, b'], an empty text no items."""
     items = re.finditer(r'\s*"([^"]*)"\s*(?=,|\Z)|[^,]+', text)

@@ -100,7 +100,7 @@ def _say_next(done: Upstream, config: Config, trak_id: str) -> None:
         again = next_steps.command("ablation", config, **flags)
         next_steps.say_next(f"To list the images that {top['arm']} keeps, for training:", again)
     else:
-        suspects = address(trak_id, "suspects.csv")
+        suspects = address(trak_id, "suspects.html")
         next_steps.say_next("Images that a person should look at first:", suspects)
     link = arms_link(experiment_of(done.run_id), done.run_id)
     next_steps.say_next("To compare the arms in MLflow:", *next_steps.in_mlflow(link))

@@ -16,6 +16,7 @@ from attribution.config import (
     FOOD_CLASSES,
     PRESETS,
     SCRATCH_MODELS,
+    check_device,
     convert,
     default_of,
     nearest,
@@ -129,9 +130,7 @@ def check(given: dict[str, Any]) -> None:
     """
     check_known("arms", split_list(given.get("arms", "")), ARM_WORDS)
     check_known("methods", split_list(given.get("methods", "")), METHOD_WORDS)
-    device = given.get("device", "auto")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise InputError(f"device={device}: must be auto, cpu, or cuda (cuda:1 is the second GPU)")
+    check_device(given.get("device", "auto"))
     image = given.get("image", "")
     if image and not Path(image).expanduser().exists():
         raise InputError(f"image={image}: no such file")

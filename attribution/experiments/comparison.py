@@ -30,6 +30,7 @@ from attribution.scores.alignment import AUTO, check_groups, group_ids
 from attribution.scores.artifact import Scores
 
 CONTROLS = ("random", "none")
+BETTER, WORSE = "better than random", "worse than random"
 # Metrics with p-values; worst_group_accuracy exists if `groups` is a column.
 JUDGED = ("accuracy", "worst_group_accuracy")
 JUDGEMENTS = ("p", "p_holm", "bootstrap_low", "bootstrap_high", "detectable")
@@ -321,4 +322,4 @@ def verdict(row: pd.Series, metric: str = "accuracy") -> str:
         return "indistinguishable from random"
     if row[f"{metric}_vs_random_p_holm"] >= 0.05:
         return "not significant after Holm"
-    return "better than random" if low > 0 else "worse than random"
+    return BETTER if low > 0 else WORSE

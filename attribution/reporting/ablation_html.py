@@ -12,13 +12,13 @@ import pandas as pd
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments.arms import Trial, trial_name
-from attribution.experiments.comparison import CONTROLS, JUDGED, Comparison, verdict
+from attribution.experiments.comparison import BETTER, CONTROLS, JUDGED, WORSE, Comparison, verdict
 from attribution.experiments.names import ARM_WORDS
 from attribution.reporting import answer, html, terminal
 
 GALLERY = 24  # examples shown for each arm
 CLASSES = 30  # classes shown: those with the largest differences
-TONES = {answer.BETTER: "good", answer.WORSE: "bad"}
+TONES = {BETTER: "good", WORSE: "bad"}
 ACTED = {"remove": "removed", "relabel": "relabelled", "both": "removed or relabelled"}
 
 

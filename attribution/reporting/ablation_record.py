@@ -12,7 +12,7 @@ import pandas as pd
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.experiments.arms import DRAWN, kept_table, trial_name
-from attribution.experiments.comparison import Comparison, Outcome, verdict
+from attribution.experiments.comparison import BETTER, Comparison, Outcome, verdict
 from attribution.experiments.names import ARM_WORDS
 from attribution.experiments.statistics import detection_metrics
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
@@ -22,28 +22,22 @@ from attribution.tracking.artifacts import artifact_path
 from attribution.tracking.job import Job
 from attribution.tracking.links import arms_link, compare_link, run_link
 from attribution.tracking.record import Record
-from attribution.tracking.stage_runs import NOTE, newest
+from attribution.tracking.stage_runs import NOTE, experiment_of, newest
 
 # Metrics of an arm that stand first; accuracy is the mean over seeds.
-HEADLINE = {
-    "accuracy_mean": "accuracy",
-    "accuracy_ci_low": "accuracy_ci_low",
-    "accuracy_ci_high": "accuracy_ci_high",
-    "accuracy_vs_random": "accuracy_vs_random",
-    "accuracy_vs_random_ci_low": "accuracy_vs_random_ci_low",
-    "accuracy_vs_random_ci_high": "accuracy_vs_random_ci_high",
-    "accuracy_vs_random_p_holm": "accuracy_vs_random_p_holm",
-}
+HEADLINE = (
+    "accuracy_mean", "accuracy_ci_low", "accuracy_ci_high", "accuracy_vs_random",
+    "accuracy_vs_random_ci_low", "accuracy_vs_random_ci_high", "accuracy_vs_random_p_holm",
+)  # fmt: skip
 MOST_ARMS = 40  # in a note: MLflow cuts off what is longer than 8,000 characters
 
 
 def make(job: Job, result: Comparison) -> Record:
     """Everything that the comparison leaves in its run."""
     name, view = mlflow_notes.arms_view(job.run_id, f"Arms of {job.run_name}")
-    train = result.train
+    rankings = job.result("trak").rankings()
     flips = detection_metrics(
-        train["is_flipped"].to_numpy(),
-        {"trust": train["trust"].to_numpy(), "loss": -train["loss"].to_numpy()},
+        result.train["is_flipped"].to_numpy(), {name: rankings[name] for name in ("trust", "loss")}
     )
     top = answer.best(result.table)
     best = "" if top is None else trial_name(top["arm"], top["action"], top["frac"])
@@ -138,7 +132,7 @@ def headline(summary: dict[str, float]) -> dict[str, float]:
     for name, value in summary.items():
         if name in HEADLINE:
             digits = ".2g" if name.endswith("_p_holm") else ".4f"
-            found[HEADLINE[name]] = float(f"{value:{digits}}")
+            found["accuracy" if name == "accuracy_mean" else name] = float(f"{value:{digits}}")
         else:
             found[f"more/{name}"] = value
     return found
@@ -147,11 +141,11 @@ def headline(summary: dict[str, float]) -> dict[str, float]:
 def _overall(result: Comparison) -> dict[str, float]:
     """Metrics of the comparison as a whole: its baseline, its arms, and the best one's gain."""
     table = result.table
-    none = table[table["arm"] == "none"].iloc[0]
+    none, judged = table[table["arm"] == "none"].iloc[0], answer.judged(table)
     found = {
         "accuracy_none": none["accuracy_mean"],
-        "n_arms": len(answer.judged(table)),
-        "n_better_than_random": (answer.judged(table)["verdict"] == answer.BETTER).sum(),
+        "n_arms": len(judged),
+        "n_better_than_random": (judged["verdict"] == BETTER).sum(),
     }
     top = answer.best(table)
     if top is not None:
@@ -214,7 +208,7 @@ class EarlierComparison:
         if frac is not None:
             terms["params.n_removed"] = str(round(frac * self.n_train))
         runs = mlflow.MlflowClient().search_runs(
-            [mlflow.get_run(self.run_id).info.experiment_id],
+            [experiment_of(self.run_id)],
             " and ".join(f"{name} = '{value}'" for name, value in terms.items()),
         )
         if not runs:

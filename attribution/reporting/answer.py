@@ -5,17 +5,15 @@ from __future__ import annotations
 import pandas as pd
 
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import CONTROLS, verdict
+from attribution.experiments.comparison import BETTER, CONTROLS, WORSE
 from attribution.experiments.names import ARM_WORDS
 
-BETTER, WORSE = "better than random", "worse than random"
 VERBS = {"remove": "removing", "relabel": "relabelling"}
 
 
 def judged(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a comparison that are compared with random removal, with their verdict."""
-    rows = table[~table["arm"].isin(CONTROLS) & (table["n_removed"] > 0)]
-    return rows.assign(verdict=[verdict(row) for _, row in rows.iterrows()])
+    """The rows of a comparison that are compared with random removal."""
+    return table[~table["arm"].isin(CONTROLS) & (table["n_removed"] > 0)]
 
 
 def best(table: pd.DataFrame) -> pd.Series | None:

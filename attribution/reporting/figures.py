@@ -17,13 +17,13 @@ from matplotlib.ticker import MaxNLocator
 
 from attribution.data.dataset import ImageData
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import verdict
+from attribution.experiments.comparison import BETTER, WORSE, verdict
 from attribution.scores.artifact import Scores
 from attribution.scores.explanation import Explanation
 
 DPI = 110
 HELPFUL, HARMFUL, NEUTRAL = "#1b7837", "#b2182b", "#4d4d4d"
-BETTER, WORSE = "#0060a8", "#b44a00"  # blue and orange: told apart by nearly everybody
+VERDICTS = {BETTER: "#0060a8", WORSE: "#b44a00"}  # blue and orange: told apart by nearly everybody
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -181,9 +181,8 @@ def removal_curves(table: pd.DataFrame) -> Figure:
 
 def _intervals(axes: Axes, table: pd.DataFrame, y: np.ndarray, mean: str, stem: str) -> None:
     low, high = table[f"{stem}_ci_low"], table[f"{stem}_ci_high"]
-    colours = {"better than random": BETTER, "worse than random": WORSE}
     for i, (_, row) in enumerate(table.iterrows()):
-        colour = colours.get(verdict(row), NEUTRAL)
+        colour = VERDICTS.get(verdict(row), NEUTRAL)
         axes.plot([low.iloc[i], high.iloc[i]], [y[i], y[i]], color=colour, linewidth=2)
         axes.plot(table[mean].iloc[i], y[i], "o", color=colour)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 
-from attribution.config import Config
+from attribution.config import Config, check_device
 from attribution.errors import InputError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
@@ -23,8 +22,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"device={name}: must be auto, cpu, or cuda")
+    check_device(name)
     device = torch.device(name)
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         raise InputError(f"device={name}: this machine has no such CUDA device; use device=cpu")
