@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config
+from attribution.data.labels import relabelled
 from attribution.data.listing import Listing, check_classes, list_data
 from attribution.data.pixel_cache import RECIPE, cached_pixels, painted_pixels
 from attribution.data.planted import plant_noise, plant_patch
 from attribution.data.sources import short_hash
-from attribution.data.splits import carve, kept_splits, relabelled
+from attribution.data.splits import carve, kept_splits
 from attribution.errors import InputError
 
 

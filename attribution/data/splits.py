@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from attribution.config import Config, nearest
+from attribution.config import Config
 from attribution.data.sources import short_hash
 from attribution.errors import InputError
 
@@ -94,39 +94,18 @@ def kept_splits(examples: pd.DataFrame, names: list[str], config: Config) -> np.
             "another data_seed?"
         )
     split[train & ~examples["example_id"].isin(ids)] = LEFT_OUT
-    for label, name in enumerate(names):
-        if not ((split == "train") & (examples["label"] == label)).any():
-            raise InputError(f"keep={config.keep}: no training example of class {name!r} is left")
+    check_trained_classes(examples["label"][split == "train"], names, f"keep={config.keep}")
     return split
 
 
-def relabelled(examples: pd.DataFrame, names: list[str], config: Config) -> pd.DataFrame:
-    """The examples with the labels of training examples that parameter `labels` gives; they count as true.
+def check_trained_classes(labels: pd.Series, names: list[str], shown: str) -> None:
+    """Refuse labels of training examples among which a class is missing.
+
+    Args:
+        shown: the parameter and its value, for the message.
 
     Raises:
-        InputError: the file cannot be read, or names an example or a class that does not exist.
+        InputError: a class has no training example.
     """
-    shown = f"labels={config.labels}"
-    try:
-        table = pd.read_csv(Path(config.labels).expanduser(), dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{shown}: cannot be read ({error})") from None
-    key = "example_id" if "example_id" in table else "file_name"
-    if not {key, "label"} <= set(table):
-        raise InputError(f"{shown}: needs the columns example_id (or file_name) and label")
-    table = table.drop_duplicates(key, keep="last")
-    train = examples.loc[examples["split"] == "train", key]
-    unknown = sorted(set(table[key]) - set(train))
-    if unknown:
-        raise InputError(f"{shown}: {unknown[0][:60]!r} is no {key} of this training set")
-    wrong = sorted(set(table["label"]) - set(names))
-    if wrong:
-        raise InputError(f"{shown}: no such class {wrong[0]!r}; {nearest(wrong[0], names)}")
-    new = train.map(dict(zip(table[key], table["label"]))).dropna()
-    examples = examples.copy()
-    labels = new.map({name: label for label, name in enumerate(names)}).astype(np.int64)
-    for column in ("label", "true_label"):
-        examples.loc[new.index, column] = labels
-    examples.loc[new.index, "label_name"] = new
-    examples.loc[new.index, "is_flipped"] = False
-    return examples
+    for label in sorted(set(range(len(names))) - set(labels)):
+        raise InputError(f"{shown}: no training example of class {names[label]!r} is left")

@@ -76,3 +76,11 @@ def test_an_unknown_class_is_refused_with_the_nearest(load, tmp_path) -> None:
 def test_a_missing_table_is_refused(load) -> None:
     with pytest.raises(InputError, match="labels=nowhere.csv: cannot be read"):
         load(labels="nowhere.csv")
+
+
+def test_labels_that_leave_a_class_without_training_examples_are_refused(load, tmp_path) -> None:
+    train = load().table("train")
+    red = train[train["label_name"] == "red"]
+    file = table(tmp_path / "l.csv", example_id=red["example_id"], label=["green"] * len(red))
+    with pytest.raises(InputError, match="no training example of class 'red' is left"):
+        load(labels=file)
