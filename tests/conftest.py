@@ -52,22 +52,30 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def new_place(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[[str], Place]:
-    """A function that makes an empty store and cache."""
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of a store without runs, to be copied: making its tables takes seconds."""
     import logging
 
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    template = tmp_path_factory.mktemp("store") / "mlflow.db"  # made once: its tables take seconds
-    MlflowClient(f"sqlite:///{template}").search_experiments()
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
+def new_place(
+    tmp_path_factory: pytest.TempPathFactory, images: Path, empty_store: Path
+) -> Callable[..., Place]:
+    """A function that makes an empty store and cache; with `like`, a copy of a store."""
 
     def make(name: str, like: Place | None = None) -> Place:
         place = Place(tmp_path_factory.mktemp(name), images)
         if like:
             _copy_store(like.root, place.root)
         else:
-            shutil.copy(template, place.root / "mlflow.db")
+            shutil.copy(empty_store, place.root / "mlflow.db")
             place.client().create_experiment(place.experiment, (place.root / "artifacts").as_uri())
         return place
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,9 @@ from attribution.data.decoding import read_image
 from attribution.data.planted import paint_patch
 from attribution.data.sources import Source, chunks, content, digest, short_hash
 from attribution.errors import InputError
-from attribution.runtime.cache_folder import alone, writing
+from attribution.runtime.cache_folder import alone, discard, writing
 from attribution.runtime.npy_blocks import reserve
+from attribution.runtime.safe_files import atomic
 
 RECIPE = "2"  # raise when the same file would be decoded to other pixels
 
@@ -81,20 +81,16 @@ def _cached(
         with writing(config), alone(cache, f"pixels-{key}", waiting):
             bad = _read(folder, table, config.image_size)
             if bad is None:
-                shutil.rmtree(folder, ignore_errors=True)  # broken, or left by a killed process
-                folder.mkdir()
-                try:
-                    bad = fill(folder / "pixels.npy")
-                except BaseException:
-                    shutil.rmtree(folder)
-                    raise
-                # Written last: a folder without it is unfinished.
-                (folder / "skipped.json").write_text(json.dumps(bad))
+                discard(folder)  # broken, or left by a killed process
+                with atomic(folder) as unfinished:
+                    unfinished.mkdir()
+                    bad = fill(unfinished / "pixels.npy")
+                    (unfinished / "skipped.json").write_text(json.dumps(bad))
     return folder / "pixels.npy", bad
 
 
 def _read(folder: Path, table: pd.DataFrame, size: int) -> dict[str, str] | None:
-    """The images that a cached file lacks; None if the folder is missing, unfinished or broken."""
+    """The images that a cached file lacks; None if the folder is missing or broken."""
     try:
         bad = dict(json.loads((folder / "skipped.json").read_text()))
         pixels = np.load(folder / "pixels.npy", mmap_mode="r")
@@ -135,9 +131,8 @@ def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config)
                     pixels[count] = image
                     count += 1
     if bad:
-        shorter = _new_pixels(file.with_suffix(".shorter"), count, config)
-        shorter[:] = pixels[:count]
-        os.replace(file.with_suffix(".shorter"), file)
+        with atomic(file) as shorter:
+            _new_pixels(shorter, count, config)[:] = pixels[:count]
     return bad
 
 

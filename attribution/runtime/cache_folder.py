@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import sys
@@ -68,5 +69,10 @@ def discard(folder: Path) -> None:
     """Delete a folder, and what killed processes left of it."""
     with suppress(OSError):  # renamed first: if this process is killed, half a folder has no name
         os.replace(folder, folder.with_name(f".{folder.name}.{os.getpid()}"))
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
+    discard_unfinished(folder)
+
+
+def discard_unfinished(path: Path) -> None:
+    """Delete what killed processes left next to a file or folder that they were making."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -26,7 +26,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder, which is renamed to `path` when the block succeeds.
 
     The temporary path has the same file name, in a new hidden folder next to `path`, which
-    cache_folder.discard removes if the process was killed. A file that is already there is replaced.
+    cache_folder.discard_unfinished removes if the process was killed. A file that is already there is replaced.
 
     Raises:
         OSError: the block's, or `path` is a folder that is not empty.

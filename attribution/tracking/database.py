@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from attribution.errors import InputError, redact
-from attribution.runtime.cache_folder import alone
+from attribution.runtime.cache_folder import alone, discard_unfinished
+from attribution.runtime.safe_files import atomic
 
 # OSErrors that are the machine's fault, not the code's.
 MACHINE_ERRORS = (
@@ -33,8 +32,8 @@ def open_store(cache: Path) -> None:
     """Reach the tracking store, and create its database if there is none.
 
     Two processes that create one database at the same time collide, and a process that is killed
-    half-way leaves a database that MLflow cannot open. So one process at a time creates it, under
-    another name until it is complete.
+    half-way leaves a database that MLflow cannot open. So one process at a time creates it, in a
+    hidden folder until it is complete.
 
     Raises:
         InputError: the store is of a kind that MLflow has retired, its address is malformed, or
@@ -81,12 +80,9 @@ def _database(uri: str) -> Path | None:
 
 
 def _create(file: Path) -> None:
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    for left in file.parent.glob(f"{glob.escape(unfinished.name)}*"):  # its journal too
-        left.unlink()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    mlflow.MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
-    os.replace(unfinished, file)
+    discard_unfinished(file)
+    with atomic(file) as unfinished:
+        mlflow.MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
 
 
 def failure(error: BaseException) -> str:

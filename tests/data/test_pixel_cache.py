@@ -67,10 +67,12 @@ def test_what_a_killed_process_left_of_a_cache_is_replaced(load, root) -> None:
         file.with_name("skipped.json").unlink()
         if skipped is not None:
             file.with_name("skipped.json").write_text(skipped)
-        (file.parent / "pixels.shorter").write_text("")
+        unfinished = file.parent.with_name(f".{file.parent.name}.abc") / file.parent.name
+        unfinished.mkdir(parents=True)
+        (unfinished / "pixels.npy").write_bytes(expected[:300])
         assert load(root).pixels_file.read_bytes() == expected
         assert sorted(path.name for path in file.parent.iterdir()) == ["pixels.npy", "skipped.json"]
-    assert [path.name for path in file.parent.parent.iterdir()] == [file.parent.name]
+        assert [path.name for path in file.parent.parent.iterdir()] == [file.parent.name]
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(load, root, tmp_path, monkeypatch) -> None:

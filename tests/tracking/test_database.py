@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +76,34 @@ def test_a_store_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch) -> No
 
 
 def test_a_store_appears_whole_or_not_at_all(
-    new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_store: Path, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> None:
+    left = tmp_path / ".new.db.abc"  # as a kill in the middle leaves it
+    left.mkdir()
+    for name in ("new.db", "new.db-journal"):
+        (left / name).write_bytes(b"half a file")
+    whole = mlflow.MlflowClient
+
+    def stopped(uri: str) -> None:
+        assert not left.exists()
+        Path(uri.removeprefix("sqlite:///")).write_bytes(b"half a file")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(database.os, "replace", killed)
+        patch.setattr(mlflow, "MlflowClient", stopped)
         database.open_store(tmp_path / "cache")
-    unfinished = new_store.with_name("new.db.unfinished")
-    assert not new_store.exists() and unfinished.exists()
-    # As a kill in the middle leaves it; under another name, for MLflow keeps what it has opened.
-    other = tmp_path / "other.db.unfinished"
-    other.write_bytes(unfinished.read_bytes()[:5000])
-    (tmp_path / "other.db.unfinished-journal").write_bytes(b"half a journal")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+    def copied(uri: str = "") -> Any:  # in place of making tables, which takes seconds
+        if uri:
+            assert not new_store.exists()
+            shutil.copy(empty_store, uri.removeprefix("sqlite:///"))
+        return whole(uri or None)
+
+    monkeypatch.setattr(mlflow, "MlflowClient", copied)
     database.open_store(tmp_path / "cache")
-    assert [file.name for file in tmp_path.glob("other*")] == ["other.db"]
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "new.db"}
+    assert whole().search_runs(["0"]) == []
 
 
 @pytest.mark.parametrize(

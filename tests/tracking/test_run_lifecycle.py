@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -18,23 +19,21 @@ from mlflow.exceptions import MlflowException
 from places import Place
 
 from attribution.runtime.signals import ended_by_signals
-from attribution.tracking import database
 from attribution.tracking.run_lifecycle import end_dead_runs, open_run, signature
 
 NewPlace = Callable[..., Place]
 
 
 @pytest.fixture
-def new_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a store that is not there yet."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
-    return tmp_path / "new.db"
+def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a store without runs."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
 
 
 def test_a_signal_that_a_library_turns_into_another_error_still_marks_the_run_killed(
-    new_store: Path, tmp_path: Path
+    store: Path,
 ) -> None:
-    database.open_store(tmp_path)
     with pytest.raises(RuntimeError), ended_by_signals(), open_run() as run:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -48,14 +47,11 @@ def test_a_signal_that_a_library_turns_into_another_error_still_marks_the_run_ki
     assert mlflow.MlflowClient().get_run(run.info.run_id).info.status == "FAILED"
 
 
-def test_a_stopped_transaction_does_not_keep_the_run_from_being_marked(
-    new_store: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_transaction_does_not_keep_the_run_from_being_marked(store: Path) -> None:
     """As where a signal comes between MLflow's opening of a transaction and its own clearing up."""
-    database.open_store(tmp_path)
 
     def interrupted() -> None:
-        connection = sqlite3.connect(new_store)
+        connection = sqlite3.connect(store)
         connection.execute("BEGIN IMMEDIATE")
         raise KeyboardInterrupt
 
@@ -69,9 +65,8 @@ def test_a_stopped_transaction_does_not_keep_the_run_from_being_marked(
     ("function", "expected"), [("start_run", "KILLED"), ("end_run", "FINISHED")]
 )
 def test_a_run_is_begun_and_ended_whole(
-    new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, expected: str
+    store: Path, monkeypatch: pytest.MonkeyPatch, function: str, expected: str
 ) -> None:
-    database.open_store(tmp_path)
     whole = getattr(mlflow, function)
 
     def stopped(*given: Any, **named: Any) -> Any:
@@ -94,9 +89,8 @@ def test_a_run_is_begun_and_ended_whole(
 
 
 def test_a_run_that_the_store_could_not_end_is_marked_when_it_answers_again(
-    new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database.open_store(tmp_path)
     client, whole = mlflow.MlflowClient, mlflow.MlflowClient.set_terminated
     failures = [MlflowException("the store does not answer")]
 
@@ -112,12 +106,11 @@ def test_a_run_that_the_store_could_not_end_is_marked_when_it_answers_again(
 
 
 def test_what_a_dead_process_left_running_is_marked_by_the_next_command(
-    new_store: Path, tmp_path: Path
+    store: Path, tmp_path: Path
 ) -> None:
     sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    database.open_store(tmp_path)
     client = mlflow.MlflowClient()
 
     def left(process: int, cache: Path = tmp_path) -> str:
