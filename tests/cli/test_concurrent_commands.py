@@ -14,6 +14,8 @@ import mlflow
 import pytest
 from places import Place, child_environment
 
+from attribution.cli.main import run_command
+
 NewPlace = Callable[..., Place]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,21 +90,18 @@ def server() -> Iterator[ThreadingHTTPServer]:
     [(401, "MLFLOW_TRACKING_USERNAME"), (403, "MLFLOW_TRACKING_USERNAME"), (500, "500")],
 )
 def test_a_server_that_refuses_or_fails(
-    new_place: NewPlace, server, status: int, words: str
+    new_place: NewPlace, server, monkeypatch, capsys, status: int, words: str
 ) -> None:
     server.status = status
     place = new_place("server")
     uri = f"http://127.0.0.1:{server.server_port}"
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.finetune", *place.argv("finetune")],
-        cwd=place.root,
-        env=child_environment(place)
-        | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
-        | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    error, kept, command = done.stderr.strip().splitlines()[-3:]
-    assert done.returncode == 1 and error.startswith(f"error: MLFLOW_TRACKING_URI={uri}: ")
-    assert words in error and "Traceback" not in done.stderr
+    with place.active():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        code = run_command("finetune", place.argv("finetune"))
+    err = capsys.readouterr().err
+    error, kept, command = err.strip().splitlines()[-3:]
+    assert code == 1 and error.startswith(f"error: MLFLOW_TRACKING_URI={uri}: ")
+    assert words in error and "Traceback" not in err
     assert str(place.cache / "work") in kept
     assert command.startswith("python -m scripts.finetune --dataset=")  # alone on its line

@@ -11,7 +11,8 @@ import pytest
 from attribution.config import resolve
 from attribution.data.dataset import ImageData, load_data
 from attribution.models.checkpoints import subset_masks, train_checkpoints
-from attribution.scores.trak import compute_scores
+from attribution.scores.features import featurize
+from attribution.scores.trak import score
 
 COPIES = 12
 
@@ -35,15 +36,16 @@ def with_copies(data: ImageData) -> tuple[ImageData, np.ndarray]:
 def ranks(tmp_path_factory) -> dict[str, np.ndarray]:
     """How many training examples beat each copy, from the helpful and from the harmful end."""
     folder = tmp_path_factory.mktemp("copies")
-    config = resolve({"num_models": 6, "label_noise": 0.0, "cache_dir": str(folder), "jobs": 2})
+    config = resolve({"num_models": 6, "label_noise": 0.0, "cache_dir": str(folder), "jobs": 1})
     data, targets = with_copies(load_data(config))
     n = len(data.rows("train"))
     masks = subset_masks(n, 6, 0.5, 0)
     folders = [c.folder for c in train_checkpoints(config, data, masks, folder / "checkpoints")]
+    stores = featurize(config, data, folders, folder / "features")
     own, found = n - 2 * COPIES + np.arange(2 * COPIES), {}  # the copies are the last examples
     for weight in ("none", "mean"):
         weighted = dataclasses.replace(config, loss_gradient_weight=weight)
-        values = compute_scores(weighted, data, folders, folder / weight).values
+        values = score(weighted, stores, folder / f"{weight}.npy").values
         found[weight, "top"] = (values[:, targets] > values[own, targets]).sum(axis=0)
         found[weight, "bottom"] = (values[:, targets] < values[own, targets]).sum(axis=0)
     return found
