@@ -1,4 +1,4 @@
-"""Retraining without doing anything twice, and the paired comparison of what came of it."""
+"""The paired comparison of arms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy import stats
 from toy import toy_config, toy_data
 
-from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.experiments.arms import Trial
 from attribution.experiments.comparison import (
@@ -27,11 +26,8 @@ from attribution.experiments.comparison import (
     retrain,
     verdict,
 )
-from attribution.models import retrain as retraining
 from attribution.models.predict import predict
-from attribution.models.retrain import Series, retrained_logits
-from attribution.models.train import stacking_pays, train, train_stacked
-from attribution.runtime.hashing import derive_seed
+from attribution.models.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -332,162 +328,35 @@ def test_a_verdict_is_that_of_the_metric_asked_for(both) -> None:
 # Retraining
 
 
-SEEDS = [derive_seed(0, "retrain", s) for s in range(2)]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> ImageData:
-    return toy_data(tmp_path / "data", n_train=24, n_other=6)
-
-
-@pytest.fixture
-def count(monkeypatch) -> list:
-    """What was really trained, as (seed, kept positions)."""
-    done: list = []
-    original = retraining._retrain
-
-    def counting(config, data, stack, split):
-        members = zip(stack.seeds, stack.keep, strict=True)
-        done.extend((seed, np.flatnonzero(keep).tolist()) for seed, keep in members)
-        return original(config, data, stack, split)
-
-    monkeypatch.setattr(retraining, "_retrain", counting)
-    return done
-
-
 def arm(name: str, *removed: list[int]) -> Trial:
     return Trial(name, len(removed[0]) / 24, tuple(np.array(r, dtype=np.int64) for r in removed))
 
 
-NONE, HARMFUL = arm("none", [], []), arm("harmful", [1, 4], [1, 4])
-CONFIG = {"epochs": 1}
-
-
-@pytest.mark.parametrize("batch_size", [8, 65])  # trained in stacks, and one by one
-def test_retraining_gives_what_training_on_the_rest_gives_directly(
-    data, tmp_path, batch_size
-) -> None:
-    config = toy_config(**CONFIG, batch_size=batch_size)
-    assert stacking_pays(config) == (batch_size == 8)
-    found = retrain(config, data, [NONE, HARMFUL], SEEDS, tmp_path / "work")
-    for removed, logits in zip(([], [1, 4]), found):
-        keep = np.array([i not in removed for i in range(24)])
-        if stacking_pays(config):
-            models = train_stacked(config, data, SEEDS, [keep, keep])
-        else:
-            models = [train(config, data, seed, keep, validate=False).model for seed in SEEDS]
-        for found, model in zip(logits, models, strict=True):
-            np.testing.assert_array_equal(found, predict(config, model, data, "test"))
-
-
-def test_a_second_call_trains_nothing_and_gives_the_same(data, tmp_path, count) -> None:
-    arguments = (toy_config(**CONFIG), data, [NONE, HARMFUL], SEEDS, tmp_path / "work")
-    first = retrain(*arguments)
-    assert len(count) == 4
-    second = retrain(*arguments)
-    assert len(count) == 4
-    for a, b in zip(first, second):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_two_trials_that_remove_the_same_are_trained_once(data, tmp_path, count) -> None:
-    trials = [NONE, HARMFUL, arm("loss", [4, 1], [1, 4])]
-    _, harmful, loss = retrain(toy_config(**CONFIG), data, trials, SEEDS, tmp_path / "work")
-    assert len(count) == 4
-    np.testing.assert_array_equal(harmful, loss)
-
-
-def test_only_what_an_added_arm_needs_is_trained(data, tmp_path, count) -> None:
-    config, work = toy_config(**CONFIG), tmp_path / "work"
-    retrain(config, data, [NONE], SEEDS, work)
-    retrain(config, data, [NONE, arm("random", [0], [2])], SEEDS, work)
-    assert count[2:] == [
-        (SEEDS[0], [i for i in range(24) if i != 0]),
-        (SEEDS[1], [i for i in range(24) if i != 2]),
-    ]
-
-
-def test_a_changed_training_setting_trains_again(data, tmp_path, count) -> None:
-    for rate in (0.01, 0.02):
-        config = toy_config(epochs=1, learning_rate=rate)
-        retrain(config, data, [NONE], SEEDS, tmp_path / "work")
-    assert len(count) == 4
-
-
-def test_where_it_is_computed_does_not_train_again(data, tmp_path, count) -> None:
-    for jobs in (1, 2):
-        retrain(toy_config(epochs=1, jobs=jobs), data, [NONE], SEEDS, tmp_path / "work")
-    assert len(count) == 2
-
-
-@pytest.mark.slow
-def test_what_was_finished_before_changes_no_bit(data, tmp_path, count) -> None:
-    config, seeds = toy_config(), [derive_seed(0, "retrain", s) for s in range(13)]
-    trials = [arm("none", *[[]] * 13), arm("harmful", *[[1, 4]] * 13)]
-    whole = retrain(config, data, trials, seeds, tmp_path / "whole")
-    retrain(config, data, [arm("loss", *[[1, 4]] * 10)], seeds[:10], tmp_path / "resumed")
-    resumed = retrain(config, data, trials, seeds, tmp_path / "resumed")
-    assert len(count) == 26 + 10 + 16
-    for a, b in zip(whole, resumed, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_relabelled_examples_are_seen_with_their_new_labels(data, tmp_path) -> None:
-    config, seen = toy_config(epochs=1, batch_size=65), np.ones((2, 24), dtype=bool)
-    labels = np.stack([1 - data.labels("train")] * 2)
-    relabelled, plain = retrained_logits(
-        config,
-        data,
-        [Series("relabelled", SEEDS, seen, labels), Series("plain", SEEDS, seen)],
-        "test",
-        tmp_path / "work",
-        "test",
+def test_a_trial_trains_each_seed_on_what_it_does_not_remove(tmp_path, monkeypatch) -> None:
+    data, seeds, wanted = toy_data(tmp_path, n_train=24, n_other=6), [5, 6], []
+    monkeypatch.setattr(
+        "attribution.experiments.comparison.retrained_logits",
+        lambda *given: wanted.extend(given[2]),
     )
-    model = train(config, data, SEEDS[1], seen[1], validate=False, labels=labels[1]).model
-    np.testing.assert_array_equal(relabelled[1], predict(config, model, data, "test"))
-    assert not np.array_equal(relabelled, plain)
+    retrain(toy_config(), data, [arm("none", [], []), arm("harmful", [0], [2])], seeds, tmp_path)
+    assert [list(series.seeds) for series in wanted] == [seeds, seeds]
+    left_out = [[np.flatnonzero(~row).tolist() for row in series.keep] for series in wanted]
+    assert left_out == [[[], []], [[0], [2]]]
 
 
-def test_a_relabelling_trial_keeps_every_example_and_changes_those_labels(data, tmp_path) -> None:
+def test_a_relabelling_trial_keeps_every_example_and_changes_those_labels(tmp_path) -> None:
+    data, seeds = toy_data(tmp_path / "data", n_train=24, n_other=6), [5, 6]
     config = toy_config(epochs=1, batch_size=65)
     new = (np.array([1, 1]), np.array([0, 0]))
     given = replace(arm("harmful", [0, 4], [1, 5]), new_labels=new)
-    (found,) = retrain(config, data, [given], SEEDS, tmp_path / "work")
-    for seed, positions, labels, logits in zip(SEEDS, given.removed, new, found, strict=True):
+    (found,) = retrain(config, data, [given], seeds, tmp_path / "work")
+    for seed, positions, labels, logits in zip(seeds, given.removed, new, found, strict=True):
         changed = data.labels("train").copy()
         assert (changed[positions] != labels).all()
         changed[positions] = labels
         every = np.ones(24, dtype=bool)
         model = train(config, data, seed, every, validate=False, labels=changed).model
         np.testing.assert_array_equal(logits, predict(config, model, data, "test"))
-
-
-def test_a_result_that_somebody_deletes_before_it_is_read_is_told(data, tmp_path) -> None:
-    trials = [NONE, HARMFUL]
-    found = retrain(toy_config(**CONFIG), data, trials, SEEDS, tmp_path / "work")
-    assert [each.shape for each in found] == [(2, len(data.rows("test")), 2)] * 2
-    for file in (tmp_path / "work").glob("*.npz"):
-        file.unlink()
-    with pytest.raises(InputError, match=f"cache_dir: .*{tmp_path / 'work'}; try again"):
-        found[1]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty archive", "other compression"])
-def test_a_damaged_result_in_the_store_is_computed_again(data, tmp_path, count, damage) -> None:
-    arguments = (toy_config(**CONFIG), data, [NONE], SEEDS, tmp_path / "work")
-    first = list(retrain(*arguments))
-    file = sorted((tmp_path / "work").glob("*.npz"))[0]
-    content = bytearray(file.read_bytes())
-    if damage == "truncated":
-        file.write_bytes(content[:100])
-    elif damage == "empty archive":
-        np.savez(file)
-    else:
-        content[content.index(b"PK\x01\x02") + 10] = 99
-        file.write_bytes(content)
-    second = retrain(*arguments)
-    assert len(count) == 4  # the stack of both seeds, again
-    np.testing.assert_array_equal(first[0], second[0])
 
 
 @settings(max_examples=20, deadline=None)

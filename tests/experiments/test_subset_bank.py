@@ -47,21 +47,6 @@ def test_a_larger_bank_trains_only_what_is_new(tmp_path: Path, monkeypatch) -> N
     np.testing.assert_array_equal(large.margins[:2, :1], small.margins)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, "shape", "type", "cut off"])
-def test_a_retraining_that_cannot_be_one_is_trained_again(tmp_path: Path, bad) -> None:
-    data, config = toy_data(tmp_path / "data", n_train=20, n_other=6), toy_config(epochs=1)
-    first = build_bank(config, data, 1, 1, 0.5, tmp_path / "work")
-    (file,) = (tmp_path / "work").glob("*.npz")
-    logits = np.load(file)["logits"]
-    other = {"shape": logits[:, 1:], "type": logits.astype(np.float64)}
-    if bad == "cut off":
-        file.write_bytes(file.read_bytes()[:90])
-    else:
-        np.savez(file, logits=other[bad] if bad in other else np.full_like(logits, bad))
-    again = build_bank(config, data, 1, 1, 0.5, tmp_path / "work")
-    assert again.margins.tobytes() == first.margins.tobytes()
-
-
 # The bank on disk
 
 

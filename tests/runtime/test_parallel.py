@@ -26,6 +26,10 @@ from attribution.runtime.pool import LostWorker
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# Two workers take ten seconds to start.
+HERE_AND_IN_WORKERS = [1, pytest.param(2, marks=pytest.mark.slow)]
+
+
 def difference(a: int, b: int) -> int:
     return a - b
 
@@ -42,7 +46,15 @@ def where_am_i(_: int) -> tuple[int, int]:
     return os.getpid(), torch.get_num_threads()
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", HERE_AND_IN_WORKERS)
+def test_bad_input_in_a_task_is_raised_here_as_bad_input_and_the_next_map_works(jobs: int) -> None:
+    with pytest.raises(InputError) as caught:
+        list(parallel_map(refuse, [(i,) for i in range(4)], jobs))
+    assert str(caught.value) == "value=2: not wanted"
+    assert sorted(parallel_map(refuse, [(0,), (1,)], jobs)) == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("jobs", HERE_AND_IN_WORKERS)
 def test_every_result_comes_once_with_the_index_of_its_task(jobs: int) -> None:
     tasks = [(10 * i, i) for i in range(7)]
     found = list(parallel_map(difference, tasks, jobs))
@@ -56,6 +68,7 @@ def test_with_one_job_tasks_run_here_in_order_and_only_when_asked_for() -> None:
     assert [index for index, _ in results] == [1, 2] and seen == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_workers_are_other_processes_with_an_equal_share_of_the_threads() -> None:
     results = [found for _, found in parallel_map(where_am_i, [(i,) for i in range(4)], 2)]
     share = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -63,6 +76,7 @@ def test_workers_are_other_processes_with_an_equal_share_of_the_threads() -> Non
     assert {threads for _, threads in results} == {share}
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_reach_workers() -> None:
     before = worker_pids()
     for pid in before:
@@ -72,15 +86,6 @@ def test_ctrl_c_does_not_reach_workers() -> None:
 
 def worker_pids() -> set[int]:
     return {pid for _, (pid, _) in parallel_map(where_am_i, [(i,) for i in range(6)], 2)}
-
-
-def test_idle_workers_are_ended_at_once_and_the_next_map_has_others() -> None:
-    before = worker_pids()
-    end_workers()
-    for pid in before:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    assert not before & worker_pids()
 
 
 def is_running(pid: int) -> bool:
@@ -109,15 +114,7 @@ def test_workers_end_when_their_driver_is_killed() -> None:
     assert not is_running(worker)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_bad_input_in_a_task_is_raised_here_as_bad_input_and_the_next_map_works(jobs: int) -> None:
-    with pytest.raises(InputError) as caught:
-        list(parallel_map(refuse, [(i,) for i in range(4)], jobs))
-    assert str(caught.value) == "value=2: not wanted"
-    assert sorted(parallel_map(refuse, [(0,), (1,)], jobs)) == [(0, 0), (1, 1)]
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", HERE_AND_IN_WORKERS)
 def test_no_tasks_give_no_results(jobs: int) -> None:
     assert list(parallel_map(difference, [], jobs)) == []
 
@@ -147,6 +144,7 @@ def dies_once(folder: Path, index: int) -> int:
     return index
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_had_begun_is_done_again_and_named(tmp_path: Path, capfd) -> None:
     tasks = [(i,) for i in range(6)]
     found = parallel_map(
@@ -156,6 +154,15 @@ def test_what_a_killed_worker_had_begun_is_done_again_and_named(tmp_path: Path, 
     shown = [line for line in capfd.readouterr().err.splitlines() if "trying again" in line]
     assert any(line.startswith("retraining c: its worker process was killed") for line in shown)
     assert len(shown) <= 3  # what the two workers had, and the one that was waiting for them
+
+
+@pytest.mark.slow
+def test_idle_workers_are_ended_at_once() -> None:
+    before = worker_pids()
+    end_workers()
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def losing(times: int, moved: bool = False, error: type[Exception] = LostWorker):
