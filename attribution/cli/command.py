@@ -25,7 +25,7 @@ from attribution.runtime.parallel import end_workers
 from attribution.runtime.progress import say
 from attribution.stages import STAGES, Stage
 from attribution.tracking import stage_runs
-from attribution.tracking.artifacts import delete_artifacts
+from attribution.tracking.artifacts import address, delete_artifacts
 from attribution.tracking.database import failure, open_store
 from attribution.tracking.fingerprint import fingerprint, stage_folder, work_folder
 from attribution.tracking.job import Job, Upstream
@@ -143,9 +143,13 @@ class Command:
         script, start = stage.script(), time.monotonic()
         self.has_begun = True
         result = script.run(job)
-        log_record(script.record(job, result))
+        record = script.record(job, result)
+        log_record(record)
         stage_runs.log_environment()
-        say(f"{stage.name}: finished in {time.monotonic() - start:.0f} s, run {run.run_id}")
+        said = f"{stage.name}: finished in {time.monotonic() - start:.0f} s"
+        if (accuracy := record.metrics.get("validation_accuracy_mean")) is not None:
+            said += f", validation accuracy {accuracy:.4f} (mean over checkpoints)"
+        say(f"{said}, run {run.run_id} in {address(run.run_id)}")
         self.made[stage.name] = done = Upstream(run.run_id, result)
         return done
 

@@ -17,7 +17,7 @@ from attribution.errors import InputError
 from attribution.models import classifier, model_facts
 from attribution.models.ensemble import Ensemble
 from attribution.models.predict import predict
-from attribution.models.train import train
+from attribution.models.train import noting_epochs, train
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import derive_seed
 from attribution.runtime.parallel import parallel_map, resolve_jobs
@@ -143,10 +143,17 @@ def train_checkpoints(
     """
     folders = _folders(work, len(masks))
     missing = [m for m, folder in enumerate(folders) if not _is_whole(folder, data)]
-    tasks = [(derive_seed(config.seed, "checkpoint", m), masks[m]) for m in missing]
     names = [f"checkpoint {folders[m].name}" for m in missing]
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
-    with progress("finetune: checkpoints", len(folders), len(folders) - len(tasks)) as advance:
+    finished = len(folders) - len(missing)
+    with (
+        tempfile.TemporaryDirectory() as notes,
+        progress("finetune: checkpoints", len(folders), finished, notes) as advance,
+    ):
+        tasks = [
+            (derive_seed(config.seed, "checkpoint", m), masks[m], f"{notes}/{name}")
+            for m, name in zip(missing, names, strict=True)
+        ]
         results = parallel_map(_train_checkpoint, tasks, jobs, (config, data), config, names)
         for index, files in results:
             write_folder(folders[missing[index]], files)
@@ -154,9 +161,12 @@ def train_checkpoints(
     return [_read_checkpoint(folder) for folder in folders]
 
 
-def _train_checkpoint(config: Config, data: ImageData, seed: int, keep: np.ndarray) -> Files:
+def _train_checkpoint(
+    config: Config, data: ImageData, seed: int, keep: np.ndarray, notes: str
+) -> Files:
     """Train one checkpoint; return its files as bytes, because workers may not share a disk."""
-    trained = train(config, data, seed, keep)
+    with noting_epochs(config, notes) as on_epoch:
+        trained = train(config, data, seed, keep, on_epoch)
     normalisation = model_facts.normalisation(config.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

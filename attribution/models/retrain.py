@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,7 +16,13 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.models.predict import predict
-from attribution.models.train import stacking_pays, train, train_stacked, training_key
+from attribution.models.train import (
+    noting_epochs,
+    stacking_pays,
+    train,
+    train_stacked,
+    training_key,
+)
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import digest
 from attribution.runtime.parallel import parallel_map, resolve_jobs
@@ -123,10 +130,13 @@ def retrained_logits(
     total = sum(map(len, distinct.values()))
     left = sum(len(distinct[key]) for key in todo)
     say(f"{stage}: {total} models to compare, {left} of them to train")
-    tasks = [(distinct[key], split) for key in todo]
     names = [f"retraining of {distinct[key].name}" for key in todo]
     jobs = resolve_jobs(config.jobs, device, len(distinct))
-    with progress(f"{stage}: retrainings", total, total - left) as advance:
+    with (
+        tempfile.TemporaryDirectory() as notes,
+        progress(f"{stage}: retrainings", total, total - left, notes) as advance,
+    ):
+        tasks = [(distinct[key], split, f"{notes}/{key}") for key in todo]
         for index, logits in parallel_map(_retrain, tasks, jobs, (config, data), config, names):
             store.put(todo[index], {"logits": logits})
             advance(len(logits))
@@ -141,14 +151,15 @@ def _is_kept(store: ResultStore, key: str, shape: tuple[int, ...]) -> bool:
     return bool(np.isfinite(logits).all())
 
 
-def _retrain(config: Config, data: ImageData, stack: Series, split: str) -> np.ndarray:
+def _retrain(config: Config, data: ImageData, stack: Series, split: str, notes: str) -> np.ndarray:
     """Train the models of a stack; return their logits on a split, (n_models, n, C)."""
     labels = [None] * len(stack) if stack.labels is None else list(stack.labels)
     if stacking_pays(config):
         models = train_stacked(config, data, stack.seeds, list(stack.keep), labels)
     else:
-        models = [
-            train(config, data, seed, keep, validate=False, labels=own).model
-            for seed, keep, own in zip(stack.seeds, stack.keep, labels, strict=True)
-        ]
+        with noting_epochs(config, notes, stack.name) as on_epoch:
+            models = [
+                train(config, data, seed, keep, on_epoch, validate=False, labels=own).model
+                for seed, keep, own in zip(stack.seeds, stack.keep, labels, strict=True)
+            ]
     return np.stack([predict(config, model, data, split) for model in models])

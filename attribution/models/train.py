@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ from attribution.models.batches import Batches
 from attribution.models.predict import classification_metrics, predict
 from attribution.runtime.device import autocast, keep_freed_memory, resolve_device
 from attribution.runtime.hashing import derive_seed, digest
+from attribution.runtime.progress import noting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,6 +115,20 @@ def train(
     model.zero_grad()  # gradients may lie in the memory of a CUDA graph
     model.eval()
     return trained
+
+
+@contextmanager
+def noting_epochs(
+    config: Config, file: str, name: str = ""
+) -> Iterator[Callable[[dict[str, float], nn.Module], None]]:
+    """Yield an `on_epoch` of train() that notes the finished epochs, see runtime.progress.noting.
+
+    Args:
+        name: of what is trained; the file's own if it is empty.
+    """
+    with noting(file) as note:
+        shown = name or Path(file).name
+        yield lambda metrics, _: note(f"{shown}: epoch {metrics['epoch'] + 1}/{config.epochs}")
 
 
 def train_stacked(

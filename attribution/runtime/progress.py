@@ -4,31 +4,85 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from tqdm import tqdm
 
 from attribution.errors import redact
 
+LONG_SECONDS = 10.0  # a task that takes longer says how far it is
+LINE_SECONDS = 60.0  # between the lines that replace the bar where there is no terminal
+TICK_SECONDS = 1.0
+
 
 @contextmanager
-def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show a progress bar; yield the function that advances it, by 1 or by its argument."""
+def progress(
+    name: str, total: int, done: int = 0, notes: str = ""
+) -> Iterator[Callable[..., None]]:
+    """Show a progress bar, or a line each minute where there is no terminal.
+
+    Args:
+        notes: the folder of the files that tasks write with `noting`.
+
+    Yields:
+        The function that advances the bar, by 1 or by its argument.
+    """
     shown = {"file": sys.stderr, "disable": None, "leave": False}  # None: on a terminal only
     with tqdm(desc=name, total=total, initial=done, **shown) as bar:
-        ended = threading.Event()
+        count, ended = done, threading.Event()
+
+        def advance(by: int = 1) -> None:
+            nonlocal count
+            count += by
+            bar.update(by)
 
         def tick() -> None:  # tasks may take minutes: the clock shows that they run
-            while not ended.wait(1):
-                bar.refresh()
+            told = time.monotonic()
+            while not ended.wait(TICK_SECONDS):
+                words = _read(notes)
+                if not bar.disable:
+                    bar.set_postfix_str(words)
+                elif time.monotonic() - told > LINE_SECONDS:
+                    told = time.monotonic()
+                    say(f"{name} {count}/{total}{words and ', '}{words}")
 
-        if not bar.disable:
-            threading.Thread(target=tick, daemon=True).start()
+        threading.Thread(target=tick, daemon=True).start()
         try:
-            yield bar.update
+            yield advance
         finally:
             ended.set()
+
+
+@contextmanager
+def noting(file: str) -> Iterator[Callable[[str], None]]:
+    """Yield a function that notes how far a task is, for the progress of the process that waits.
+
+    It does nothing in a task's first seconds, nor on another machine, which lacks the folder.
+    """
+    start = time.monotonic()
+
+    def note(text: str) -> None:
+        if time.monotonic() - start > LONG_SECONDS:
+            with suppress(OSError):
+                Path(file).write_text(text, encoding="utf-8")
+
+    try:
+        yield note
+    finally:
+        with suppress(OSError):
+            Path(file).unlink()
+
+
+def _read(notes: str) -> str:
+    """The notes of the tasks that are running."""
+    texts = []
+    for file in sorted(Path(notes).iterdir()) if notes else []:
+        with suppress(OSError):  # its task has just ended
+            texts.append(file.read_text(encoding="utf-8"))
+    return ", ".join(filter(None, texts))
 
 
 def say(message: str) -> None:

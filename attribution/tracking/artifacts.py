@@ -55,8 +55,8 @@ def _download_folder(run_id: str) -> str:
     return folder
 
 
-def address(run_id: str, path: str) -> str:
-    """Where a person finds an artifact: its file, its page on the tracking server, or its MLflow URI."""
+def address(run_id: str, path: str = "") -> str:
+    """Where a person finds an artifact, or all of a run: on disk, on the tracking server, or its MLflow URI."""
     info = mlflow.get_run(run_id).info
     root = local_root(info.artifact_uri)
     if root:

@@ -105,10 +105,10 @@ def trained(monkeypatch) -> list[str]:
     names: list[str] = []
     original = checkpoints._train_checkpoint
 
-    def counting(config, data, seed, keep):
+    def counting(config, data, seed, keep, notes):
         seeds = [checkpoints.derive_seed(config.seed, "checkpoint", m) for m in range(9)]
         names.append(f"{seeds.index(seed):03d}")
-        return original(config, data, seed, keep)
+        return original(config, data, seed, keep, notes)
 
     monkeypatch.setattr(checkpoints, "_train_checkpoint", counting)
     return names
