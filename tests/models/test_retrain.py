@@ -39,10 +39,10 @@ def trained(monkeypatch) -> list:
     done: list = []
     original = retrain._retrain
 
-    def counting(config, data, stack, split):
+    def counting(config, data, stack, split, notes):
         members = zip(stack.seeds, stack.keep, strict=True)
         done.extend((seed, np.flatnonzero(~keep).tolist()) for seed, keep in members)
-        return original(config, data, stack, split)
+        return original(config, data, stack, split, notes)
 
     monkeypatch.setattr(retrain, "_retrain", counting)
     return done
