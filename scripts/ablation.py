@@ -18,9 +18,10 @@ from attribution.cli.plan import Estimate, retraining_estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments import comparison
-from attribution.experiments.arms import DRAWN, export_files
+from attribution.experiments.arms import export_files
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.evidence import gather_evidence
+from attribution.experiments.names import ARM_SPECS
 from attribution.reporting import ablation_record, answer, terminal
 from attribution.reporting.ablation_record import EarlierComparison
 from attribution.tracking.artifacts import address
@@ -95,7 +96,7 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
 def _say_next(done: Upstream, config: Config, trak_id: str) -> None:
     """How to act on the result, and how to see more of it."""
     top = answer.best(done.result.table)
-    if top is not None and top["arm"] not in DRAWN and top["action"] == "remove":
+    if top is not None and not ARM_SPECS[top["arm"]].is_drawn and top["action"] == "remove":
         flags = {"trak_run_id": trak_id, "export_arm": top["arm"]}
         again = next_steps.command("ablation", config, **flags)
         next_steps.say_next(f"To list the images that {top['arm']} keeps, for training:", again)

@@ -23,7 +23,7 @@ from attribution.config import (
     split_list,
 )
 from attribution.errors import InputError
-from attribution.experiments.names import ARM_WORDS, METHOD_WORDS, check_known
+from attribution.experiments.names import ARM_SPECS, METHOD_WORDS, check_known
 from attribution.stages import STAGES
 
 KINDS = {"int": "N", "float": "X", "str": "TEXT"}
@@ -98,7 +98,7 @@ def _names(groups: Sequence[str]) -> str:
     """The arms or the methods, a line each, where a command has them."""
     lines: list[str] = []
     if "ablation" in groups:
-        lines += _list("arms", {name: words.about for name, words in ARM_WORDS.items()})
+        lines += _list("arms", {name: words.about for name, words in ARM_SPECS.items()})
     if "evaluate" in groups:
         lines += _list("methods", METHOD_WORDS)
     return "\n".join(lines)
@@ -128,7 +128,7 @@ def check(given: dict[str, Any]) -> None:
         InputError: an arm or method that does not exist, a device of another name, an image that is
             missing, or a data set or model that is neither a folder nor a Hub id.
     """
-    check_known("arms", split_list(given.get("arms", "")), ARM_WORDS)
+    check_known("arms", split_list(given.get("arms", "")), ARM_SPECS)
     check_known("methods", split_list(given.get("methods", "")), METHOD_WORDS)
     check_device(given.get("device", "auto"))
     image = given.get("image", "")

@@ -1,4 +1,8 @@
-"""The arms: each is one way to choose which training examples to remove."""
+"""The arms: each is one way to choose which training examples to remove.
+
+The function of an arm returns `count` positions in the training set, or its own number if frac does
+not apply to it. names.ARM_SPECS says what each arm is.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import pandas as pd
 from attribution.config import Config
 from attribution.errors import InputError
 from attribution.experiments.evidence import Evidence
-from attribution.experiments.names import check_known
+from attribution.experiments.names import ARM_SPECS, check_known
 from attribution.runtime.hashing import derive_seed
 
 Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
@@ -27,23 +31,20 @@ def _rank(values: np.ndarray) -> np.ndarray:
 
 
 def _given(values: np.ndarray | None) -> np.ndarray:
-    """Evidence that an arm NEEDS; check_arms has refused the arm if it is None."""
+    """Evidence that an arm needs; check_arms has refused the arm if it is None."""
     assert values is not None
     return values
 
 
 def none(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """No removal: the baseline."""
     return np.empty(0, dtype=np.int64)
 
 
 def random(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Random examples, drawn for each seed: the control that other arms are compared with."""
     return rng.choice(len(evidence.labels), count, replace=False)
 
 
 def random_matched(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Random examples with the class counts of harmful: the effect of class balance alone."""
     per_class = np.bincount(evidence.labels[harmful(evidence, count, rng)])
     return np.concatenate(
         [
@@ -54,52 +55,44 @@ def random_matched(evidence: Evidence, count: int, rng: np.random.Generator) -> 
 
 
 def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Highest alignment: the examples whose presence raises accuracy most; removing them should hurt."""
     return np.argsort(evidence.alignment, kind="stable")[::-1][:count]
 
 
 def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Lowest trust score: the examples whose presence lowers accuracy most.
-
-    With other than the default groups or weights: lowest alignment, as in D3M (Jain et al. 2024).
-    """
+    """With other than the default groups or weights: lowest alignment, as in D3M (Jain et al. 2024)."""
     return _lowest(evidence.trust, count)
 
 
 def negative(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """All examples with negative alignment, however many there are (frac does not apply)."""
     return np.flatnonzero(evidence.alignment < 0)
 
 
 def loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Highest ensemble loss: the cheap baseline that attribution has to beat."""
     return _lowest(-evidence.loss, count)
 
 
 def confident(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Lowest label quality by confident learning (cleanlab; Northcutt et al. 2021)."""
+    """Confident learning: Northcutt et al. 2021."""
     return _lowest(_given(evidence.label_quality), count)
 
 
 def self_influence(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Highest influence on their own prediction: memorised examples (Feldman and Zhang 2020)."""
+    """Memorised examples: Feldman and Zhang 2020."""
     return _lowest(-_given(evidence.self_influence), count)
 
 
 def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Low trust score and high loss: the examples that come first in both rankings."""
     return _lowest(np.maximum(_rank(evidence.trust), _rank(-evidence.loss)), count)
 
 
 def majority(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Random examples of the largest group, at most all of them."""
+    """At most all examples of the largest group."""
     groups = _given(evidence.groups)
     largest = np.flatnonzero(groups == np.bincount(groups).argmax())
     return rng.choice(largest, min(count, len(largest)), replace=False)
 
 
 def balanced(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Random examples, each from the group that is largest at that point: evens out group sizes."""
     groups = _given(evidence.groups)
     shuffled = rng.permutation(len(groups))
     # Number the members of each group. The highest numbers of all groups are removed first, so
@@ -112,7 +105,6 @@ def balanced(evidence: Evidence, count: int, rng: np.random.Generator) -> np.nda
 
 
 def oracle(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """All examples whose labels were flipped on purpose: the best possible (frac does not apply)."""
     return np.flatnonzero(_given(evidence.is_flipped))
 
 
@@ -123,17 +115,6 @@ ARMS: dict[str, Arm] = {
         harmful_loss, majority, balanced, oracle,
     )
 }  # fmt: skip
-FRAC_FREE = ("none", "negative", "oracle")  # their size does not depend on frac
-DRAWN = ("random", "random_matched", "majority", "balanced")  # another choice for every seed
-NO_GROUPS = "groups", "groups=auto gives training examples no group; use label or a column"
-# The field of Evidence that an arm cannot do without, and what to do if it is None.
-NEEDS = {
-    "confident": ("label_quality", "the scores have no label_quality; run trak again"),
-    "self_influence": ("self_influence", "the scores have no self_influence; run trak again"),
-    "majority": NO_GROUPS,
-    "balanced": NO_GROUPS,
-    "oracle": ("is_flipped", "no label was flipped on purpose; use label_noise above 0"),
-}
 
 
 @dataclass(frozen=True)
@@ -186,7 +167,7 @@ def check_arms(arms: Sequence[str], missing: Sequence[str] = ()) -> None:
     """
     check_known("arms", arms, ARMS)
     for arm in arms:
-        field, reason = NEEDS.get(arm, ("", ""))
+        field, reason = ARM_SPECS[arm].needs
         if field in missing:
             raise InputError(f"arms={arm}: {reason}, or leave out the arm")
 
@@ -214,12 +195,12 @@ def count_trials(config: Config, n_train: int) -> int:
 
     Fewer if two arms remove equally many examples and share a random control.
     """
-    named = set(config.arm_names) - {"none", "random"}
-    free = len(named.intersection(FRAC_FREE))
+    specs = [ARM_SPECS[arm] for arm in set(config.arm_names) - {"none", "random"}]
+    free = sum(spec.is_frac_free for spec in specs)
     shares = len({round(frac * n_train) for frac in config.fracs})
     # Every share has a random control. So has every arm with a size of its own, and the size at
-    # which `majority` has no more examples.
-    chosen = shares * (1 + len(named) - free) + 2 * free + ("majority" in named)
+    # which an arm has no more examples.
+    chosen = shares * (1 + len(specs) - free) + 2 * free + sum(s.may_run_out for s in specs)
     return 1 + chosen * len(actions_of(config))
 
 
@@ -250,28 +231,29 @@ def plan_trials(
     n = len(evidence.labels)
     check_fracs(fracs, n)
     frac_of = {round(frac * n): frac for frac in sorted(fracs)}  # by number of examples
-    controls = dict(frac_of)
-    trials: list[Trial] = []
-    for arm in dict.fromkeys(arms):
-        if arm in ("none", "random"):
-            continue
-        for count in [0] if arm in FRAC_FREE else frac_of:
-            trial = _trial(arm, count, frac_of.get(count), evidence, seeds)
-            if any((t.arm, t.frac) == (arm, trial.frac) for t in trials):
-                continue  # the arm had no more examples at a smaller share either
-            trials.append(trial)
-            if trial.size:
-                controls.setdefault(trial.size, trial.frac)
-    random_trials = [
-        _trial("random", count, controls[count], evidence, seeds) for count in sorted(controls)
-    ]
+    chosen = _chosen(arms, frac_of, evidence, seeds)
+    sizes = {trial.size: trial.frac for trial in chosen if trial.size} | frac_of
+    controls = [_trial("random", size, sizes[size], evidence, seeds) for size in sorted(sizes)]
     planned = [_trial("none", 0, None, evidence, seeds)]
     for action in actions:
-        for trial in random_trials + trials:
+        for trial in controls + chosen:
             planned.append(trial if action == "remove" else _relabelled(trial, evidence))
     for trial in planned:
         _check_classes(trial, evidence.labels, class_names)
     return planned
+
+
+def _chosen(
+    arms: Sequence[str], frac_of: dict[int, float], evidence: Evidence, seeds: Sequence[int]
+) -> list[Trial]:
+    """One trial for each size of every arm that is no control; an arm may run out of examples."""
+    found: dict[tuple[str, int], Trial] = {}
+    for arm in arms:
+        if arm not in ("none", "random"):
+            for count in [0] if ARM_SPECS[arm].is_frac_free else frac_of:
+                trial = _trial(arm, count, frac_of.get(count), evidence, seeds)
+                found.setdefault((arm, trial.size), trial)
+    return list(found.values())
 
 
 def _trial(
@@ -347,11 +329,16 @@ def export_files(
         return {}
     if arm not in arms:
         raise InputError(f"export_arm={arm}: not among arms={','.join(arms)}")
-    if arm in ("none", *DRAWN):
-        raise InputError(f"export_arm={arm}: makes no one choice of examples; name another arm")
+    if arm == "none":
+        raise InputError("export_arm=none: keeps every example; name another arm")
+    if ARM_SPECS[arm].is_drawn:
+        raise InputError(
+            f"export_arm={arm}: draws other examples for every seed, so there is no one list; "
+            "name another arm"
+        )
     if action == "relabel":
         raise InputError(f"export_arm={arm}: action=relabel keeps every example; use remove")
-    if arm in FRAC_FREE:
+    if ARM_SPECS[arm].is_frac_free:
         return {f"{arm}.csv": None}
     return {f"{arm}_{frac:g}.csv": frac for frac in fracs}
 

@@ -8,76 +8,99 @@ from dataclasses import dataclass
 from attribution.config import nearest
 from attribution.errors import InputError
 
+NO_GROUPS = "groups", "groups=auto gives training examples no group; use label or a column"
+
 
 @dataclass(frozen=True)
-class Words:
-    """An arm in words.
+class ArmSpec:
+    """The facts of an arm; the function of its name in arms.py chooses the examples.
 
     Attributes:
         about: one line on what it chooses, and why.
         chosen: what a trial chose, as part of a sentence; {n} is their number.
         order: the column of the training table that it ranks by, and whether the first is the lowest.
+        needs: a field of Evidence that it cannot do without, and what to do if that is None.
+        is_frac_free: its size does not depend on frac.
+        is_drawn: it chooses other examples for every seed.
+        may_run_out: it may have fewer examples than frac asks for.
     """
 
     about: str
     chosen: str
     order: tuple[str, bool] = ("alignment", True)
+    needs: tuple[str, str] = ("", "")
+    is_frac_free: bool = False
+    is_drawn: bool = False
+    may_run_out: bool = False
 
 
-ARM_WORDS = {
-    "none": Words("nothing is removed: the baseline", "nothing"),
-    "random": Words(
+ARM_SPECS = {
+    "none": ArmSpec("nothing is removed: the baseline", "nothing", is_frac_free=True),
+    "random": ArmSpec(
         "random examples, drawn for each seed: the control that other arms are compared with",
         "{n} random examples",
+        is_drawn=True,
     ),
-    "random_matched": Words(
+    "random_matched": ArmSpec(
         "random examples with the class counts of harmful: the effect of class balance alone",
         "{n} random examples with the classes of harmful",
+        is_drawn=True,
     ),
-    "helpful": Words(
+    "helpful": ArmSpec(
         "highest alignment, the examples whose presence raises accuracy most: removing them should hurt",
         "the {n} most helpful examples",
         ("alignment", False),
     ),
-    "harmful": Words(
+    "harmful": ArmSpec(
         "lowest trust score, the examples whose presence lowers accuracy most",
         "the {n} most harmful examples",
         ("trust", True),
     ),
-    "negative": Words(
+    "negative": ArmSpec(
         "every example with negative alignment, however many there are (frac does not apply)",
         "the {n} examples with negative alignment",
+        is_frac_free=True,
     ),
-    "loss": Words(
+    "loss": ArmSpec(
         "highest ensemble loss: the cheap baseline that attribution has to beat",
         "the {n} examples with the highest loss",
         ("loss", False),
     ),
-    "confident": Words(
+    "confident": ArmSpec(
         "lowest label quality by confident learning (cleanlab)",
         "the {n} examples with the lowest label quality",
         ("label_quality", True),
+        ("label_quality", "the scores have no label_quality; run trak again"),
     ),
-    "self_influence": Words(
+    "self_influence": ArmSpec(
         "highest influence on their own prediction: memorised examples",
         "the {n} examples with the highest self-influence",
         ("self_influence", False),
+        ("self_influence", "the scores have no self_influence; run trak again"),
     ),
-    "harmful_loss": Words(
+    "harmful_loss": ArmSpec(
         "low trust score and high loss: the examples that come first in both rankings",
         "the {n} examples with low trust and high loss",
         ("trust", True),
     ),
-    "majority": Words(
-        "random examples of the largest group", "{n} random examples of the largest group"
+    "majority": ArmSpec(
+        "random examples of the largest group",
+        "{n} random examples of the largest group",
+        needs=NO_GROUPS,
+        is_drawn=True,
+        may_run_out=True,
     ),
-    "balanced": Words(
+    "balanced": ArmSpec(
         "random examples, each from the group that is largest at that point: evens out group sizes",
         "{n} random examples of the largest groups",
+        needs=NO_GROUPS,
+        is_drawn=True,
     ),
-    "oracle": Words(
+    "oracle": ArmSpec(
         "every example whose label was flipped on purpose: the best possible (frac does not apply)",
         "the {n} examples with flipped labels",
+        needs=("is_flipped", "no label was flipped on purpose; use label_noise above 0"),
+        is_frac_free=True,
     ),
 }
 

@@ -13,7 +13,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments.arms import Trial, trial_name
 from attribution.experiments.comparison import BETTER, CONTROLS, JUDGED, WORSE, Comparison, verdict
-from attribution.experiments.names import ARM_WORDS
+from attribution.experiments.names import ARM_SPECS
 from attribution.reporting import answer, html, terminal
 
 GALLERY = 24  # examples shown for each arm
@@ -59,7 +59,7 @@ def page(report: Report) -> str:
         classes=_classes(report.comparison.per_class),
         arms=_arms(data, report.comparison),
         quality=_quality(report.quality) if report.quality is not None else None,
-        explained={arm: ARM_WORDS[arm].about for arm in table["arm"]},
+        explained={arm: ARM_SPECS[arm].about for arm in table["arm"]},
         run_ids=report.run_ids,
         settings=report.config.group("data", "training", "finetune", "trak", "ablation"),
         versions=report.versions,
@@ -152,7 +152,7 @@ def _arm(
 ) -> dict[str, Any]:
     """What one trial chose: counts, flips, classes, and a gallery of its first examples."""
     removed, metrics = comparison.removed(trial), comparison.removal_metrics(trial)
-    value, rises = ARM_WORDS[trial.arm].order
+    value, rises = ARM_SPECS[trial.arm].order
     count = GALLERY if with_gallery else 0
     shown = removed.sort_values(value, ascending=rises, kind="stable").head(count)
     per_class = {

@@ -11,9 +11,9 @@ import pandas as pd
 
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
-from attribution.experiments.arms import DRAWN, kept_table, trial_name
+from attribution.experiments.arms import kept_table, trial_name
 from attribution.experiments.comparison import BETTER, Comparison, Outcome, verdict
-from attribution.experiments.names import ARM_WORDS
+from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import detection_metrics
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
@@ -93,17 +93,18 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
         words: the verdict.
     """
     trial = outcome.trial
+    spec = ARM_SPECS[trial.arm]
 
     def write(folder: Path) -> None:
         removed = result.removed(trial)
         # Of `none` too: MLflow's comparison page breaks if one of its runs has no artifact.
         removed.to_parquet(folder / "removed.parquet", index=False)
-        if trial.arm not in ("none", *DRAWN) and trial.action == "remove":
+        if trial.arm != "none" and not spec.is_drawn and trial.action == "remove":
             kept_table(trial, result.train).to_csv(folder / "kept.csv", index=False)
-        gallery = figures.removed_gallery(data, removed, trial.name, ARM_WORDS[trial.arm].order)
+        gallery = figures.removed_gallery(data, removed, trial.name, spec.order)
         figures.save(gallery, folder / "removed.png")
 
-    note = f"{ARM_WORDS[trial.arm].about}\n\nVerdict: {words}. {mlflow_notes.ARM}"
+    note = f"{spec.about}\n\nVerdict: {words}. {mlflow_notes.ARM}"
     return Record(
         name=trial.name,
         tags={"stage": "ablation_arm", "arm": trial.arm, "verdict": words, NOTE: note},

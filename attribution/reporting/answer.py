@@ -6,7 +6,7 @@ import pandas as pd
 
 from attribution.experiments.arms import trial_name
 from attribution.experiments.comparison import BETTER, CONTROLS, WORSE
-from attribution.experiments.names import ARM_WORDS
+from attribution.experiments.names import ARM_SPECS
 
 VERBS = {"remove": "removing", "relabel": "relabelling"}
 
@@ -50,7 +50,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
 def _effect(row: pd.Series, verb: str) -> str:
     """One sentence on a row that differs from random, and from `none` if that is known."""
     n = int(row["n_removed"])
-    words = ARM_WORDS[row["arm"]].chosen.format(n=n)
+    words = ARM_SPECS[row["arm"]].chosen.format(n=n)
     acting = VERBS[row["action"]]
     sign = 1 if verb == "raised" else -1
     text = (

@@ -14,7 +14,7 @@ from rich.text import Text
 from attribution.errors import printable
 from attribution.experiments.arms import trial_name
 from attribution.experiments.comparison import JUDGED, verdict
-from attribution.experiments.names import ARM_WORDS
+from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import detectable_effect, seeds_needed
 from attribution.reporting import answer
 
@@ -28,7 +28,7 @@ def print_comparison(table: pd.DataFrame) -> None:
     width = max(map(len, arms))
     console.print("The arms, each one way to choose training examples:", highlight=False)
     for arm in arms:
-        about = Text(f"  {arm:<{width}}  {ARM_WORDS[arm].about}")
+        about = Text(f"  {arm:<{width}}  {ARM_SPECS[arm].about}")
         console.print(about, soft_wrap=not console.is_terminal)
     seeds = int(table["n_seeds"].iloc[0])
     for metric in JUDGED:

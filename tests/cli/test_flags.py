@@ -17,7 +17,7 @@ from attribution.cli import flags
 from attribution.cli.flags import parse
 from attribution.config import FIELDS, PRESETS, SCRATCH_MODELS, resolve
 from attribution.errors import InputError
-from attribution.experiments.names import ARM_WORDS, METHOD_WORDS
+from attribution.experiments.names import ARM_SPECS, METHOD_WORDS
 from attribution.stages import STAGES
 
 LATER_RUNS = {
@@ -108,7 +108,7 @@ def test_the_help_begins_with_what_the_command_does_and_two_examples_that_work(
 
 
 def test_the_help_shows_choices_and_a_line_for_each_arm_or_method(capsys) -> None:
-    for stage, names in (("ablation", ARM_WORDS), ("evaluate", METHOD_WORDS)):
+    for stage, names in (("ablation", ARM_SPECS), ("evaluate", METHOD_WORDS)):
         with pytest.raises(SystemExit):
             parse(stage, ["--help"])
         shown = capsys.readouterr().out

@@ -363,9 +363,9 @@ def test_an_exported_file_is_what_keep_takes(exported) -> None:
 @pytest.mark.parametrize(
     ("given", "fragments"),
     [
-        ({"export_arm": "random"}, ["export_arm=random", "no one choice"]),
-        ({"export_arm": "none"}, ["export_arm=none", "no one choice"]),
-        ({"export_arm": "balanced", "arms": "balanced"}, ["no one choice"]),
+        ({"export_arm": "random"}, ["export_arm=random", "for every seed"]),
+        ({"export_arm": "none"}, ["export_arm=none", "keeps every example"]),
+        ({"export_arm": "balanced", "arms": "balanced"}, ["no one list"]),
         ({"export_arm": "loss"}, ["export_arm=loss", "not among arms=none,random,harmful"]),
         ({"export_arm": "harmfull"}, ["export_arm=harmfull", "not among arms"]),
         ({"export_arm": "harmful", "action": "relabel"}, ["action=relabel", "remove"]),

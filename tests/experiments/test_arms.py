@@ -17,11 +17,13 @@ from attribution.experiments.arms import (
     ARMS,
     Trial,
     count_trials,
+    export_files,
     plan_trials,
     removal_metrics,
     removed_table,
 )
 from attribution.experiments.evidence import Evidence
+from attribution.experiments.names import ARM_SPECS
 
 SEEDS = [11, 22, 33]
 
@@ -111,13 +113,14 @@ def test_a_ranked_arm_takes_the_extreme_of_its_evidence(arm: str, worst_first) -
     assert trial.removed[0].tolist() == sorted(worst_first(found)[:6])
 
 
-DRAWING = ("random", "random_matched", "majority", "balanced")
-
-
-@pytest.mark.parametrize("arm", [name for name in ARMS if name not in DRAWING])
-def test_an_arm_that_draws_nothing_removes_the_same_under_every_seed(arm: str) -> None:
-    first, *others = one(plan(arm, [0.1], full_evidence()), arm).removed
-    assert all(np.array_equal(first, other) for other in others)
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_can_be_exported_only_if_every_seed_chooses_the_same(arm: str) -> None:
+    first, *others = one(plan(arm, [0.2], full_evidence()), arm).removed
+    is_drawn = not all(np.array_equal(first, other) for other in others)
+    assert ARM_SPECS[arm].is_drawn == is_drawn
+    if is_drawn:
+        with pytest.raises(InputError, match=f"export_arm={arm}: draws other examples"):
+            export_files(arm, [arm], [0.2], "remove")
 
 
 @pytest.mark.parametrize("frac", [0.05, 0.3])
@@ -166,7 +169,7 @@ def test_random_takes_every_example_equally_often_over_many_seeds() -> None:
     assert abs(counts - 1000).max() < 5 * error
 
 
-@pytest.mark.parametrize("arm", DRAWING)
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if ARM_SPECS[arm].is_drawn])
 def test_an_arm_that_draws_does_so_by_the_seed_alone(arm: str) -> None:
     trial = one(plan(arm, [0.2], full_evidence(), seeds=[5, 6, 5]), arm)
     again = one(plan(arm, [0.2], full_evidence(), seeds=[6]), arm)
@@ -410,6 +413,12 @@ def test_trials_are_counted_before_the_scores_are_known(arms, surplus, frac, act
     found = replace(full_evidence(60), alignment=evidence(60, n_negative=9).alignment)
     trials = plan_trials(config.arm_names, config.fracs, found, SEEDS, actions)
     assert count_trials(config, 60) == len(trials) + surplus * len(actions)
+
+
+def test_an_arm_that_ran_out_of_examples_has_one_trial_of_a_size() -> None:
+    """Also where a share rounds to the size of its group, and another asks for more."""
+    trials = [t for t in plan("majority", [0.501, 0.7], full_evidence(60)) if t.arm == "majority"]
+    assert [(t.size, t.frac) for t in trials] == [(30, 0.501)]
 
 
 def test_the_count_of_trials_is_enough_where_the_majority_is_smaller_than_asked_for() -> None:

@@ -27,7 +27,7 @@ from attribution.experiments.comparison import (
     comparison_table,
 )
 from attribution.experiments.evidence import Evidence
-from attribution.experiments.names import ARM_WORDS
+from attribution.experiments.names import ARM_SPECS
 from attribution.reporting import ablation_html, answer
 from attribution.reporting.terminal import power
 
@@ -415,7 +415,7 @@ def test_every_arm_of_the_table_is_explained_in_one_line(made) -> None:
     items = [item.text for e in after(made.tree, "The comparison") for item in e.all("li")]
     for arm in dict.fromkeys(arm for arm, *_ in SPEC):
         (words,) = [text for text in items if text.startswith(f"{arm}: ")]
-        assert words.removeprefix(f"{arm}: ") == ARM_WORDS[arm].about
+        assert words.removeprefix(f"{arm}: ") == ARM_SPECS[arm].about
 
 
 def test_one_share_has_no_curves(tmp_path) -> None:

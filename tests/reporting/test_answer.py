@@ -6,7 +6,7 @@ import re
 
 from made_comparison import MORE, only, table_of
 
-from attribution.experiments.names import ARM_WORDS
+from attribution.experiments.names import ARM_SPECS
 from attribution.reporting import answer
 
 
@@ -55,6 +55,6 @@ def test_every_arm_has_its_words() -> None:
     from attribution.experiments.methods import METHODS
     from attribution.experiments.names import METHOD_WORDS
 
-    assert list(ARM_WORDS) == list(ARMS) and list(METHOD_WORDS) == list(METHODS)
-    for words in ARM_WORDS.values():
+    assert list(ARM_SPECS) == list(ARMS) and list(METHOD_WORDS) == list(METHODS)
+    for words in ARM_SPECS.values():
         assert words.about[0].islower() and not words.about.endswith(".")

@@ -11,7 +11,7 @@ from made_comparison import BASE, GROUPS, MORE, N_SEEDS, N_TEST, only, table_of
 from rich.console import Console
 
 from attribution.experiments.comparison import verdict
-from attribution.experiments.names import ARM_WORDS
+from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import detectable_effect, seeds_needed
 from attribution.reporting import answer, terminal
 from attribution.reporting.terminal import power, print_comparison
@@ -129,7 +129,7 @@ def test_every_arm_is_explained_before_its_row_and_the_answer_comes_after(capsys
     print_comparison(table)
     before, _, after = capsys.readouterr().out.partition("Test accuracy")
     for arm in table["arm"]:
-        assert f"  {arm} " in before and ARM_WORDS[arm].about in before
+        assert f"  {arm} " in before and ARM_SPECS[arm].about in before
     for sentence in answer.sentences(table):
         assert sentence in after
 
