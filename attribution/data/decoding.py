@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from threading import Lock
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL.Image import Transpose
 
 from attribution.errors import InputError, reason
 
 # Pillow tries these formats only. Some others start programs (EPS runs Ghostscript), and Pillow
 # recognises a format by content: a file named .png can hold EPS.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS = ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM"]
+if features.check("avif"):
+    FORMATS.append("AVIF")
+with suppress(ImportError):  # Pillow reads HEIC with this package only
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS.append("HEIF")
+ORIENTATION = 0x0112  # the tag of EXIF
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}  # by orientation
 LARGE = 1 << 24  # pixels in an image
 # Files are decoded by several threads. Only one of them may hold a large image at a time, so that
 # memory stays bounded.
@@ -42,7 +60,8 @@ def read_image(
         with _large if image.width * image.height > LARGE else nullcontext():
             return decode_image(image, size)
     except UnidentifiedImageError:
-        raise InputError(f"not an image in a known format: {', '.join(FORMATS)}") from None
+        heic = "" if "HEIF" in FORMATS else "; HEIC needs pip install pillow-heif"
+        raise InputError(f"not an image in a known format: {', '.join(FORMATS)}{heic}") from None
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
         raise InputError(f"the image cannot be decoded: {reason(error)}") from None
 
@@ -50,16 +69,29 @@ def read_image(
 def decode_image(image: Image.Image, size: int) -> np.ndarray:
     """Turn upright, lay on white, resize the short side and crop the centre: uint8 (size, size, 3)."""
     image.load()
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(_orientation(image))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation that EXIF gives; 1 (upright) without EXIF or if it is damaged.
+
+    ImageOps.exif_transpose would also rewrite the other tags, and fail on a damaged one.
+    """
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow raises exceptions of many types for damaged EXIF
+        return 1
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

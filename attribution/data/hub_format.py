@@ -110,11 +110,12 @@ def _from_parts(parts: dict[str, Any], image: str, label: str, names: list[str])
             labels.append(ids[named])
         images.append(part.select_columns([image]).cast_column(image, datasets.Image(decode=False)))
     merged = datasets.concatenate_datasets(images).with_format("arrow")
+    empty = {"bytes": b"", "path": None}  # stands for a null; it is then reported as undecodable
     return Source(
         names,
         np.array(labels, np.int64),
         np.repeat(np.array(list(parts), object), [len(part) for part in images]),
-        lambda rows: merged[rows][image].to_pylist(),
+        lambda rows: [cell or empty for cell in merged[rows][image].to_pylist()],
         column=lambda name: _group_values(parts, name),
     )
 

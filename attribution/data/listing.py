@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,6 +48,7 @@ def list_data(config: Config) -> Listing:
     """
     cache_folder(config, "pixels")
     source = find_source(config)
+    _check_labelled(source, config)
     chosen = _choose_classes(source, config)
     names = [source.class_names[label] for label in chosen]
     listed = _list_images(source, chosen, config)
@@ -75,6 +76,17 @@ def find_source(config: Config) -> Source:
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
         raise InputError(f"dataset={text}: missing folder; name one that exists, or a Hub id")
     return hub_format.hub_data(config, text)
+
+
+def _check_labelled(source: Source, config: Config) -> None:
+    """Refuse images without a label in a part that is used."""
+    used = np.isin(source.parts, list(_roles(source, config)))
+    n, unlabelled = int(used.sum()), int((used & (source.labels < 0)).sum())
+    if unlabelled:
+        raise InputError(
+            f"dataset={config.dataset}: {unlabelled} of {n} images have no label (an empty label and "
+            "-1 mean unlabelled); remove their rows, or give the class that is called -1 another name"
+        )
 
 
 def _choose_classes(source: Source, config: Config) -> list[int]:
@@ -108,22 +120,19 @@ def _list_images(source: Source, chosen: list[int], config: Config) -> pd.DataFr
     """The table of a Listing, copies included."""
     roles = _roles(source, config)
     role = np.array([roles.get(part, "") for part in source.parts], object)
-    unlabelled = int(((source.labels < 0) & (role != "")).sum())
-    if unlabelled:
-        raise InputError(f"dataset={config.dataset}: {unlabelled} images have no label")
     new_label = {label: position for position, label in enumerate(chosen)}
     rows = np.flatnonzero(np.isin(source.labels, chosen) & (role != ""))
     parts = source.parts[rows]
     first = {part: (source.parts == part).argmax() for part in roles}
-    names: list[str] = []
-    digests: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        for cells in (source.cells(rows[chunk]) for chunk in sources.chunks(len(rows))):
-            names += [source.name(cell) for cell in cells]
-            digests += pool.map(lambda cell: sources.digest(sources.content(cell)), cells)
+
+    def listed(_: int, cell: dict[str, Any]) -> tuple[str, str]:
+        return source.name(cell), sources.digest(sources.content(cell))
+
+    found = list(sources.map_cells(source, rows, listed, "data: listing images"))
+    names = [name for name, _ in found]
     table = pd.DataFrame(
         {
-            "digest": digests,
+            "digest": [digest for _, digest in found],
             "label": [new_label[label] for label in source.labels[rows]],
             "file_name": names,
             "role": role[rows],

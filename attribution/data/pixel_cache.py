@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,9 @@ import pandas as pd
 from attribution.config import Config
 from attribution.data.decoding import read_image
 from attribution.data.planted import paint_patch
-from attribution.data.sources import Source, chunks, content, digest, short_hash
+from attribution.data.sources import Source, content, digest, map_cells, short_hash
 from attribution.errors import InputError
 from attribution.runtime.cache_folder import alone, discard, writing
-from attribution.runtime.npy_blocks import reserve
 from attribution.runtime.safe_files import atomic
 
 RECIPE = "2"  # raise when the same file would be decoded to other pixels
@@ -103,42 +101,41 @@ def _read(folder: Path, table: pd.DataFrame, size: int) -> dict[str, str] | None
 def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config) -> dict[str, str]:
     """Decode the table's images into a file, in order; return why the others cannot be decoded.
 
+    The file is written and not mapped: mapped pages would count as this process's memory.
+
     Raises:
         InputError: an image is no longer the one that was listed.
     """
+    rows, names, digests = (table[column].to_numpy() for column in ("row", "name", "digest"))
 
-    def decode(cell: dict[str, Any], name: str, listed: str) -> np.ndarray | InputError:
+    def decode(position: int, cell: dict[str, Any]) -> np.ndarray | InputError:
         held = content(cell)
-        if digest(held) != listed:
+        if digest(held) != digests[position]:
             raise InputError(
-                f"dataset={config.dataset}: {name} changed while it was read; try again"
+                f"dataset={config.dataset}: {names[position]} changed while it was read; try again"
             )
         try:
             return read_image(held, config.image_size, source.open)
         except InputError as error:
             return error
 
-    pixels = _new_pixels(file, len(table), config)
-    rows, names, digests = (table[column].to_numpy() for column in ("row", "name", "digest"))
     bad, count = {}, 0
-    with ThreadPoolExecutor() as pool:
-        for chunk in chunks(len(table)):
-            images = pool.map(decode, source.cells(rows[chunk]), names[chunk], digests[chunk])
-            for listed, image in zip(digests[chunk], images, strict=True):
-                if isinstance(image, InputError):
-                    bad[listed] = str(image)
-                else:
-                    pixels[count] = image
-                    count += 1
-    if bad:
-        with atomic(file) as shorter:
-            _new_pixels(shorter, count, config)[:] = pixels[:count]
+    images = map_cells(source, rows, decode, "data: decoding images")
+    with file.open("wb") as out:
+        _write_header(out, len(rows), config)
+        for listed, image in zip(digests, images, strict=True):
+            if isinstance(image, InputError):
+                bad[listed] = str(image)
+            else:
+                out.write(image.data)
+                count += 1
+        out.seek(0)
+        _write_header(out, count, config)  # of the same length
     return bad
 
 
-def _new_pixels(file: Path, n: int, config: Config) -> np.ndarray:
-    """A new pixels file of n images whose place on disk is reserved."""
-    size = config.image_size
-    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (n, size, size, 3))
-    reserve([file])
-    return pixels
+def _write_header(out: BinaryIO, n: int, config: Config) -> None:
+    """Write the header of a pixels file of n images."""
+    shape = (n, config.image_size, config.image_size, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, header)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from stat import S_ISREG
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,12 +18,18 @@ from PIL import Image
 from attribution.config import Config
 from attribution.data.decoding import open_image
 from attribution.errors import InputError
-from attribution.runtime.safe_files import regular
+from attribution.runtime.progress import progress
+
+Result = TypeVar("Result")
 
 VALIDATION_NAMES = ("validation", "valid", "val")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif",
+)  # fmt: skip
 MOST_BYTES = 1 << 30  # a larger file is not read as an image
 CHUNK = 256  # images read at a time, which bounds memory
+PART = 32  # of them, images that a thread takes: to take one costs as much as to hash a small one
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,21 @@ def _check_names(files: list[str], config: Config) -> None:
             )
 
 
-def chunks(n: int) -> Iterator[slice]:
-    """Slices of at most CHUNK rows that cover n rows in order."""
-    return (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
+def map_cells(
+    source: Source, rows: np.ndarray, function: Callable[[int, dict[str, Any]], Result], doing: str
+) -> Iterator[Result]:
+    """Yield function(position in rows, cell) for each row in order, computed by threads.
+
+    Args:
+        doing: what the progress bar says.
+    """
+    with ThreadPoolExecutor() as pool, progress(doing, len(rows)) as advance:
+        for start in range(0, len(rows), CHUNK):
+            cells = list(enumerate(source.cells(rows[start : start + CHUNK]), start))
+            parts = [cells[i : i + PART] for i in range(0, len(cells), PART)]
+            for results in pool.map(lambda part: [function(*cell) for cell in part], parts):
+                yield from results
+            advance(len(cells))
 
 
 def content(cell: dict[str, Any]) -> bytes:
@@ -132,8 +152,14 @@ def content(cell: dict[str, Any]) -> bytes:
     if cell["bytes"] is not None:
         return cell["bytes"]
     try:
-        file = regular(Path(cell["path"]))
-        return file.read_bytes() if file.stat().st_size <= MOST_BYTES else b""
+        # Twice as fast as pathlib, which matters for small files. Non-blocking: a pipe may never end.
+        file = os.open(cell["path"], os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            found = os.fstat(file)
+            readable = S_ISREG(found.st_mode) and found.st_size <= MOST_BYTES
+            return os.read(file, found.st_size) if readable else b""
+        finally:
+            os.close(file)
     except (OSError, TypeError, ValueError):
         return b""
 

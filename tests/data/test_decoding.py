@@ -18,10 +18,10 @@ from damage import Edit, edited, edits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_folders import fails, picture, png
-from PIL import Image
+from PIL import Image, ImageOps
 
 from attribution.data import decoding
-from attribution.data.decoding import decode_image, read_image
+from attribution.data.decoding import FORMATS, ORIENTATION, decode_image, read_image
 from attribution.errors import InputError
 
 
@@ -69,14 +69,44 @@ def test_numbers_without_an_agreed_range_are_refused_and_others_keep_their_order
             decode_image(Image.open(stream), 8)
 
 
-def test_exif_rotation(tmp_path) -> None:
-    image = Image.new("RGB", (16, 16), "white")
-    image.paste("black", (0, 0, 8, 16))  # left half black
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a turn to the right: the left half is on top
-    image.save(tmp_path / "turned.png", exif=exif)
-    pixels = decode_image(Image.open(tmp_path / "turned.png"), 16)
-    assert (pixels[:8] == 0).all() and (pixels[8:] == 255).all()
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_rotation(orientation) -> None:
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[ORIENTATION] = orientation
+    picture(3, (8, 8)).save(stream, "PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(stream))
+    assert (decode_image(Image.open(stream), 8) == np.asarray(upright)).all()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [struct.pack("<HHII", 0x10D, 5, 1, 38), struct.pack("<HHIi", 0x100, 9, 1, -5)],
+    ids=["a text that is a fraction", "a negative width"],
+)
+def test_of_damaged_exif_only_the_orientation_counts(damaged) -> None:
+    stream = io.BytesIO()
+    picture(3, (8, 8)).save(stream, "JPEG")
+    jpeg, turned = stream.getvalue(), struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
+    body = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + damaged
+    body += struct.pack("<III", 0, 7, 3)
+    content = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+    assert (read_image(content, 8) == np.rot90(read_image(jpeg, 8), 3)).all()
+
+
+def test_an_exif_block_that_breaks_off_is_ignored() -> None:
+    content = png(1)
+    at = content.index(b"IDAT") - 4
+    block = b"eXIf\x00\x08\x00\x02\x01\x12\x00\x03"
+    chunk = struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block))
+    assert (read_image(content[:at] + chunk + content[at:], 8) == read_image(content, 8)).all()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_of_several_frames_the_first_is_read(kind) -> None:
+    stream = io.BytesIO()
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    red.save(stream, kind, save_all=True, append_images=[blue])
+    assert np.abs(read_image(stream.getvalue(), 8) - np.array([255, 0, 0])).max() <= 2
 
 
 @pytest.mark.parametrize("size", [(64, 16), (16, 64), (1, 3000), (5, 5), (300, 200)])
@@ -183,8 +213,8 @@ def small_files() -> list[bytes]:
     values = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
     image, files = Image.fromarray(values), []
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated
-    for name in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
+    exif[ORIENTATION] = 6  # rotated
+    for name in FORMATS:
         for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"):
             file = io.BytesIO()
             with contextlib.suppress(OSError, ValueError, KeyError):

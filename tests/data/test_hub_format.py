@@ -85,7 +85,29 @@ def test_bad_image_and_unlabelled_part_of_a_hub_format(load, tmp_path) -> None:
         {"image": cells, "label": [-1] + [0, 1] * 5 + [None]}, features=part.features
     )
     holes.save_to_disk(tmp_path / "holes")
-    fails(load, tmp_path / "holes", "2 images have no label")
+    fails(load, tmp_path / "holes", "2 of 12 images have no label")
+
+
+def test_labels_of_minus_one_are_explained(load, tmp_path) -> None:
+    part = hub_dataset(0, [6, 6]).remove_columns("label").add_column("label", [-1, 1] * 6)
+    folder = write_parquet(tmp_path / "hub", train=part)
+    says = "6 of 12 images have no label", "-1 mean unlabelled"
+    fails(load, folder, *says, label_column="label")
+
+
+def test_a_null_is_an_image_that_cannot_be_decoded(load, tmp_path) -> None:
+    import datasets
+
+    part = hub_dataset(0, [8, 8])
+    cells = part.with_format("arrow")[:]["image"].to_pylist()
+    cells[3] = None
+    part = datasets.Dataset.from_dict(
+        {"image": cells, "label": part["label"]}, features=part.features
+    )
+    folder = write_parquet(tmp_path / "hub", train=part)
+    fails(load, folder, "row 3 (train) cannot be decoded", "on_bad_image=skip", "empty")
+    loaded = load(folder, on_bad_image="skip")
+    assert loaded.skipped == ("row 3 (train)",) and len(loaded.examples) == 15
 
 
 @pytest.mark.slow
