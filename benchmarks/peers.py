@@ -189,7 +189,7 @@ class Judge:
     def __init__(self, data: ImageData, ensemble: Ensemble, bank: Bank) -> None:
 
         self.groups = group_ids(data.table("validation"), "label")
-        loss = ensemble.validation_loss(data.labels("validation"))
+        loss = ensemble.loss("validation", data.labels("validation"))
         self.weights = group_weights(loss, self.groups, "exp_loss")
         self.flipped = data.table("train")["is_flipped"].to_numpy()
         self.train_loss = ensemble.train_loss(data.labels("train"))

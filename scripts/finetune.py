@@ -18,6 +18,7 @@ from attribution.cli import next_steps
 from attribution.cli.plan import Estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
 from attribution.errors import InputError
 from attribution.models import checkpoints
 from attribution.models.checkpoints import Finetuned
@@ -39,11 +40,11 @@ def check(config: Config, data: ImageData) -> None:
 
 def estimate(config: Config, data: ImageData) -> Estimate:
     """How much is trained, and written."""
-    n, targets = (len(data.rows(split)) for split in ("train", "validation"))
+    n, targets, test = (len(data.rows(split)) for split in SPLITS)
     share = max(1, round(config.subset_fraction * n))
     most = "at most " if config.patience else ""
     weights = 4 * parameter_count(config.model, len(data.class_names))
-    logits = 8 * (n + targets) * len(data.class_names)
+    logits = 8 * (n + targets + test) * len(data.class_names)
     size = config.num_models * (weights + logits)
     return Estimate(
         f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images",

@@ -16,6 +16,7 @@ from attribution.cli import next_steps
 from attribution.cli.plan import Estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
 from attribution.experiments.statistics import detection_metrics
 from attribution.reporting import figures, html
 from attribution.scores import scored, stored_features
@@ -33,17 +34,17 @@ def check(config: Config, data: ImageData) -> None:
 
 def estimate(config: Config, data: ImageData) -> Estimate:
     """How many gradients are computed, and how much is written."""
-    n, targets = (len(data.rows(split)) for split in ("train", "validation"))
+    n, targets, test = (len(data.rows(split)) for split in SPLITS)
     length, models = config.proj_dim * config.num_blocks, config.num_models
     scores, stored = 4 * n * targets, 2 * models * n * length
-    # Features of both splits, then each checkpoint's factors and whitened targets.
-    work = 4 * models * length * (n + 2 * targets + config.proj_dim)
+    # Features of all splits, then each checkpoint's factors and whitened targets.
+    work = 4 * models * length * (n + 2 * targets + test + config.proj_dim)
     wants = {"yes": True, "no": False, "auto": stored <= stored_features.AUTO_BYTES}
-    images = models * (n + targets)
+    images = models * (n + targets + test)
     return Estimate(
         f"{images:,} gradients and their scores",
         gradients=images,
-        tasks=2 * models,
+        tasks=3 * models,
         work=work + scores,
         kept=scores + (stored if wants[config.keep_features] else 0),
     )
@@ -102,7 +103,9 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     for name in ("flips_auroc_trust", "flips_auroc_loss", "share_negative_alignment"):
         if name in metrics:
             print(f"{name}: {metrics[name]:.4f}")
-    print(f"suspects: {len(result.suspects)} training examples to check, the most doubtful first")
+    print(
+        f"suspects: {len(result.suspects)} of {len(data.examples)} images to check, the most doubtful first"
+    )
     print(f"trak run: {done.run_id}")
     print(f'scores: attribution.load_scores("runs:/{done.run_id}/scores")')
     page = address(done.run_id, "suspects.html")

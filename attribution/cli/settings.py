@@ -13,8 +13,8 @@ import mlflow
 from attribution.cli import auto_settings
 from attribution.config import AUTO, FIELDS, Config, convert, default_of, resolve
 from attribution.data.dataset import ImageData, load_data
+from attribution.data.decisions import LEFT_OUT
 from attribution.data.listing import Listing, list_data
-from attribution.data.splits import LEFT_OUT
 from attribution.errors import InputError
 from attribution.runtime.device import resolve_device, resolve_precision
 from attribution.runtime.progress import say
@@ -165,7 +165,7 @@ def _say_data(config: Config, data: ImageData) -> None:
     notes = {
         "undecodable files skipped": len(data.skipped),
         "copies of test or validation images dropped": data.dropped_duplicates,
-        "training examples left out by keep": len(data.rows(LEFT_OUT)),
+        "images left out by keep": len(data.rows(LEFT_OUT)),
     }
     for note, count in notes.items():
         if count:

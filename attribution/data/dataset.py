@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config
-from attribution.data.labels import relabelled
+from attribution.data.decisions import kept_splits, relabelled
 from attribution.data.listing import Listing, check_classes, list_data
 from attribution.data.pixel_cache import RECIPE, cached_pixels, painted_pixels
 from attribution.data.planted import plant_noise, plant_patch
 from attribution.data.sources import short_hash
-from attribution.data.splits import carve, kept_splits
+from attribution.data.splits import carve
 from attribution.errors import InputError
 
 
@@ -46,6 +46,12 @@ class ImageData:
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split, ascending, int64 (n_split,)."""
         return np.flatnonzero((self.examples["split"] == split).to_numpy()).astype(np.int64)
+
+    def rows_of(self, table: pd.DataFrame) -> np.ndarray:
+        """Row numbers of the examples in a table with the columns split and position, int64 (n,)."""
+        rows = {split: self.rows(split) for split in table["split"].unique()}
+        pairs = zip(table["split"], table["position"], strict=True)
+        return np.array([rows[split][position] for split, position in pairs], np.int64)
 
     def labels(self, split: str) -> np.ndarray:
         """Labels of a split after planting, int64 (n_split,)."""

@@ -1,20 +1,14 @@
-"""Divide images into disjoint training, validation and test splits, and keep a part of training."""
+"""Divide images into disjoint training, validation and test splits."""
 
 from __future__ import annotations
-
-import csv
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from attribution.config import Config
 from attribution.data.sources import short_hash
-from attribution.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 TARGETS = "validation"  # the split whose margins the scores explain
-LEFT_OUT = "left out"  # the split of training examples that `keep` does not name
 CARVED_SHARE = 0.2
 
 
@@ -54,58 +48,3 @@ def _divide(sizes: dict[str, int], missing: list[str]) -> dict[str, str]:
         if not filled:
             split[min(free, key=sizes.__getitem__)] = name
     return split
-
-
-def read_ids(file: str) -> list[str]:
-    """Read example_ids from a file: the column of that name in a .csv table, or one id per line.
-
-    Raises:
-        InputError: the file cannot be read, or holds no ids.
-    """
-    try:
-        # utf-8-sig: spreadsheets start a saved table with a byte order mark.
-        with Path(file).expanduser().open(encoding="utf-8-sig", newline="") as lines:
-            rows = [row for row in csv.reader(lines) if any(map(str.strip, row))]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"keep={file}: cannot be read ({error})") from None
-    column = 0
-    if rows and "example_id" in rows[0]:
-        column, rows = rows[0].index("example_id"), rows[1:]
-    ids = [row[column].strip() for row in rows if len(row) > column]
-    if not ids:
-        raise InputError(f"keep={file}: holds no example_ids")
-    return ids
-
-
-def kept_splits(examples: pd.DataFrame, names: list[str], config: Config) -> np.ndarray:
-    """The split of every example, LEFT_OUT for training examples that `keep` does not name.
-
-    Raises:
-        InputError: an id is unknown, or a class has no training example left.
-    """
-    ids = set(read_ids(config.keep))
-    split = examples["split"].to_numpy(object).copy()
-    train = split == "train"
-    unknown = sorted(ids - set(examples["example_id"][train]))
-    if unknown:
-        raise InputError(
-            f"keep={config.keep}: {len(unknown)} of its {len(ids)} example_ids are not in this "
-            f"training set, e.g. {unknown[0][:40]!r}; were they written for other data, or with "
-            "another data_seed?"
-        )
-    split[train & ~examples["example_id"].isin(ids)] = LEFT_OUT
-    check_trained_classes(examples["label"][split == "train"], names, f"keep={config.keep}")
-    return split
-
-
-def check_trained_classes(labels: pd.Series, names: list[str], shown: str) -> None:
-    """Refuse labels of training examples among which a class is missing.
-
-    Args:
-        shown: the parameter and its value, for the message.
-
-    Raises:
-        InputError: a class has no training example.
-    """
-    for label in sorted(set(range(len(names))) - set(labels)):
-        raise InputError(f"{shown}: no training example of class {names[label]!r} is left")

@@ -13,6 +13,7 @@ import numpy as np
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
 from attribution.errors import InputError
 from attribution.models import classifier, model_facts
 from attribution.models.ensemble import Ensemble
@@ -71,12 +72,18 @@ def subset_masks(n: int, num_models: int, fraction: float, seed: int) -> np.ndar
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model in a folder, with its logits on the training and validation split."""
+    """A trained model in a folder, with its logits on each split."""
 
     folder: Path
     history: list[dict[str, float]]
     train_logits: np.ndarray
     validation_logits: np.ndarray
+    test_logits: np.ndarray
+
+    @property
+    def logits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The logits in the order of SPLITS."""
+        return self.train_logits, self.validation_logits, self.test_logits
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,7 @@ class Finetuned:
     @classmethod
     def of(cls, masks: np.ndarray, checkpoints: list[Checkpoint]) -> Finetuned:
         """Gather checkpoints that were just trained, in the order of masks (M, n_train)."""
-        train_logits = np.stack([c.train_logits for c in checkpoints])
-        validation_logits = np.stack([c.validation_logits for c in checkpoints])
-        members = Ensemble(masks, train_logits, validation_logits)
+        members = Ensemble(masks, *map(np.stack, zip(*(c.logits for c in checkpoints))))
         return cls(members, [c.folder for c in checkpoints], [c.history for c in checkpoints])
 
     @classmethod
@@ -172,13 +177,13 @@ def _train_checkpoint(
         folder = Path(name)
         classifier.save(trained.model, folder / "model", config.image_size, *normalisation)
         (folder / "history.json").write_text(json.dumps(trained.history))
-        logits = {s: predict(config, trained.model, data, s) for s in ("train", "validation")}
+        logits = {split: predict(config, trained.model, data, split) for split in SPLITS}
         np.savez(folder / "logits.npz", allow_pickle=False, **logits)
         return read_folder(folder)
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
-    arrays = read_arrays(folder / "logits.npz", ("train", "validation"))
+    arrays = read_arrays(folder / "logits.npz", SPLITS)
     return Checkpoint(folder / "model", read_json(folder / "history.json"), *arrays)
 
 
@@ -189,9 +194,9 @@ def _is_whole(folder: Path, data: ImageData) -> bool:
     try:
         found = _read_checkpoint(folder)
         classifier.load(found.folder)
-        logits = found.train_logits, found.validation_logits
-        wanted = [(len(data.rows(s)), len(data.class_names)) for s in ("train", "validation")]
-        if [each.shape for each in logits] == wanted and all(np.isfinite(x).all() for x in logits):
+        wanted = [(len(data.rows(split)), len(data.class_names)) for split in SPLITS]
+        finite = all(np.isfinite(each).all() for each in found.logits)
+        if [each.shape for each in found.logits] == wanted and finite:
             return True
     except Exception:  # numpy, json and zipfile raise many kinds on damaged files
         pass

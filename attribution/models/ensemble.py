@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,13 @@ class Ensemble:
         masks: (M, n_train) bool, which examples each checkpoint saw.
         train_logits: (M, n_train, C) float32.
         validation_logits: (M, n_validation, C) float32.
+        test_logits: (M, n_test, C) float32.
     """
 
     masks: np.ndarray
     train_logits: np.ndarray
     validation_logits: np.ndarray
+    test_logits: np.ndarray
 
     @classmethod
     def load(cls, file: Path) -> Ensemble:
@@ -36,23 +39,23 @@ class Ensemble:
             InputError: the file holds anything else, or a logit that is not finite.
         """
         try:
-            found = cls(*read_arrays(file, ("masks", "train_logits", "validation_logits")))
+            found = cls(*read_arrays(file, [f.name for f in dataclasses.fields(cls)]))
             found._check()
         except Exception as error:  # numpy and zipfile raise many kinds on broken files
             raise InputError(f"logits={file}: cannot be read ({reason(error)})") from None
         return found
 
     def _check(self) -> None:
-        train, validation = self.train_logits, self.validation_logits
-        shapes = self.masks.shape, train.shape, validation.shape
-        fits = train.ndim == validation.ndim == 3 and train.shape[:2] == self.masks.shape
-        if not fits or train.shape[::2] != validation.shape[::2]:
+        train, *unseen = logits = self.train_logits, self.validation_logits, self.test_logits
+        shapes = self.masks.shape, *(each.shape for each in logits)
+        fits = all(each.ndim == 3 for each in logits) and train.shape[:2] == self.masks.shape
+        if not fits or any(each.shape[::2] != train.shape[::2] for each in unseen):
             raise ValueError(f"shapes {shapes} do not fit one another")
         if not self.masks.size or train.shape[2] < 2:
             raise ValueError(f"shapes {shapes} hold no examples, or fewer than two classes")
-        if not is_bool(self.masks) or train.dtype.kind != "f" or validation.dtype.kind != "f":
+        if not is_bool(self.masks) or any(each.dtype.kind != "f" for each in logits):
             raise ValueError("masks must be truth values, and logits real numbers")
-        if not (np.isfinite(train).all() and np.isfinite(validation).all()):
+        if not all(np.isfinite(each).all() for each in logits):
             raise ValueError("a logit is not finite")
 
     def _check_labels(self, labels: np.ndarray, logits: np.ndarray) -> None:
@@ -65,11 +68,7 @@ class Ensemble:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the content, to be kept as an .npz file."""
-        return {
-            "masks": self.masks,
-            "train_logits": self.train_logits,
-            "validation_logits": self.validation_logits,
-        }
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @property
     def is_out_of_sample(self) -> bool:
@@ -104,14 +103,25 @@ class Ensemble:
             counted = np.ones_like(self.masks)
         return counted
 
-    def validation_probabilities(self) -> np.ndarray:
-        """Return the mean probabilities of each target over the checkpoints, (n_validation, C)."""
-        return np.exp(_mean_log_probability(self.validation_logits))
+    def probabilities(self, split: str) -> np.ndarray:
+        """Return the mean probabilities (n, C) of a split's examples.
 
-    def validation_loss(self, labels: np.ndarray) -> np.ndarray:
-        """Return the mean loss in nats of each target over the checkpoints, (n_validation,)."""
-        self._check_labels(labels, self.validation_logits)
-        return np.mean([losses(logits, labels) for logits in self.validation_logits], axis=0)
+        The mean is over all checkpoints, for training examples over those that train_loss averages.
+        """
+        if split == "train":
+            return self.train_probabilities()
+        return np.exp(_mean_log_probability(self._unseen(split)))
+
+    def loss(self, split: str, labels: np.ndarray) -> np.ndarray:
+        """Return the mean loss in nats (n,) of a split's examples, over the same checkpoints."""
+        if split == "train":
+            return self.train_loss(labels)
+        self._check_labels(labels, self._unseen(split))
+        return np.mean([losses(logits, labels) for logits in self._unseen(split)], axis=0)
+
+    def _unseen(self, split: str) -> np.ndarray:
+        """Return the logits (M, n, C) of a split that no checkpoint was trained on."""
+        return {"validation": self.validation_logits, "test": self.test_logits}[split]
 
     def best(self, labels: np.ndarray) -> int:
         """Return the number of the checkpoint with the lowest mean loss on the targets."""

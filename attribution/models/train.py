@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Raise it when training would compute something else from the same parameters and data.
-TRAINING_VERSION = 2
+# Raise it when the same parameters and data would give another model, or the finetune stage other
+# artifacts.
+TRAINING_VERSION = 3
 
 
 @lru_cache(maxsize=8)  # it reads every file of a model folder, and one command calls it often

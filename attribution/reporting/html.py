@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
 from attribution.scores.explanation import Explanation
 
 MOST_SUSPECTS = 2000  # on one page
@@ -103,21 +104,23 @@ def suspects(data: ImageData, table: pd.DataFrame, dataset: str, command: str) -
         dataset: its name.
         command: that trains with the downloaded files.
     """
-    pixels, rows = data.pixels(), data.rows("train")
+    pixels, first = data.pixels(), table.head(MOST_SUSPECTS)
     shown = [
         {
             "rank": row.rank,
             "example_id": row.example_id,
             "name": row.file_name or row.example_id,
+            "split": row.split,
             "label": row.label,
             "suggested": row.suggested_label,
             "reasons": row.reasons.split(", "),
             "is_flipped": row.is_flipped,
-            "image": picture(np.array(pixels[rows[row.position]]), is_one_of_many=True),
+            "image": picture(np.array(pixels[number]), is_one_of_many=True),
         }
-        for row in table.head(MOST_SUSPECTS).itertuples()
+        for row, number in zip(first.itertuples(), data.rows_of(first), strict=True)
     ]
     script = (TEMPLATE_FOLDER / "suspects.js").read_text(encoding="utf-8")
+    examined = pd.concat(map(data.table, SPLITS))
     sha256 = hashlib.sha256(script.encode()).digest()
     return render(
         "suspects",
@@ -127,7 +130,7 @@ def suspects(data: ImageData, table: pd.DataFrame, dataset: str, command: str) -
         classes=data.class_names,
         reasons=sorted({reason for each in shown for reason in each["reasons"]}),
         command=command,
-        training="\n".join(data.table("train")["example_id"]),
+        examined="\n".join(examined["example_id"] + "," + examined["split"]),
         script=script,
         # The browser runs this script alone, whatever a name in the data says.
         script_hash=f"sha256-{base64.b64encode(sha256).decode()}",

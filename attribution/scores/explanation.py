@@ -94,7 +94,7 @@ def explain(
     errors = config.errors
     if not (errors or found or targets):
         errors = DEFAULT_ERRORS
-    probabilities = members.validation_probabilities()
+    probabilities = members.probabilities("validation")
     mistakes = confident_mistakes(probabilities, data.labels(TARGETS), errors)
     targets += [target for target in mistakes if target not in targets]
     if not (found or targets):

@@ -18,7 +18,7 @@ from trak.projectors import BasicProjector, ProjectionType
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.data.splits import TARGETS
+from attribution.data.splits import SPLITS
 from attribution.gradients.sketch import dealt
 from attribution.models import classifier, memory_layout
 from attribution.models.batches import batches_of
@@ -36,7 +36,7 @@ GPU_SHARD_ROWS = 16 * SHARD_ROWS  # a GPU is as fast as sixteen tasks on a CPU
 
 @dataclass(frozen=True)
 class Store:
-    """The files of one checkpoint: features of both splits, and what scores are solved with.
+    """The files of one checkpoint: features of each split, and what scores are solved with.
 
     Attributes:
         folder: folder of the files.
@@ -113,7 +113,7 @@ class Shard:
 def featurize(
     config: Config, data: ImageData, checkpoints: Sequence[Path], work: Path
 ) -> list[Store]:
-    """Projected gradients of train and validation examples under each checkpoint.
+    """Projected gradients of every example under each checkpoint.
 
     Args:
         checkpoints: from_pretrained folders.
@@ -134,7 +134,7 @@ def featurize(
     batch_size = feature_batch_size(config.image_size, device)
     folders = {}
     for store in stores:
-        for split in ("train", TARGETS):
+        for split in SPLITS:
             n = len(data.rows(split))
             for start in range(0, n, size):
                 rows = range(start, min(start + size, n))

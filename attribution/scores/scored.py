@@ -13,16 +13,22 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.data.splits import TARGETS
+from attribution.data.splits import SPLITS, TARGETS
 from attribution.models.checkpoints import Finetuned
-from attribution.models.ensemble import Ensemble, label_issues, label_quality
+from attribution.models.ensemble import Ensemble, label_quality
 from attribution.runtime.npy_blocks import open_matrix
 from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
 from attribution.scores.features import Store, featurize
 from attribution.scores.suspects import suspects
-from attribution.scores.trak import TrakScores, check_gradients, check_proj_dim, score
+from attribution.scores.trak import (
+    TrakScores,
+    check_gradients,
+    check_proj_dim,
+    score,
+    trust_of_unseen,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Scored:
         texts = (
             "example_id",
             "file_name",
+            "split",
             "label",
             "suggested_label",
             "reasons",
@@ -134,7 +141,7 @@ def score_training_set(
     stores = featurize(config, data, finetuned.folders, work)
     found = score(config, stores, work / "scores.npy", held_out)
     seconds = time.monotonic() - start
-    targets = data.table(TARGETS).assign(loss=members.validation_loss(data.labels(TARGETS)))
+    targets = data.table(TARGETS).assign(loss=members.loss(TARGETS, data.labels(TARGETS)))
     train = _train_table(data, members, found, targets)
     metadata = {
         "estimator": config.group("trak") | {"num_models": config.num_models},
@@ -143,8 +150,13 @@ def score_training_set(
         "data_fingerprint": data.fingerprint,
         **origin,
     }
-    issues = label_issues(data.labels("train"), members.train_probabilities())
-    listed = suspects(data, train, issues)
+    examined, probabilities = [train], [members.train_probabilities()]
+    if held_out is not None:  # else losses in sample and out of it would be compared
+        for split in SPLITS[1:]:
+            trust = trust_of_unseen(config, stores, held_out, split)
+            examined.append(_predictions(data, members, split).assign(trust=trust))
+            probabilities.append(members.probabilities(split))
+    listed = suspects(data, pd.concat(examined, ignore_index=True), np.concatenate(probabilities))
     scores = Scores(found.values, train, targets, metadata)
     return Scored(scores, listed, found.file, stores, seconds)
 
@@ -159,13 +171,19 @@ def _train_table(
     trust = found.held_out
     if trust is None:
         trust = alignment.unweighted(aligned, found.row_weight)
-    labels, probabilities = data.labels("train"), members.train_probabilities()
-    return data.table("train").assign(
+    return _predictions(data, members, "train").assign(
         alignment=aligned,
         row_weight=found.row_weight,
         trust=trust,
         self_influence=found.self_influence,
-        loss=members.train_loss(labels),
+    )
+
+
+def _predictions(data: ImageData, members: Ensemble, split: str) -> pd.DataFrame:
+    """The examples of a split, and what the ensemble makes of their labels."""
+    labels, probabilities = data.labels(split), members.probabilities(split)
+    return data.table(split).assign(
+        loss=members.loss(split, labels),
         label_quality=label_quality(labels, probabilities),
         predicted_label=probabilities.argmax(axis=1),
     )

@@ -1,4 +1,4 @@
-"""The list of training examples that a person should check, in order, each with its reasons."""
+"""The list of images whose labels a person should check, in order, each with its reasons."""
 
 from __future__ import annotations
 
@@ -7,33 +7,39 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from attribution.data.dataset import ImageData
+from attribution.models.ensemble import label_issues
 from attribution.runtime.npy_blocks import row_slices
 
 THUMBNAIL = 8  # pixels per side of the thumbnails that are compared
 # Least correlation of near-duplicates. In Food-101's ten classes and in the digits no two images of
 # different classes reach it, while 181 pairs of one class do.
 NEAR = 0.97
+# Images on the list for each label that is expected to be wrong.
+MARGIN = 2
 COLUMNS = [
-    "example_id", "file_name", "label", "suggested_label", "reasons", "alignment", "loss",
+    "example_id", "file_name", "split", "label", "suggested_label", "reasons", "trust", "loss",
     "label_quality", "near_duplicate_of", "position", "is_flipped",
 ]  # fmt: skip
 
 
-def suspects(data: ImageData, train: pd.DataFrame, issues: np.ndarray) -> pd.DataFrame:
-    """Training examples with at least one reason to doubt them, the most doubtful first.
+def suspects(data: ImageData, examined: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+    """The images whose labels are worth a look, the most doubtful first.
 
-    They are sorted by the mean of their ranks by alignment, ensemble loss and label quality. On every
-    data set with planted flips this mean was close to the best of the three (docs/results.md).
+    The order is the mean of the ranks by trust and by ensemble loss (docs/results.md). Confident
+    learning estimates how many labels are wrong; the list holds twice as many images, as far as there
+    is a reason to doubt them, and all near-duplicates with another label.
 
     Args:
-        train: the score artifact's table of training examples, in order of position.
-        issues: (n_train,) bool, label errors found by confident learning.
+        examined: one row per image, with the columns of ImageData.table, trust, loss, label_quality
+            and predicted_label.
+        probabilities: (n, C) of the same images, out of sample.
     """
-    twin = near_duplicates(thumbnails(data), train["label"].to_numpy())
-    names = np.array(data.class_names, object)
+    labels, names = examined["label"].to_numpy(), np.array(data.class_names, object)
+    issues = label_issues(labels, probabilities)
+    twin = near_duplicates(thumbnails(data, examined), labels)
     reasons = {
-        "harms validation": train["alignment"] < 0,
-        "high loss": train["loss"] > np.log(len(names)),  # worse than guessing
+        "contradicts other images": examined["trust"] < 0,
+        "high loss": examined["loss"] > np.log(len(names)),  # worse than guessing
         "confident learning": issues,
         "near-duplicate with another label": twin >= 0,
     }
@@ -41,28 +47,33 @@ def suspects(data: ImageData, train: pd.DataFrame, issues: np.ndarray) -> pd.Dat
         ", ".join(text for text, holds in zip(reasons, row, strict=True) if holds)
         for row in zip(*reasons.values(), strict=True)
     ]
-    kinds = train["alignment"], -train["loss"], train["label_quality"]
-    order = np.argsort(sum(rankdata(values) for values in kinds), kind="stable")
-    differs = (train["predicted_label"] != train["label"]).to_numpy()
-    ids = train["example_id"].to_numpy(object)
-    table = train.assign(
-        label=train["label_name"],
-        suggested_label=np.where(differs, names[train["predicted_label"]], ""),
+    order = np.argsort(rankdata(examined["trust"]) + rankdata(-examined["loss"]), kind="stable")
+    differs = (examined["predicted_label"] != labels).to_numpy()
+    ids = examined["example_id"].to_numpy(object)
+    table = examined.assign(
+        label=examined["label_name"],
+        suggested_label=np.where(differs, names[examined["predicted_label"]], ""),
         reasons=texts,
         near_duplicate_of=np.where(twin >= 0, ids[twin], ""),
     ).iloc[order]
-    table = table[table["reasons"] != ""].reset_index(drop=True)
+    is_first = np.arange(len(table)) < MARGIN * issues.sum()
+    listed = (table["reasons"] != "") & (is_first | (table["near_duplicate_of"] != ""))
+    table = table[listed].reset_index(drop=True)
     return table[COLUMNS].rename_axis("rank").rename(index=lambda i: i + 1).reset_index()
 
 
-def thumbnails(data: ImageData) -> np.ndarray:
-    """Thumbnails of the training images as vectors with mean 0 and length 1, (n_train, d) float32."""
+def thumbnails(data: ImageData, examples: pd.DataFrame) -> np.ndarray:
+    """Thumbnails of some examples as vectors with mean 0 and length 1, (n, d) float32.
+
+    Args:
+        examples: with the columns split and position.
+    """
     from PIL import Image
 
     pixels, size = data.pixels(), (THUMBNAIL, THUMBNAIL)
     small = [
         np.asarray(Image.fromarray(np.array(pixels[row])).resize(size, Image.Resampling.BOX))
-        for row in data.rows("train")
+        for row in data.rows_of(examples)
     ]
     vectors = np.stack(small).reshape(len(small), -1).astype(np.float32)
     vectors -= vectors.mean(1, keepdims=True)

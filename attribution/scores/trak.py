@@ -105,9 +105,12 @@ def score(
     config: Config, stores: list[Store], file: Path, held_out: np.ndarray | None = None
 ) -> TrakScores:
     """combine() with the ridge and row weights of the config."""
+    return combine(stores, file, _ridge(config, stores), config.loss_gradient_weight, held_out)
+
+
+def _ridge(config: Config, stores: list[Store]) -> Ridge:
     num_blocks = stores[0].features(TARGETS)[0].shape[1] // config.proj_dim
-    ridge = Ridge(config.lambda_reg, num_blocks, resolve_device(config.device))
-    return combine(stores, file, ridge, config.loss_gradient_weight, held_out)
+    return Ridge(config.lambda_reg, num_blocks, resolve_device(config.device))
 
 
 def combine(
@@ -159,6 +162,27 @@ def combine(
     self_influence, found = np.array(open_matrix(done)).T
     row_weight = row_scale(stores, weight)[:, 0] * len(stores)
     return TrakScores(file, self_influence, None if held_out is None else found, row_weight)
+
+
+def trust_of_unseen(
+    config: Config, stores: list[Store], held_out: np.ndarray, split: str
+) -> np.ndarray:
+    """What `held_out` of TrakScores is for training examples, of a split that none was trained on.
+
+    Args:
+        stores: that combine() has factorised.
+        held_out: (M, n_train) weights of the training examples as targets, as for combine.
+
+    Returns:
+        (n_split,) float64: how much each example would help held-out training examples.
+    """
+    ridge, total = _ridge(config, stores), 0.0
+    for store, weights in zip(stores, held_out, strict=True):
+        factor = torch.from_numpy(np.array(open_matrix(store.factor))).to(ridge.device)
+        target = ridge.whiten(torch.from_numpy(_weighted_sum(store, weights)), factor)[0]
+        rows = map(torch.from_numpy, row_blocks(*store.features(split)))
+        total = total + torch.cat([ridge.whiten(block, factor) @ target for block in rows])
+    return (total / len(stores)).double().cpu().numpy()
 
 
 def _factorise(store: Store, ridge: Ridge) -> None:

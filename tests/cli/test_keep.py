@@ -16,7 +16,8 @@ from places import Place, refused, write_images
 
 from attribution.config import resolve
 from attribution.data.dataset import ImageData, load_data
-from attribution.data.splits import LEFT_OUT, SPLITS, read_ids
+from attribution.data.decisions import LEFT_OUT, read_decisions
+from attribution.data.splits import SPLITS
 from attribution.errors import InputError
 from attribution.experiments.arms import Trial, export_files, kept_table
 from attribution.scores.alignment import check_groups
@@ -38,6 +39,10 @@ def load(tmp_path_factory, images: Path) -> Callable[..., ImageData]:
 def write_list(file: Path, ids) -> str:
     file.write_text("".join(f"{example_id}\n" for example_id in ids))
     return str(file)
+
+
+def read_ids(file: str) -> list[str]:
+    return read_decisions(f"keep={file}", file)["example_id"].tolist()
 
 
 # -- what is read ----------------------------------------------------------------------------------
@@ -141,11 +146,22 @@ def test_the_fingerprint_is_of_what_is_kept_and_not_of_the_file(load, tmp_path) 
 def test_unknown_ids_are_counted_and_one_is_named(load, tmp_path) -> None:
     data = load()
     ids = data.table("train")["example_id"].tolist()
-    target = data.table("validation")["example_id"][0]
-    keep = write_list(tmp_path / "keep.txt", [*ids, target, "nonsense"])
-    with pytest.raises(InputError, match=f"^keep={keep}: 2 of its 26 example_ids") as caught:
+    keep = write_list(tmp_path / "keep.txt", [*ids, "nonsense", "more"])
+    with pytest.raises(
+        InputError, match=f"^keep={keep}: 2 of its 26 rows .* 'nonsense' in line 25"
+    ):
         load(keep=keep)
-    assert min(target, "nonsense") in str(caught.value) and "data_seed" in str(caught.value)
+
+
+def test_a_plain_list_names_training_examples_alone(load, tmp_path) -> None:
+    data = load()
+    ids = data.table("train")["example_id"].tolist()
+    target = data.table("validation")["example_id"][0]
+    keep = write_list(tmp_path / "keep.txt", [*ids, target])
+    with pytest.raises(
+        InputError, match="line 25 names a validation image as one of split 'train'"
+    ):
+        load(keep=keep)
     other = write_list(tmp_path / "other.txt", load(data_seed=1).table("train")["example_id"])
     with pytest.raises(InputError, match="another data_seed"):
         load(keep=other)
@@ -216,7 +232,7 @@ def test_a_kept_part_is_as_good_as_a_folder_that_never_had_the_rest(
 ) -> None:
     """Checkpoints, scores and comparison have the same bits."""
     place, given, result = kept
-    assert "4 training examples left out by keep" in result.err and "20 train" in result.err
+    assert "4 images left out by keep" in result.err and "20 train" in result.err
     other = new_place("never")
     folder = in_parts(tmp_path / "images", LEFT)
     again = other.done("ablation", arms="harmful,negative", frac=0.15, dataset=folder)
@@ -267,7 +283,11 @@ def test_a_list_that_changed_is_not_what_a_run_was_built_on(kept, tmp_path) -> N
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("", "holds no example_ids"), ("nonsense\n", "not in this training set"), (None, "No such")],
+    [
+        ("", "holds no example_ids"),
+        ("nonsense\n", "name no image of this data set"),
+        (None, "No such"),
+    ],
 )
 def test_a_bad_list_is_refused_before_anything_is_trained(kept, tmp_path, content, says) -> None:
     place, given, _ = kept
@@ -354,10 +374,10 @@ def test_an_exported_file_is_what_keep_takes(exported) -> None:
     left = whole[~whole["example_id"].isin(removed)]
     for column in ("example_id", "label", "label_name", "true_label", "is_flipped", "file_name"):
         assert kept[column].tolist() == left[column].tolist()
-    assert "5 training examples left out by keep" in made.err
+    assert "5 images left out by keep" in made.err
     # Without the planted labels it names the same images.
     plain = place.done("finetune", keep=file)
-    assert "5 training examples left out by keep" in plain.err
+    assert "5 images left out by keep" in plain.err
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def made(masks: np.ndarray, classes: int = 3, n_validation: int = 7) -> Ensemble
         masks,
         rng.normal(0, 3, (m, n, classes)).astype(np.float32),
         rng.normal(0, 3, (m, n_validation, classes)).astype(np.float32),
+        rng.normal(0, 3, (m, 4, classes)).astype(np.float32),
     )
 
 
@@ -102,14 +103,14 @@ def test_label_quality_puts_planted_flips_first() -> None:
     assert flipped[np.argsort(quality)[:30]].mean() > 0.95
 
 
-def test_validation_loss_is_the_mean_over_checkpoints() -> None:
+@pytest.mark.parametrize(("split", "n"), [("validation", 7), ("test", 4)])
+def test_loss_and_probabilities_of_other_splits_are_means_over_all_checkpoints(split, n) -> None:
     joint = made(subset_masks(12, 4, 0.5, 0))
-    labels = np.arange(7) % 3
-    expected = [
-        np.mean([loss_by_loops(joint.validation_logits[m, j], labels[j]) for m in range(4)])
-        for j in range(7)
-    ]
-    np.testing.assert_allclose(joint.validation_loss(labels), expected)
+    labels, logits = np.arange(n) % 3, getattr(joint, f"{split}_logits")
+    each = [[[loss_by_loops(row, c) for c in range(3)] for row in model] for model in logits]
+    expected = np.mean(each, axis=0)[np.arange(n), labels]
+    np.testing.assert_allclose(joint.loss(split, labels), expected)
+    np.testing.assert_allclose(joint.probabilities(split), np.exp(-np.array(each)).mean(0))
 
 
 def test_an_ensemble_kept_as_an_archive_is_loaded_as_it_was(tmp_path: Path) -> None:
@@ -143,14 +144,16 @@ def archive(file: Path, **changes) -> Path:
         "other examples": lambda f: archive(f, masks=np.ones((4, 11), bool)),
         "whole numbers": lambda f: archive(f, train_logits=np.ones((4, 12, 3), int)),
         "one class": lambda f: archive(
-            f, train_logits=np.ones((4, 12, 1)), validation_logits=np.ones((4, 5, 1))
+            f, train_logits=np.ones((4, 12, 1)), validation_logits=np.ones((4, 5, 1)),
+            test_logits=np.ones((4, 4, 1)),
         ),
         "no models": lambda f: archive(
             f, masks=np.ones((0, 12), bool), train_logits=np.ones((0, 12, 3)),
-            validation_logits=np.ones((0, 5, 3)),
+            validation_logits=np.ones((0, 5, 3)), test_logits=np.ones((0, 4, 3)),
         ),
         "NaN": lambda f: archive(f, train_logits=np.full((4, 12, 3), np.nan)),
         "infinite": lambda f: archive(f, validation_logits=np.full((4, 5, 3), np.inf)),
+        "other classes": lambda f: archive(f, test_logits=np.ones((4, 4, 2))),
         "a pipe": os.mkfifo,
     }.values(),
 )  # fmt: skip
@@ -168,7 +171,7 @@ def test_a_bomb_of_an_archive_takes_no_memory(tmp_path: Path) -> None:
     described = {"descr": "<f4", "fortran_order": False, "shape": (1 << 48,)}
     np.lib.format.write_array_header_1_0(header, described)
     with zipfile.ZipFile(tmp_path / "logits.npz", "w") as file:
-        for name in ("masks", "train_logits", "validation_logits"):
+        for name in ("masks", "train_logits", "validation_logits", "test_logits"):
             file.writestr(f"{name}.npy", header.getvalue() + bytes(100))
     with pytest.raises(InputError, match="^logits="):
         Ensemble.load(tmp_path / "logits.npz")
@@ -180,7 +183,7 @@ def test_labels_of_other_data_are_refused() -> None:
         with pytest.raises(InputError, match="^logits: are of 12 examples and 3 classes"):
             joint.train_loss(labels)
     with pytest.raises(InputError, match="^logits: are of"):
-        joint.validation_loss(np.zeros(12, int))
+        joint.loss("validation", np.zeros(12, int))
 
 
 def test_the_joint_prediction_is_the_mean_of_probabilities(tmp_path: Path) -> None:
@@ -199,8 +202,8 @@ def test_the_joint_prediction_is_the_mean_of_probabilities(tmp_path: Path) -> No
 
 def test_an_ensemble_that_is_certain_has_finite_losses_and_probabilities() -> None:
     logits = np.array([[[1e4, 0], [0, 1e4]]], np.float32)
-    joint = Ensemble(np.array([[False, False]]), logits, logits)
+    joint = Ensemble(np.array([[False, False]]), logits, logits, logits)
     assert joint.train_loss(np.array([0, 0])).tolist() == [0, 1e4]
-    assert joint.validation_loss(np.array([1, 1])).tolist() == [1e4, 0]
+    assert joint.loss("validation", np.array([1, 1])).tolist() == [1e4, 0]
     assert joint.train_probabilities().tolist() == [[1, 0], [0, 1]]
     assert label_quality(np.array([0, 0]), joint.train_probabilities()).tolist() == [1, 0]

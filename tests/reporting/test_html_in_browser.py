@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from attribution.data.labels import relabelled
 from places import Place, write_images
 from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData
-from attribution.data.labels import relabelled
 from attribution.reporting import html
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]

@@ -97,7 +97,7 @@ def test_named_targets_are_the_columns_of_the_scores(ensemble, scored, k) -> Non
     config = toy_config(target="5,3,5", num_examples=k)
     found = explain(config, data, scored.scores, finetuned.members)
     assert [each.name for each in found] == ["target 5", "target 3"]
-    p = finetuned.members.validation_probabilities()
+    p = finetuned.members.probabilities("validation")
     for each, target in zip(found, (5, 3), strict=True):
         own = each.table()
         assert set(own["explained_label"]) == {scored.scores.targets["label_name"][target]}
@@ -113,7 +113,7 @@ def test_a_picture_with_a_target_s_pixels_and_label_has_its_scores(
     ensemble, scored, features, tmp_path
 ) -> None:
     data, finetuned = ensemble
-    values, p = scored.scores.values, finetuned.members.validation_probabilities()[4]
+    values, p = scored.scores.values, finetuned.members.probabilities("validation")[4]
     label = scored.scores.targets["label_name"][4]
     given = TRAINED | {"image": str(picture_of(data, 4, tmp_path)), "num_examples": 32}
     (found,) = explain(

@@ -37,7 +37,7 @@ def test_the_tables_say_what_the_ensemble_says(ensemble, scored) -> None:
     assert scored.scores.values.shape == (32, 16) == (len(train), len(targets))
     np.testing.assert_array_equal(train["loss"], members.train_loss(labels))
     np.testing.assert_array_equal(
-        targets["loss"], members.validation_loss(data.labels("validation"))
+        targets["loss"], members.loss("validation", data.labels("validation"))
     )
     probabilities = members.train_probabilities()
     np.testing.assert_array_equal(train["predicted_label"], probabilities.argmax(1))

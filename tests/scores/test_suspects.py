@@ -15,24 +15,37 @@ from places import write_images
 from toy import toy_data
 
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
+from attribution.scores import suspects as module
 from attribution.scores.suspects import COLUMNS, near_duplicates, suspects, thumbnails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REASONS = (
-    "harms validation", "high loss", "confident learning", "near-duplicate with another label",
+    "contradicts other images", "high loss", "confident learning",
+    "near-duplicate with another label",
 )  # fmt: skip
 
 
 def evidence(data: ImageData, seed: int = 0) -> pd.DataFrame:
-    """What trak adds to the table of training examples, at random; some values are equal."""
-    train, rng = data.table("train"), np.random.default_rng(seed)
-    n = len(train)
-    return train.assign(
-        alignment=rng.normal(size=n).round(1),
+    """What trak finds out about all images, at random; some values are equal."""
+    table, rng = pd.concat(map(data.table, SPLITS), ignore_index=True), np.random.default_rng(seed)
+    n = len(table)
+    return table.assign(
+        trust=rng.normal(size=n).round(1),
         loss=rng.exponential(size=n).round(1),
         label_quality=rng.random(n).round(1),
         predicted_label=rng.integers(0, 2, n),
     )
+
+
+def uniform(examined: pd.DataFrame) -> np.ndarray:
+    """Probabilities by which confident learning doubts nothing."""
+    return np.full((len(examined), 2), 0.5)
+
+
+def doubting(monkeypatch, issues: np.ndarray) -> None:
+    """Let confident learning take these for wrong, (n,) bool."""
+    monkeypatch.setattr(module, "label_issues", lambda labels, probabilities: issues)
 
 
 @pytest.fixture(scope="module")
@@ -41,55 +54,61 @@ def data(tmp_path_factory) -> ImageData:
     return toy_data(tmp_path_factory.mktemp("toy"))
 
 
-def reasons_of(row: pd.Series, issue: bool, twin: int) -> list[str]:
-    holds = row["alignment"] < 0, row["loss"] > np.log(2), issue, twin >= 0
+def reasons_of(row: pd.Series, issue: bool) -> list[str]:
+    holds = row["trust"] < 0, row["loss"] > np.log(2), issue, False
     return [text for text, is_so in zip(REASONS, holds, strict=True) if is_so]
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 1))
 def test_the_list_holds_what_has_a_reason_in_order_of_its_mean_rank(data, seed, share) -> None:
-    train, rng = evidence(data, seed), np.random.default_rng(seed)
-    issues = rng.random(len(train)) < share
-    ranks = pd.concat(
-        [train["alignment"].rank(), (-train["loss"]).rank(), train["label_quality"].rank()], axis=1
-    ).mean(axis=1)
-    twins = near_duplicates(thumbnails(data), train["label"].to_numpy())
-    reasons = [reasons_of(row, issues[i], twins[i]) for i, row in train.iterrows()]
-    expected = [i for i in ranks.sort_values(kind="stable").index if reasons[i]]
-    table = suspects(data, train, issues)
+    """Twice as many images are looked at as confident learning takes for wrong."""
+    examined, rng = evidence(data, seed), np.random.default_rng(seed)
+    issues = rng.random(len(examined)) < share
+    ranks = examined["trust"].rank() + (-examined["loss"]).rank()
+    reasons = [reasons_of(row, issues[i]) for i, row in examined.iterrows()]
+    first = ranks.sort_values(kind="stable").index[: 2 * issues.sum()]
+    expected = [i for i in first if reasons[i]]
+    with pytest.MonkeyPatch.context() as patch:
+        doubting(patch, issues)
+        table = suspects(data, examined, uniform(examined))
     assert list(table) == ["rank", *COLUMNS]
-    assert table["position"].tolist() == expected
     assert table["rank"].tolist() == list(range(1, len(expected) + 1))
     assert table["reasons"].tolist() == [", ".join(reasons[i]) for i in expected]
-    for name in ("example_id", "file_name", "alignment", "loss", "label_quality", "is_flipped"):
-        assert table[name].tolist() == train[name].iloc[expected].tolist()
-    assert table["label"].tolist() == train["label_name"].iloc[expected].tolist()
+    copied = "example_id", "file_name", "split", "position", "trust", "loss", "label_quality"
+    for name in (*copied, "is_flipped"):
+        assert table[name].tolist() == examined[name].iloc[expected].tolist()
+    assert table["label"].tolist() == examined["label_name"].iloc[expected].tolist()
     for row, i in zip(table.itertuples(), expected, strict=True):
-        predicted = data.class_names[train["predicted_label"][i]]
+        predicted = data.class_names[examined["predicted_label"][i]]
         assert row.suggested_label == ("" if predicted == row.label else predicted)
 
 
 def test_a_list_without_suspects_has_all_columns(data) -> None:
-    train = evidence(data).assign(alignment=1.0, loss=0.0)
-    table = suspects(data, train, np.zeros(len(train), bool))
+    examined = evidence(data)
+    table = suspects(data, examined, uniform(examined))
     assert list(table) == ["rank", *COLUMNS] and table.empty
 
 
-def test_one_training_example(tmp_path) -> None:
+def test_one_image(tmp_path, monkeypatch) -> None:
     data = toy_data(tmp_path / "data", n_train=1)
-    train = evidence(data).assign(alignment=-1.0, loss=0.1)
-    table = suspects(data, train, np.array([True]))
-    assert table["reasons"].tolist() == ["harms validation, confident learning"]
+    doubting(monkeypatch, np.array([True]))
+    examined = evidence(data).iloc[:1].assign(trust=-1.0, loss=0.1)
+    table = suspects(data, examined, uniform(examined))
+    assert table["reasons"].tolist() == ["contradicts other images, confident learning"]
     assert table["rank"].tolist() == [1] and table["near_duplicate_of"].tolist() == [""]
 
 
-def test_a_loss_is_high_above_that_of_a_guess(data) -> None:
-    train = evidence(data).assign(alignment=1.0, loss=np.log(2))
-    assert suspects(data, train, np.zeros(32, bool)).empty
-    train.loc[5, "loss"] = np.nextafter(np.log(2), 1)
-    table = suspects(data, train, np.zeros(32, bool))
-    assert table[["position", "reasons"]].to_numpy().tolist() == [[5, "high loss"]]
+def test_a_loss_is_high_above_that_of_a_guess(data, monkeypatch) -> None:
+    examined = evidence(data).assign(trust=1.0, loss=0.1)
+    examined.loc[5, "loss"] = np.log(2)
+    doubting(monkeypatch, np.arange(len(examined)) == 5)
+    assert suspects(data, examined, uniform(examined))["reasons"].tolist() == ["confident learning"]
+    examined.loc[5, "loss"] = np.nextafter(np.log(2), 1)
+    table = suspects(data, examined, uniform(examined))
+    assert table[["position", "reasons"]].to_numpy().tolist() == [
+        [5, "high loss, confident learning"]
+    ]
 
 
 # -- twins -----------------------------------------------------------------------------------------
@@ -116,9 +135,9 @@ CHANGES = {
 def test_a_twin_with_another_label_is_found_on_both_sides(tmp_path, change) -> None:
     """Examples 4 and 9 are of two classes, 6 and 8 of one."""
     data = with_twins(tmp_path, [(4, 9), (6, 8)], CHANGES[change])
-    train = evidence(data).assign(alignment=1.0, loss=0.0)
-    table = suspects(data, train, np.zeros(32, bool)).set_index("position")
-    assert sorted(table.index) == [4, 9]
+    examined = evidence(data).assign(trust=1.0, loss=0.0)
+    table = suspects(data, examined, uniform(examined)).set_index("position")
+    assert sorted(table.index) == [4, 9] and set(table["split"]) == {"train"}
     assert set(table["reasons"]) == {"near-duplicate with another label"}
     assert table["near_duplicate_of"].to_dict() == {4: "id9", 9: "id4"}
 
@@ -141,7 +160,7 @@ def test_near_duplicates_are_those_of_a_double_loop(seed, n, classes, spread) ->
 
 def test_thumbnails_are_centred_means_over_squares(data) -> None:
     """16 by 16 pixels: every thumbnail's pixel is the mean of four."""
-    found = thumbnails(data)
+    found = thumbnails(data, data.table("train"))
     for i, row in enumerate(data.rows("train")[:5]):
         image = data.pixels()[row].astype(float)
         small = np.array(
@@ -157,8 +176,9 @@ def test_thumbnails_are_centred_means_over_squares(data) -> None:
 
 def test_pictures_of_one_colour_are_twins_of_nothing(tmp_path) -> None:
     data = with_twins(tmp_path, [(4, 4), (9, 9)], lambda p: np.full_like(p, 77))
-    found = near_duplicates(thumbnails(data), data.labels("train"))
-    assert np.isfinite(thumbnails(data)).all() and (found == -1).all()
+    vectors = thumbnails(data, data.table("train"))
+    assert np.isfinite(vectors).all()
+    assert (near_duplicates(vectors, data.labels("train")) == -1).all()
 
 
 # -- the stage -------------------------------------------------------------------------------------
@@ -181,12 +201,12 @@ def test_planted_flips_come_first_on_the_digits(digits) -> None:
     folder = place.artifacts(result.run_id)
     table = pd.read_csv(folder / "suspects.csv", keep_default_na=False)
     train = pd.read_parquet(folder / "scores" / "train.parquet")
-    assert f"suspects: {len(table)} training examples" in result.out
+    assert f"suspects: {len(table)} of 1797 images" in result.out
     assert table["rank"].tolist() == list(range(1, len(table) + 1))
     flips = int(train["is_flipped"].sum())
     assert flips == 108 and table["is_flipped"].head(50).mean() > 0.8
     assert table["is_flipped"].head(flips).sum() > 0.6 * flips
-    assert table["is_flipped"].sum() > 0.9 * flips
+    assert table["is_flipped"].sum() > 0.9 * flips and len(table) < 4 * flips
     # Among those found, the class that is suggested is mostly the true one.
     found = table.head(flips).query("is_flipped")
     true = train.set_index("example_id").loc[found["example_id"], "true_label"]
@@ -194,21 +214,17 @@ def test_planted_flips_come_first_on_the_digits(digits) -> None:
     assert np.mean(suggested == true.astype(str).to_numpy()) > 0.7
 
 
-def test_the_stage_s_list_follows_its_own_tables(digits) -> None:
+def test_the_stage_s_list_is_about_all_splits_and_follows_the_score_table(digits) -> None:
     place, result = digits
     folder = place.artifacts(result.run_id)
     table = pd.read_csv(folder / "suspects.csv", keep_default_na=False)
-    train = pd.read_parquet(folder / "scores" / "train.parquet")
-    mean_rank = sum(
-        values.rank() for values in (train["alignment"], -train["loss"], train["label_quality"])
-    )
-    assert (np.diff(mean_rank[table["position"]]) >= 0).all()
-    listed = set(table["position"])
-    for i, row in train.iterrows():
-        if row["alignment"] < 0 or row["loss"] > np.log(10):
-            assert i in listed
-    first = table.iloc[0]
-    assert train["example_id"][first["position"]] == first["example_id"]
+    assert set(table["split"]) == {"train", "validation", "test"}
+    train = pd.read_parquet(folder / "scores" / "train.parquet").set_index("example_id")
+    own = table[table["split"] == "train"]
+    same = train.loc[own["example_id"]]
+    for name in ("trust", "loss", "label_quality"):
+        np.testing.assert_allclose(own[name], same[name], rtol=1e-9)
+    assert own["position"].tolist() == same["position"].tolist()
 
 
 def test_a_planted_twin_is_on_the_list_of_the_stage(new_place, tmp_path) -> None:
@@ -244,7 +260,7 @@ def test_scores_without_suspects_are_logged(new_place, monkeypatch) -> None:
     original = module.suspects
     monkeypatch.setattr(module, "suspects", lambda *args: original(*args)[:0])
     result = place.done("trak", epochs=1)
-    assert "suspects: 0 training examples" in result.out
+    assert "suspects: 0 of " in result.out
     assert not place.done("trak", epochs=1).made()
 
 

@@ -24,7 +24,7 @@ from attribution.scores import trak
 from attribution.scores.alignment import group_alignment
 from attribution.scores.features import Store
 from attribution.scores.ridge import Ridge
-from attribution.scores.trak import check_proj_dim, combine
+from attribution.scores.trak import check_proj_dim, combine, trust_of_unseen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,6 +130,29 @@ def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
                 expected[i] += sum(own[j] * pairs[i, j] for j in range(50) if j != i) / 3
     np.testing.assert_allclose(found.held_out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
     assert combine(stores, tmp_path / "other.npy", solve).held_out is None
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_trust_of_unseen_examples_is_a_sum_over_held_out_training_examples(
+    tmp_path: Path, num_blocks: int
+) -> None:
+    stores = [store_features(tmp_path, m, 50, 9, 16, shard=20) for m in range(3)]
+    weights = np.random.default_rng(0).random((3, 50))
+    combine(stores, tmp_path / "scores.npy", Ridge(0.1, num_blocks), "mean", weights)
+    config = toy_config(proj_dim=16 // num_blocks, num_blocks=num_blocks, lambda_reg=0.1)
+    with blocks_of(4):
+        found = trust_of_unseen(config, stores, weights, TARGETS)
+    expected = np.zeros(9)
+    for store, own in zip(stores, weights, strict=True):
+        train, others = (
+            np.split(np.concatenate(store.features(split)).astype(float), num_blocks, 1)
+            for split in ("train", TARGETS)
+        )
+        for x, y in zip(train, others, strict=True):
+            gram = x.T @ x
+            ridge = 0.1 * gram.trace() / len(gram) * np.eye(len(gram))
+            expected += y @ np.linalg.inv(gram + ridge) @ x.T @ own / 3
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 @settings(max_examples=20, deadline=None)

@@ -48,8 +48,9 @@ function download(name, header, rows) {
 
 document.getElementById("keep").addEventListener("click", () => {
   const removed = new Set(cards.filter((c) => choice(c) === "remove").map((c) => c.dataset.id));
-  const all = document.getElementById("training").textContent.trim().split("\n");
-  download("keep.csv", ["example_id"], all.filter((id) => !removed.has(id)).map((id) => [id]));
+  const all = document.getElementById("examined").textContent.trim().split("\n");
+  const rows = all.map((line) => line.split(",")).filter(([id]) => !removed.has(id));
+  download("keep.csv", ["example_id", "split"], rows);
 });
 
 document.getElementById("labels").addEventListener("click", () => {
