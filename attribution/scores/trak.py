@@ -174,15 +174,16 @@ def trust_of_unseen(
         held_out: (M, n_train) weights of the training examples as targets, as for combine.
 
     Returns:
-        (n_split,) float64: how much each example would help held-out training examples.
+        (n_split,) float32: how much each example would help held-out training examples.
     """
-    ridge, total = _ridge(config, stores), 0.0
+    ridge = _ridge(config, stores)
+    total = torch.zeros(stores[0].count(split), device=ridge.device)
     for store, weights in zip(stores, held_out, strict=True):
         factor = torch.from_numpy(np.array(open_matrix(store.factor))).to(ridge.device)
         target = ridge.whiten(torch.from_numpy(_weighted_sum(store, weights)), factor)[0]
         rows = map(torch.from_numpy, row_blocks(*store.features(split)))
-        total = total + torch.cat([ridge.whiten(block, factor) @ target for block in rows])
-    return (total / len(stores)).double().cpu().numpy()
+        total += torch.cat([ridge.whiten(block, factor) @ target for block in rows])
+    return (total / len(stores)).cpu().numpy()
 
 
 def _factorise(store: Store, ridge: Ridge) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from attribution.data.labels import relabelled
 from places import Place, write_images
 from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData
+from attribution.data.decisions import LEFT_OUT, kept_splits, relabelled
 from attribution.reporting import html
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -118,7 +118,12 @@ def checked(browser: Any, tmp_path: Path) -> Iterator[tuple[Any, ImageData, list
         rank=range(1, 5),
         label=train["label_name"],
         suggested_label=[names[1], "", names[0], ""],
-        reasons=["high loss", "harms validation, high loss", "harms validation", "high loss"],
+        reasons=[
+            "high loss",
+            "contradicts other images, high loss",
+            "contradicts other images",
+            "high loss",
+        ],
     )
     file = tmp_path / "suspects.html"
     file.write_text(html.suspects(data, table, "x & y", "python -m scripts.finetune"), "utf-8")
@@ -151,9 +156,13 @@ def test_a_choice_of_suspects_is_downloaded_as_the_files_that_a_command_takes(
     cards.nth(3).locator("select").select_option(index=0)  # which chooses relabel too
     assert page.locator("#count").inner_text().endswith("To remove: 1. To relabel: 2. To keep: 1.")
     keep = downloaded(page, "Download keep.csv")
-    assert list(keep["example_id"]) == [
-        i for i in train["example_id"] if i != train["example_id"][1]
-    ]
+    kept = data.examples[data.examples["example_id"] != train["example_id"][1]]
+    for column in ("example_id", "split"):
+        assert list(keep[column]) == list(kept[column])
+    (tmp_path / "keep.csv").write_text(keep.to_csv(index=False))
+    config = toy_config(keep=str(tmp_path / "keep.csv"))
+    splits = kept_splits(data.examples, list(data.class_names), config)
+    assert list(data.examples["example_id"][splits == LEFT_OUT]) == [train["example_id"][1]]
     labels = downloaded(page, "Download labels.csv")
     assert labels.to_dict("list") == {
         "example_id": [train["example_id"][0], train["example_id"][3]],
@@ -170,7 +179,7 @@ def test_a_choice_of_suspects_is_downloaded_as_the_files_that_a_command_takes(
 
 def test_suspects_are_filtered_sorted_and_enlarged(checked) -> None:
     page, data, heard = checked
-    page.locator("#reason").select_option("harms validation")
+    page.locator("#reason").select_option("contradicts other images")
     assert page.locator(".suspect:visible").count() == 2
     page.locator("#class").select_option(data.class_names[0])
     shown = page.locator(".suspect:visible").evaluate_all("all => all.map(c => c.dataset.label)")
