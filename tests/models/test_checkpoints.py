@@ -134,10 +134,12 @@ def test_finished_checkpoints_are_picked_up_and_a_missing_one_is_trained_the_sam
         "logits cut off": lambda f: (f / "logits.npz").write_bytes(b"PK"),
         "logits missing": lambda f: (f / "logits.npz").unlink(),
         "logits of NaN": lambda f: np.savez(
-            f / "logits.npz", train=np.full((24, 2), np.nan), validation=np.zeros((6, 2))
+            f / "logits.npz", train=np.full((24, 2), np.nan), validation=np.zeros((6, 2)),
+            test=np.zeros((6, 2)),
         ),
         "logits of other data": lambda f: np.savez(
-            f / "logits.npz", train=np.zeros((23, 2)), validation=np.zeros((6, 2))
+            f / "logits.npz", train=np.zeros((23, 2)), validation=np.zeros((6, 2)),
+            test=np.zeros((6, 2)),
         ),
         "history": lambda f: (f / "history.json").write_text("["),
         "weights": lambda f: (f / "model" / "model.safetensors").write_bytes(b""),
@@ -214,7 +216,7 @@ def test_the_result_of_finetuning_is_that_of_its_checkpoints(setting, tmp_path: 
 def test_a_result_loaded_from_files_is_the_one_that_was_kept(
     tmp_path: Path, has_folders: bool
 ) -> None:
-    logits = np.ones((2, 5, 3), np.float32), np.zeros((2, 4, 3), np.float32)
+    logits = [np.full((2, n, 3), n, np.float32) for n in (5, 4, 3)]
     members = Ensemble(subset_masks(5, 2, 0.5, 0), *logits)
     np.savez(tmp_path / "logits.npz", **members.arrays())
     found = Finetuned.load(tmp_path / "logits.npz", tmp_path if has_folders else None, 2)

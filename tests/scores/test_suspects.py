@@ -223,7 +223,7 @@ def test_the_stage_s_list_is_about_all_splits_and_follows_the_score_table(digits
     own = table[table["split"] == "train"]
     same = train.loc[own["example_id"]]
     for name in ("trust", "loss", "label_quality"):
-        np.testing.assert_allclose(own[name], same[name], rtol=1e-9)
+        np.testing.assert_allclose(own[name], same[name], rtol=1e-5)
     assert own["position"].tolist() == same["position"].tolist()
 
 
