@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from attribution.errors import InputError, reason
 from attribution.models.memory_layout import see_inputs
-from attribution.models.pretrained import MINI_CONFIGS, load_pretrained, quiet_transformers
+from attribution.models.pretrained import MINI_CONFIGS, heads, load_pretrained, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def build(name: str, class_names: tuple[str, ...], seed: int) -> PreTrainedModel:
-    """Build a model with one logit per class: mini models from scratch, others pretrained with a new head.
+    """Build a model with one logit per class: mini models from scratch, others pretrained with new heads.
 
     Args:
         name: a key of MINI_CONFIGS, a from_pretrained folder, or a Hub id.
@@ -25,8 +25,10 @@ def build(name: str, class_names: tuple[str, ...], seed: int) -> PreTrainedModel
         seed: of all weights that are drawn.
 
     Raises:
-        InputError: the model cannot be loaded, or its tensors do not fit its config.
+        InputError: the model cannot be loaded, has no linear head, or its tensors do not fit its
+            config.
     """
+    own_heads = () if name in MINI_CONFIGS else heads(name)
     torch.manual_seed(seed)
     labels: dict[str, Any] = {
         "num_labels": len(class_names),
@@ -37,28 +39,21 @@ def build(name: str, class_names: tuple[str, ...], seed: int) -> PreTrainedModel
         from transformers import ResNetConfig, ResNetForImageClassification
 
         return ResNetForImageClassification(ResNetConfig(**MINI_CONFIGS[name], **labels))
-    model, info = load_pretrained(name, ignore_mismatched_sizes=True, **labels)
-    _renew_head(model, len(class_names))
+    if not own_heads:
+        raise InputError(
+            f"model={name}: has no linear head with one logit per class; "
+            "name a transformers image classifier that has one"
+        )
+    model, info = load_pretrained(name, labels, ignore_mismatched_sizes=True)
     # transformers draws tensors that are missing or have another shape; only heads may be drawn.
     drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.out_features == len(class_names):
-            drawn -= {f"{path}.weight", f"{path}.bias"}
+    for path in own_heads:  # even where the shape fits, their weights are for other classes
+        cast(nn.Linear, model.get_submodule(path)).reset_parameters()
+        drawn -= {f"{path}.weight", f"{path}.bias"}
     unfit = sorted(key for key in drawn if not key.endswith("num_batches_tracked"))
     if unfit:
         raise InputError(f"model={name}: its tensors do not fit its config: {unfit[:3]}")
     return model
-
-
-def _renew_head(model: PreTrainedModel, num_labels: int) -> None:
-    """Redraw the last layer: its weights are for other classes even where the shape fits."""
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not heads or heads[-1].out_features != num_labels:
-        raise InputError(
-            f"model={model.config.model_type}: has no linear head with one logit per class; "
-            "name a transformers image classifier that has one"
-        )
-    heads[-1].reset_parameters()
 
 
 def check(name: str, class_names: tuple[str, ...], image_size: int) -> None:
@@ -71,11 +66,11 @@ def check(name: str, class_names: tuple[str, ...], image_size: int) -> None:
 
 
 def check_image_size(model: nn.Module, image_size: int) -> None:
-    """Refuse an image size that the model cannot take.
+    """Try the model on an image of this size, and refuse a model or size that cannot be trained.
 
     Raises:
-        InputError: a strided layer receives a map smaller than its stride, or the model has a
-            fixed input size that differs.
+        InputError: a strided layer receives a map smaller than its stride, the model has a fixed
+            input size that differs, or its output has no logits.
     """
 
     def check(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -88,14 +83,19 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
 
     strided = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
     try:
-        see_inputs(model, strided, check, image_size)
+        output = see_inputs(model, strided, check, image_size)
     except InputError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # of any kind: timm's are AssertionErrors
         own = getattr(model.config, "image_size", "unknown")
         raise InputError(
             f"image_size={image_size}: the model refuses it ({reason(error)}); its config's is {own}"
         ) from error
+    if getattr(output, "logits", None) is None:
+        raise InputError(
+            f"model={getattr(model.config, 'name_or_path', '')}: a {type(model).__name__} returns no "
+            "logits; name a transformers image classifier that does"
+        )
 
 
 def save(
@@ -109,6 +109,8 @@ def save(
     from transformers import ConvNextImageProcessor
 
     quiet_transformers()
+    if model.config.model_type == "timm_wrapper":  # keeps names and preprocessing in its config
+        _describe_timm(model.config, image_size, mean, std)
     model.save_pretrained(folder)
     processor = ConvNextImageProcessor(
         size={"shortest_edge": image_size},
@@ -117,6 +119,21 @@ def save(
         image_std=list(std),
     )
     processor.save_pretrained(folder)
+
+
+def _describe_timm(
+    config: Any, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    """Write class names and preprocessing where timm and its image processor look for them."""
+    config.label_names = [config.id2label[i] for i in range(config.num_labels)]
+    config.pretrained_cfg = getattr(config, "pretrained_cfg", {}) | {
+        "input_size": [3, image_size, image_size],
+        "mean": list(mean),
+        "std": list(std),
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }
 
 
 def load(folder: Path) -> nn.Module:

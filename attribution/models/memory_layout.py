@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +46,17 @@ def _channels_first(conv: nn.Conv2d, inputs: tuple[Tensor]) -> Tensor:
 
 def see_inputs(
     model: nn.Module, modules: Iterable[nn.Module], see: Callable[..., None], image_size: int
-) -> None:
-    """Run the model on one black image, and call see(module, inputs) before each of these modules."""
+) -> Any:
+    """Run the model on one black image, and call see(module, inputs) before each of these modules.
+
+    Returns:
+        The model's output.
+    """
     hooks = [module.register_forward_pre_hook(see) for module in modules]
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
+            return model.eval()(torch.zeros(1, 3, image_size, image_size))
     finally:
         model.train(training)
         for hook in hooks:

@@ -6,11 +6,10 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import nn
 
 from attribution.errors import InputError
 from attribution.models.classifier import check_image_size
-from attribution.models.pretrained import MINI_CONFIGS, processor, skeleton
+from attribution.models.pretrained import MINI_CONFIGS, preprocessing, skeleton
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -24,8 +23,8 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     Raises:
         InputError: the preprocessor cannot be read, or has other than three usable numbers each.
     """
-    own = None if name in MINI_CONFIGS else processor(name)
-    mean, std = (getattr(own, f"image_{which}", None) for which in ("mean", "std"))
+    own = {} if name in MINI_CONFIGS else preprocessing(name)
+    mean, std = (own.get(f"image_{which}") for which in ("mean", "std"))
     if mean is None or std is None:
         return IMAGENET_MEAN, IMAGENET_STD
     try:
@@ -47,8 +46,8 @@ def own_image_size(name: str) -> int:
         InputError: the model or its preprocessor cannot be read.
     """
     config = skeleton(name).config  # refuses a broken config, whatever the preprocessor says
-    own = processor(name)
-    for size in (getattr(own, "crop_size", None), getattr(own, "size", None)):
+    own = preprocessing(name)
+    for size in (own.get("crop_size"), own.get("size")):
         side = size and (dict(size).get("height") or dict(size).get("shortest_edge"))
         if side:
             return side
@@ -74,10 +73,6 @@ def forward_flops(name: str, image_size: int) -> int | None:
 
 
 def parameter_count(name: str, classes: int) -> int:
-    """Count the numbers in a checkpoint, buffers included, with a head for `classes`."""
-    model = skeleton(name)
-    total = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if heads:
-        total += (classes - heads[-1].out_features) * (heads[-1].in_features + 1)
-    return total
+    """Count the numbers in a checkpoint, buffers included, with heads for `classes`."""
+    model = skeleton(name, classes)
+    return sum(t.numel() for t in (*model.parameters(), *model.buffers()))

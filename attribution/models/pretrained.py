@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,16 +40,21 @@ def refusing(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if "TimmWrapper" in str(error) and not find_spec("timm"):
+            raise InputError(f"model={name}: is of timm; type pip install timm") from None
         raise InputError(
             f"model={name}: cannot be loaded; it must be {', '.join(MINI_CONFIGS)}, a "
             f"from_pretrained folder with safetensors, or a Hub id that can be reached ({reason(error)})"
         ) from error
 
 
-def load_pretrained(name: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_pretrained(
+    name: str, labels: Mapping[str, Any] = MappingProxyType({}), **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model from safetensors; also return what transformers reports about its tensors.
 
     Args:
+        labels: settings of the config to replace.
         options: of transformers' from_pretrained.
 
     Raises:
@@ -58,9 +65,9 @@ def load_pretrained(name: str, **options: Any) -> tuple[PreTrainedModel, dict[st
 
     quiet_transformers()
     with refusing(name):
-        _check_folder(name)
         model, info = AutoModelForImageClassification.from_pretrained(
             name,
+            config=_config(name, **labels),
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.float32,
@@ -96,39 +103,96 @@ def _check_folder(name: str) -> None:
             read_json(folder / "config.json")
 
 
+def _config(name: str, **labels: Any) -> Any:
+    """Return the config of a model, after a look at what else its folder holds."""
+    from transformers import AutoConfig
+
+    _check_folder(name)
+    _refuse_adapter(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
+    if config.model_type == "timm_wrapper":  # transformers gives timm the number of classes itself
+        (config.model_args or {}).pop("num_classes", None)
+    return config
+
+
+def _refuse_adapter(name: str) -> None:
+    """Refuse the weights of an adapter such as LoRA, which transformers ignores where peft is missing.
+
+    Raises:
+        InputError: the folder or Hub repository holds an adapter.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(name):
+        raise InputError(
+            f"model={name}: holds an adapter (adapter_config.json), not a whole model; merge it with "
+            "its base model: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
+            ".save_pretrained(FOLDER), then type --model FOLDER"
+        )
+
+
 @cache
-def skeleton(name: str) -> nn.Module:
+def skeleton(name: str, classes: int = 0) -> nn.Module:
     """Return the model without weights, on PyTorch's meta device.
+
+    Args:
+        classes: for which it is built; 0 for as many as it has.
 
     Raises:
         InputError: it cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig
+    from transformers import AutoModelForImageClassification, ResNetConfig
 
     with refusing(name):
-        if name in MINI_CONFIGS:
-            config = ResNetConfig(**MINI_CONFIGS[name])
-        else:
-            _check_folder(name)
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = ResNetConfig(**MINI_CONFIGS[name]) if name in MINI_CONFIGS else _config(name)
+        config.num_labels = classes or config.num_labels or 2  # timm's may have no head
         with torch.device("meta"):
             return AutoModelForImageClassification.from_config(config)
 
 
-def processor(name: str) -> Any:
-    """Return the image processor of a model, or None where it has none that transformers knows.
+@cache
+def heads(name: str) -> tuple[str, ...]:
+    """Return the paths of a model's linear heads: the layers with one output for each class.
+
+    They are the layers that grow with the number of classes; some models have two.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    outputs = [
+        {path: m.out_features for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+        for model in (skeleton(name, 2), skeleton(name, 3))
+    ]
+    return tuple(path for path, count in outputs[0].items() if (count, outputs[1][path]) == (2, 3))
+
+
+def preprocessing(name: str) -> dict[str, Any]:
+    """Return what a model's image processor says, under transformers' names; empty without one.
 
     Raises:
         InputError: a folder has one that cannot be loaded.
     """
-    from transformers import AutoImageProcessor
+    own = _processor(name)
+    if timm := getattr(own, "data_config", None):
+        side = {"height": timm["input_size"][1]}
+        return {"image_mean": timm["mean"], "image_std": timm["std"], "size": side}
+    return {
+        key: getattr(own, key, None) for key in ("image_mean", "image_std", "crop_size", "size")
+    }
 
+
+def _processor(name: str) -> Any:
+    """Return the image processor of a model, or None where it has none that transformers knows."""
+    from transformers import AutoImageProcessor
+    from transformers.utils.generic import is_timm_local_checkpoint
+
+    quiet_transformers()
     try:
         with refusing(name):
             _check_folder(name)
             return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except InputError:
-        if (Path(name) / "preprocessor_config.json").exists():
+        if (Path(name) / "preprocessor_config.json").exists() or is_timm_local_checkpoint(name):
             raise
         return None
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from attribution.data.transforms import to_batch
-from attribution.models import classifier
+from attribution.models import classifier, pretrained
 
 
 def head(model: nn.Module) -> nn.Linear:
@@ -152,10 +152,52 @@ def test_an_unknown_model_name_is_refused_in_one_line_with_what_would_be_right(
     assert message.startswith(f"model={tmp_path}") and "resnet-mini" in message
 
 
-def test_a_model_without_a_linear_head_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 2, 1))
-    model.config = type("Config", (), {"model_type": "convolutions"})()
-    assert "model=convolutions" in refusal(classifier._renew_head, model, 2)
+def test_a_model_without_a_linear_head_is_refused(folder: Path, monkeypatch) -> None:
+    convolution = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Linear(2, 2))
+    pretrained.heads.cache_clear()
+    monkeypatch.setattr(pretrained, "skeleton", lambda *_: convolution)
+    assert "no linear head" in refusal(classifier.build, str(folder), CLASSES, 0)
+
+
+TINY = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+SWIFT = {"depths": [1, 1, 1, 1], "embed_dims": [4, 4, 4, 4]}
+TWO_HEADS = {
+    "DeiTForImageClassificationWithTeacher": ("DeiT", TINY, ["cls_classifier", "distillation_classifier"]),
+    "SwiftFormerForImageClassification": ("SwiftFormer", SWIFT, ["head", "dist_head"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", TWO_HEADS)
+@pytest.mark.parametrize("classes", [("a", "b"), ("a", "b", "c", "d")])
+def test_every_head_is_redrawn_and_no_other_layer(architecture, classes, tmp_path: Path) -> None:
+    """Other layers have four outputs too, as one of the heads would."""
+    import transformers
+
+    family, settings, names = TWO_HEADS[architecture]
+    config = getattr(transformers, f"{family}Config")(**settings, num_labels=2)
+    saved = getattr(transformers, architecture)(config)
+    saved.save_pretrained(tmp_path)
+    built = classifier.build(str(tmp_path), classes, seed=3)
+    for name in names:
+        drawn, old = built.get_submodule(name).weight, saved.get_submodule(name).weight
+        assert drawn.shape == (len(classes), 4)
+        assert not torch.isclose(drawn[:2], old).any()
+    heads = tuple(f"{name}." for name in names)
+    kept = [
+        {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(heads)}
+        for model in (built, saved)
+    ]
+    assert equal(*kept)
+
+
+def test_a_model_that_returns_no_logits_is_refused(tmp_path: Path) -> None:
+    from transformers import PPLCNetConfig, PPLCNetForImageClassification
+
+    PPLCNetForImageClassification(PPLCNetConfig(scale=0.25)).save_pretrained(tmp_path)
+    message = refusal(classifier.check, str(tmp_path), CLASSES, 32)
+    assert message.startswith(
+        f"model={tmp_path}: a PPLCNetForImageClassification returns no logits"
+    )
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from model_folders import (
     edit_config,
     edit_tensors,
     equal,
+    logits,
     refusal,
 )
 
+from attribution.data.transforms import to_batch
 from attribution.models import classifier, model_facts, pretrained
 
 
@@ -91,6 +94,14 @@ def pipe(folder: Path, name: str) -> None:
         "a header that claims an exabyte": (
             lambda f: replace_file(f, "model.safetensors", (1 << 60).to_bytes(8, "little") + b"{}"),
             dict.fromkeys(("load", "build"), "cannot be loaded"),
+        ),
+        "an adapter": (
+            lambda f: replace_file(f, "adapter_config.json", b"{}"),
+            dict.fromkeys(("load", "build", "image size"), "merge_and_unload()"),
+        ),
+        "an adapter without a model": (
+            lambda f: [replace_file(f, "adapter_config.json", b"{}"), (f / "config.json").unlink()],
+            dict.fromkeys(("load", "build", "image size"), "merge_and_unload()"),
         ),
         "a config that is a list": (
             lambda f: replace_file(f, "config.json", b"[]"),
@@ -175,3 +186,47 @@ def test_what_a_base_model_may_lack_or_have_more_of(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update(surplus=torch.zeros(3)))
     found = backbone(classifier.build(str(folder), CLASSES, 0))
     assert all(torch.equal(found[k], before[k]) for k in before if k != counter)
+
+
+@pytest.fixture
+def timm_folder(tmp_path: Path) -> Path:
+    """A model as timm itself writes it; one of its arguments is the number of classes."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("mobilenetv3_small_050", num_classes=3)
+    cfg = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 96, 96]}
+    names = {"label_names": ["x", "y", "z"]}
+    timm.models.save_for_hf(
+        model,
+        tmp_path / "timm",
+        model_config=names | {"pretrained_cfg": cfg},
+        safe_serialization=True,
+    )
+    return tmp_path / "timm"
+
+
+def test_a_timm_model_s_size_and_normalisation_are_those_of_its_config(timm_folder: Path) -> None:
+    assert model_facts.own_image_size(str(timm_folder)) == 96
+    assert model_facts.normalisation(str(timm_folder)) == ((0.5,) * 3, (0.25,) * 3)
+
+
+def test_a_trained_timm_model_carries_its_names_and_preprocessing(
+    timm_folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    built = classifier.build(str(timm_folder), ("cat", "dog"), seed=0)
+    classifier.save(built, tmp_path / "saved", 32, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
+    assert plain.config.id2label == {0: "cat", 1: "dog"}
+    assert torch.equal(logits(plain), logits(classifier.load(tmp_path / "saved")))
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    prepared = AutoImageProcessor.from_pretrained(tmp_path / "saved")(image)["pixel_values"]
+    expected = to_batch(image[None], (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    torch.testing.assert_close(prepared, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(find_spec("timm")), reason="timm is installed")
+def test_a_timm_model_without_timm_is_refused_with_what_to_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
+    for action in (model_facts.normalisation, model_facts.own_image_size):
+        assert "pip install timm" in refusal(action, str(tmp_path))
