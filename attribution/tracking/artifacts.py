@@ -7,10 +7,11 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from attribution.errors import InputError, reason, redact
 from attribution.tracking.links import run_link
@@ -18,8 +19,9 @@ from attribution.tracking.links import run_link
 
 def local_root(artifact_uri: str) -> Path | None:
     """The folder that an artifact address stands for; None where it is not on this machine."""
-    parsed = urlparse(artifact_uri)
-    return Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None
+    # As MLflow itself finds it, also where a path holds # or %.
+    is_local = urlsplit(artifact_uri).scheme in ("", "file")
+    return Path(local_file_uri_to_path(artifact_uri)) if is_local else None
 
 
 def artifact_path(run_id: str, path: str) -> Path:

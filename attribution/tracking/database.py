@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 from mlflow.exceptions import MlflowException
 from requests import RequestException
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from attribution.errors import InputError, redact
@@ -82,7 +82,8 @@ def _database(uri: str) -> Path | None:
 def _create(file: Path) -> None:
     discard_unfinished(file)
     with atomic(file) as unfinished:
-        mlflow.MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+        address = URL.create("sqlite", database=str(unfinished)).render_as_string()
+        mlflow.MlflowClient(address).search_experiments(max_results=1)
 
 
 def failure(error: BaseException) -> str:

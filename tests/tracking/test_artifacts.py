@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import mlflow
 import pytest
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from attribution.tracking import artifacts
 from attribution.tracking.artifacts import address, local_root
@@ -29,6 +30,11 @@ def run_at(artifact_uri: str) -> SimpleNamespace:
 def test_an_artifact_address_stands_for_a_folder_of_this_machine_or_for_none(uri, folder) -> None:
     found = local_root(uri)
     assert (str(found) if found else None) == folder
+
+
+@pytest.mark.parametrize("uri", ["/data/a #b%20 c?d é/run", "file:///data/a%20%23b%2520?x/run"])
+def test_a_folder_of_any_name_is_found_where_mlflow_writes(uri) -> None:
+    assert str(local_root(uri)) == LocalArtifactRepository(uri).artifact_dir
 
 
 def test_a_person_is_sent_to_the_file_or_the_page_and_never_to_a_download(monkeypatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from requests import ConnectionError
 from sqlalchemy.exc import OperationalError
 
@@ -66,6 +67,14 @@ def new_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a store that is not there yet."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
     return tmp_path / "new.db"
+
+
+def test_a_store_lies_in_the_folder_that_its_address_names(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "a #b%20 c?d é" / "new.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", path_to_local_sqlite_uri(file))
+    open_store(tmp_path / "cache")
+    assert [each.name for each in file.parent.iterdir()] == [file.name]
+    assert {each.name for each in tmp_path.iterdir()} == {file.parent.name, "cache"}
 
 
 def test_a_store_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch) -> None:
