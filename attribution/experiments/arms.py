@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from attribution.config import Config
 from attribution.errors import InputError
@@ -23,11 +24,6 @@ Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
 
 def _lowest(values: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(values, kind="stable")[:count]
-
-
-def _rank(values: np.ndarray) -> np.ndarray:
-    """Rank of each value, 0 for the lowest; equal values in order of position."""
-    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
 
 
 def _given(values: np.ndarray | None) -> np.ndarray:
@@ -82,7 +78,8 @@ def self_influence(evidence: Evidence, count: int, rng: np.random.Generator) -> 
 
 
 def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return _lowest(np.maximum(_rank(evidence.trust), _rank(-evidence.loss)), count)
+    ranks = [rankdata(values, "ordinal") for values in (evidence.trust, -evidence.loss)]
+    return _lowest(np.maximum(*ranks), count)
 
 
 def majority(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:

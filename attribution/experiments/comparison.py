@@ -16,7 +16,6 @@ from attribution.experiments import arms
 from attribution.experiments.arms import Trial
 from attribution.experiments.evidence import Evidence
 from attribution.experiments.statistics import (
-    Estimate,
     bootstrap_interval,
     detectable_effect,
     holm,
@@ -33,7 +32,6 @@ CONTROLS = ("random", "none")
 BETTER, WORSE = "better than random", "worse than random"
 # Metrics with p-values; worst_group_accuracy exists if `groups` is a column.
 JUDGED = ("accuracy", "worst_group_accuracy")
-JUDGEMENTS = ("p", "p_holm", "bootstrap_low", "bootstrap_high", "detectable")
 # The columns that MLflow's table view shows without scrolling.
 FIRST_COLUMNS = ["arm", "frac", "accuracy_mean", "accuracy_vs_random", "verdict"]
 CLASS_COLUMNS = [
@@ -68,9 +66,7 @@ class Outcome:
     def summarise(self) -> None:
         """Add the mean of every metric."""
         for metric, values in self.per_seed.items():
-            mean = mean_estimate(values)
-            self.summary[f"{metric}_mean"] = mean.mean
-            self._add_interval(metric, mean)
+            self.summary |= mean_estimate(values).columns(metric, "_mean")
 
     def compare_with(self, name: str, control: Outcome) -> None:
         """Add the differences from a control, paired seed by seed; _p_holm stays open."""
@@ -79,19 +75,19 @@ class Outcome:
             for metric, values in self.per_seed.items()
         }
         for metric, difference in found.items():
-            self.summary[f"{metric}_vs_{name}"] = difference.mean
-            self._add_interval(f"{metric}_vs_{name}", difference)
+            self.summary |= difference.columns(f"{metric}_vs_{name}")
         for metric in self.judged:
             values = self.per_seed[metric] - control.per_seed[metric]
             low, high = bootstrap_interval(values)
-            detectable = detectable_effect(float(values.std(ddof=1)), len(values))
-            figures = found[metric].p, np.nan, low, high, detectable
-            for judgement, figure in zip(JUDGEMENTS, figures, strict=True):
-                self.summary[f"{metric}_vs_{name}_{judgement}"] = figure
-
-    def _add_interval(self, name: str, estimate: Estimate) -> None:
-        self.summary[f"{name}_ci_low"] = estimate.ci_low
-        self.summary[f"{name}_ci_high"] = estimate.ci_high
+            figures = {
+                "p": found[metric].p,
+                "p_holm": np.nan,
+                "bootstrap_low": low,
+                "bootstrap_high": high,
+                "detectable": detectable_effect(float(values.std(ddof=1)), len(values)),
+            }
+            for figure, value in figures.items():
+                self.summary[f"{metric}_vs_{name}_{figure}"] = value
 
 
 @dataclass(frozen=True)
@@ -274,7 +270,7 @@ def class_effects(
         for label, name in enumerate(class_names):
             difference = paired_difference(outcome.per_class[label], control.per_class[label])
             n_test = int((test_labels == label).sum())
-            cells = difference.mean, difference.ci_low, difference.ci_high
+            cells = difference.columns("accuracy_vs_random").values()
             rows.append((trial.arm, trial.action, round(trial.frac, 6), name, n_test, *cells))
     return pd.DataFrame(rows, columns=CLASS_COLUMNS)
 
@@ -294,15 +290,9 @@ def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
             for each in outcomes
         ]
     )
-    # All columns exist even if nothing but baselines is compared.
-    names = list(table)
-    for control in CONTROLS:
-        for metric in outcomes[0].per_seed:
-            versus = f"{metric}_vs_{control}"
-            names += [versus, f"{versus}_ci_low", f"{versus}_ci_high"]
-        for metric in outcomes[0].judged:
-            names += [f"{metric}_vs_{control}_{judgement}" for judgement in JUDGEMENTS]
-    table = table.reindex(columns=list(dict.fromkeys(names)))
+    # The columns exist even if no arm is compared with random.
+    versus_random = [name.replace("_vs_none", "_vs_random") for name in table]
+    table = table.reindex(columns=list(dict.fromkeys([*table, *versus_random])))
     table["verdict"] = [verdict(row) for _, row in table.iterrows()]
     return table[FIRST_COLUMNS + [name for name in table if name not in FIRST_COLUMNS]]
 

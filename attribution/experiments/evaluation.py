@@ -216,9 +216,7 @@ def brittleness(
                 "flipped": flips / len(targets),
                 "flipped_ci_low": low,
                 "flipped_ci_high": high,
-                "margin_change": change.mean,
-                "margin_change_ci_low": change.ci_low,
-                "margin_change_ci_high": change.ci_high,
+                **change.columns("margin_change"),
             }
         )
     return pd.DataFrame(rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -27,6 +26,11 @@ class Estimate:
     ci_low: float
     ci_high: float
     p: float
+
+    def columns(self, name: str, suffix: str = "") -> dict[str, float]:
+        """The mean, under the name and suffix, and the ends of its interval, as a table's columns."""
+        ends = {f"{name}_ci_low": self.ci_low, f"{name}_ci_high": self.ci_high}
+        return {f"{name}{suffix}": self.mean, **ends}
 
 
 def mean_estimate(values: np.ndarray) -> Estimate:
@@ -88,21 +92,12 @@ def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, fl
 def power(effect: float, n_seeds: int, alpha: float = 0.05) -> float:
     """Chance that a two-sided paired t test detects a mean difference of `effect` standard deviations.
 
-    The noncentral t distribution is computed as a mean over the distribution of the sample's spread
-    (chi with n - 1 degrees of freedom). statsmodels' TTestPower relies on scipy's noncentral t, which
-    is NaN for large effects.
+    The square of Student's t has an F distribution, whose noncentrality is n effect^2. scipy's is
+    wrong at zero and fails for huge ones, where the chance no longer changes.
     """
-    df, shift = n_seeds - 1, abs(effect) * np.sqrt(n_seeds)
-    nodes, weights = _nodes()
-    spread = np.sqrt(stats.chi2.ppf((nodes + 1) / 2, df) / df)
-    bound = stats.t.ppf(1 - alpha / 2, df) * spread
-    found = stats.norm.sf(bound - shift) + stats.norm.sf(bound + shift)
-    return float(weights @ found / 2)
-
-
-@cache  # takes 10 ms, and a comparison computes hundreds of powers
-def _nodes() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(200)
+    noncentrality = np.clip(n_seeds * effect**2, 1e-30, 1e8)
+    bound = stats.f.isf(alpha, 1, n_seeds - 1)
+    return float(stats.ncf.sf(bound, 1, n_seeds - 1, noncentrality))
 
 
 def detectable_effect(
@@ -269,7 +264,8 @@ def noise_ceiling(margins: np.ndarray) -> np.ndarray:
     The mean of R repeats correlates with its expectation by the square root of its reliability, which
     the Spearman-Brown formula gives from the correlation between single repeats. With few subsets the
     mean over targets is a little low (in simulation, for ceilings of .5 to .8: by .02 to .04 with 50
-    subsets and 2 repeats, by at most .01 with 100 and 3). For targets that nothing moves it is .2, not 0.
+    subsets and 2 repeats, by at most .01 with 100 and 3). For targets that nothing moves it overestimates:
+    about .2 instead of 0.
 
     Args:
         margins: (S, R, m), R at least 2.

@@ -202,10 +202,12 @@ def test_a_verdict_needs_the_interval_and_the_adjusted_p_value(low, high, p_holm
 
 def test_an_arm_that_removes_nothing_is_compared_with_nothing() -> None:
     same = logits_with(CORRECT["none", 0])
-    found = compare([trial("none", 0), trial("negative", 0)], [same, same], LABELS)
+    trials = [trial("none", 0), trial("random", 5), trial("negative", 0)]
+    found = compare(trials, [same] * 3, LABELS)
     table = comparison_table(found)
-    assert not controls(found[1]) and table["accuracy_vs_random"].isna().all()
-    assert [verdict(row) for _, row in table.iterrows()] == ["baseline", "removes nothing"]
+    assert not controls(found[2]) and table["accuracy_vs_random"].isna().all()
+    verdicts = [verdict(row) for _, row in table.iterrows()]
+    assert verdicts == ["baseline", "baseline", "removes nothing"]
 
 
 def test_a_comparison_tells_what_an_arm_keeps_at_every_share_that_was_asked_for() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.integrate import quad
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from attribution.experiments.statistics import (
@@ -21,6 +22,7 @@ from attribution.experiments.statistics import (
     mean_estimate,
     noise_ceiling,
     paired_difference,
+    power,
     predicted_margins,
     resampled,
     seeds_needed,
@@ -237,32 +239,37 @@ def test_values_without_spread_have_a_bootstrap_interval_without_width(values) -
 
 
 def power_of(effect: float, n: int, alpha: float = 0.05) -> float:
-    """Of a two-sided t test: a normal tail given the sample's spread, averaged over that spread.
+    """Of a two-sided t test: a normal tail given the sample's spread, integrated over that spread."""
+    critical, shift, df = stats.t.ppf(1 - alpha / 2, n - 1), effect * np.sqrt(n), n - 1
 
-    Not by scipy's noncentral t, which is NaN or wrong for some effects above one.
-    """
-    points, weights = np.polynomial.legendre.leggauss(1000)
-    spread = np.sqrt(stats.chi2.ppf((points + 1) / 2, n - 1) / (n - 1))
-    critical = stats.t.ppf(1 - alpha / 2, n - 1) * spread
-    shift = effect * np.sqrt(n)
-    return float(
-        weights / 2 @ (stats.norm.cdf(shift - critical) + stats.norm.cdf(-shift - critical))
-    )
+    def density(spread: float) -> float:
+        tails = stats.norm.cdf(shift - critical * spread) + stats.norm.cdf(
+            -shift - critical * spread
+        )
+        return stats.chi.pdf(spread * np.sqrt(df), df) * np.sqrt(df) * tails
+
+    ends = np.clip(1 + np.array([-9, -3, 0, 3, 9]) / np.sqrt(2 * df), 0, None)
+    return sum(quad(density, *pair, epsabs=1e-12)[0] for pair in pairwise(ends))
+
+
+@pytest.mark.parametrize("effect", [0, 0.01, 0.1, 0.5, 0.8, 1.5, 4, 12, 60])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 10, 30, 72, 120, 300, 1000])
+def test_the_power_is_an_integral_over_the_spread(n: int, effect: float) -> None:
+    assert power(effect, n) == power(-effect, n) == pytest.approx(power_of(effect, n), abs=1e-9)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 20, 72, 73, 92, 100, 120])
 def test_the_detectable_effect_has_its_power(n: int) -> None:
     effect = detectable_effect(1.0, n)
-    assert power_of(effect, n) == pytest.approx(0.8, abs=1e-4)
+    assert power_of(effect, n) == pytest.approx(0.8, abs=1e-8)
     assert detectable_effect(0.003, n) == pytest.approx(0.003 * effect)
 
 
-@pytest.mark.parametrize("power", [0.5, 0.9])
+@pytest.mark.parametrize("asked", [0.5, 0.9])
 @pytest.mark.parametrize("alpha", [0.01, 0.05])
-def test_the_detectable_effect_is_that_of_the_power_and_level_asked_for(power, alpha) -> None:
-    assert power_of(detectable_effect(1.0, 12, power, alpha), 12, alpha) == pytest.approx(
-        power, abs=1e-4
-    )
+def test_the_detectable_effect_is_that_of_the_power_and_level_asked_for(asked, alpha) -> None:
+    found = power_of(detectable_effect(1.0, 12, asked, alpha), 12, alpha)
+    assert found == pytest.approx(asked, abs=1e-8)
 
 
 def test_the_detectable_effect_is_found_in_four_of_five_samples() -> None:
@@ -279,10 +286,10 @@ def test_without_spread_any_effect_is_detectable() -> None:
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.05, 4), st.sampled_from([0.5, 0.8, 0.9]))
-def test_the_seeds_needed_are_the_first_number_that_has_the_power(size, power) -> None:
-    needed = seeds_needed(0.01 * size, 0.01, power)
-    assert power_of(size, needed) >= power - 1e-4
-    assert needed == 2 or power_of(size, needed - 1) < power + 1e-4
+def test_the_seeds_needed_are_the_first_number_that_has_the_power(size, asked) -> None:
+    needed = seeds_needed(0.01 * size, 0.01, asked)
+    assert power_of(size, needed) >= asked - 1e-8
+    assert needed == 2 or power_of(size, needed - 1) < asked + 1e-8
 
 
 @pytest.mark.parametrize("size", [5, 5.5, 6, 8, 11, 12, 1e3, 1e6])
