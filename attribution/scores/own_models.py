@@ -50,8 +50,7 @@ def score(
     models = [models] if isinstance(models, nn.Module) else list(models)
     if not models:
         raise InputError("models: is empty; give at least one trained model")
-    total: Tensor | float = 0.0
-    weight: Tensor | float = 0.0
+    total, weight = torch.zeros(()), torch.zeros(())
     for number, model in enumerate(models):
         sketch = Sketch(proj_dim, f"{seed}/{number}", num_blocks=num_blocks)
         features, one_minus_p = _features(sketch, model, train, batch_size)
@@ -67,12 +66,13 @@ def _features(
     sketch: Sketch, model: nn.Module, dataset: Dataset, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Projected gradients (n, blocks k), and 1 - p of the labels, (n,)."""
-    device, parts = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    features, one_minus_p = [], []
     for images, labels in DataLoader(dataset, batch_size):
         try:
-            features, margins = sketch.features(model, images.to(device), labels.to(device))
+            projected, margins = sketch.features(model, images.to(device), labels.to(device))
         except GradientError as error:
             raise InputError(f"models: {type(model).__name__}: {error}") from error
-        parts.append((features, (-margins).sigmoid()))
-    features, one_minus_p = zip(*parts)
+        features.append(projected)
+        one_minus_p.append((-margins).sigmoid())
     return torch.cat(features), torch.cat(one_minus_p)
