@@ -83,6 +83,10 @@ class Config:
     keep: str = option("data", "file that names the images to keep: a list of example_ids of training images, or a table from suspects.html or export_arm; empty keeps all", "")
     labels: str = option("data", "table with the columns example_id (or file_name) and label: labels to use in place of the data set's; empty changes none", "")
     data_seed: int = option("data", "seed of the splits and of the planted label noise", 0, at_least=0)
+    split_by: str = option("data", "keep the images of one patient, product or video in one split: a column of the data set, or a pattern in file names whose first group says which, such as '(patient\\d+)_'; empty keeps only copies of an image together", "")
+    val_fraction: float = option("data", "share of the images to divide that become the validation split; not used if the data set has a validation part", 0.2, above=0, below=1)
+    test_fraction: float = option("data", "share of the images to divide that become the test split; not used if the data set has a test part", 0.2, above=0, below=1)
+    resplit: str = option("data", "whether the data set's own validation and test parts are ignored and all its labelled images divided; the flag alone means yes", "no", choices=("no", "yes"))
     image_column: str = option("data", "column that holds the images, for data sets in Hub format; empty finds it", "")
     label_column: str = option("data", "column that holds the labels, for data sets in Hub format; empty finds it", "")
     on_bad_image: str = option("data", "what to do with a file that cannot be decoded: stop, or skip and count it", "stop", choices=("stop", "skip"))
@@ -247,6 +251,11 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
     for f in FIELDS.values():
         _check(f, getattr(config, f.name))
     _check_fracs(config.frac)
+    if config.val_fraction + config.test_fraction >= 1:
+        raise InputError(
+            f"val_fraction={config.val_fraction}: leaves nothing to train on with test_fraction="
+            f"{config.test_fraction}; their sum must be below 1"
+        )
     _ = config.target_numbers
     return config
 

@@ -126,6 +126,8 @@ def test_the_bounds_are_the_documented_ones() -> None:
         "image_size": {"at_least": 1, "at_most": 4096},
         "label_noise": {"at_least": 0, "below": 1},
         "data_seed": {"at_least": 0},
+        "val_fraction": {"above": 0, "below": 1},
+        "test_fraction": {"above": 0, "below": 1},
         "epochs": {"at_least": 1},
         "learning_rate": {"above": 0},
         "batch_size": {"at_least": 2},

@@ -90,7 +90,7 @@ def gather(config: Config, listing: Listing) -> Facts:
             continue
     from_scratch = config.model in pretrained.MINI_CONFIGS
     return Facts(
-        n_train=listing.n_train(config.data_seed),
+        n_train=listing.n_train(config),
         side=round(float(np.median(sides or [64]))),
         is_grey=float(np.median(colours or [255])) <= 16,
         own_size=None if from_scratch else model_facts.own_image_size(config.model),

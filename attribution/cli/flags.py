@@ -46,7 +46,8 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     sections = {group: parser.add_argument_group(group) for group in groups}
     for name, f in FIELDS.items():
         if f.metadata["group"] in groups and name not in unknown:
-            optional: dict[str, Any] = {"nargs": "?", "const": "yes"} if name == "overwrite" else {}
+            is_switch = f.metadata.get("choices") == ("no", "yes")
+            optional: dict[str, Any] = {"nargs": "?", "const": "yes"} if is_switch else {}
             sections[f.metadata["group"]].add_argument(
                 f"--{name}",
                 metavar="|".join(f.metadata.get("choices", [KINDS[str(f.type)]])),

@@ -15,7 +15,7 @@ from attribution.data.listing import Listing, check_classes, list_data
 from attribution.data.pixel_cache import RECIPE, cached_pixels, painted_pixels
 from attribution.data.planted import plant_noise, plant_patch
 from attribution.data.sources import short_hash
-from attribution.data.splits import carve
+from attribution.data.splits import carve, check_every_class
 from attribution.errors import InputError
 
 
@@ -87,7 +87,9 @@ def load_data(config: Config, listing: Listing | None = None) -> ImageData:
     skipped = tuple(sorted(table["name"][is_bad]))
     table = table[~is_bad].reset_index(drop=True)
     check_classes(table, names, config)  # again: files may have been skipped
-    table["split"] = carve(table, config.data_seed)
+    table["split"] = carve(table, config)
+    if config.split_by:
+        check_every_class(table, names, config)
     examples = plant_noise(table, names, config)
     if config.labels:
         examples = relabelled(examples, names, config)

@@ -126,5 +126,5 @@ def _group_values(parts: dict[str, Any], name: str) -> list[Any] | None:
         return None
     kinds = datasets.Value, datasets.ClassLabel
     if not all(isinstance(part.features[name], kinds) for part in parts.values()):
-        raise InputError(f"groups={name}: holds lists or images; a group is a number or a text")
+        raise InputError(f"column {name} holds lists or images; a group is a number or a text")
     return [value for part in parts.values() for value in _values(part, name)]

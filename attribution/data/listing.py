@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attribution.config import Config, nearest
+from attribution.config import FIELDS, Config, nearest
 from attribution.data import sources
 from attribution.data.sources import Source
-from attribution.data.splits import SPLITS, carve
+from attribution.data.splits import SPLITS, carve, units
 from attribution.errors import InputError
 from attribution.runtime.cache_folder import cache_folder
 
@@ -26,7 +26,7 @@ class Listing:
     Attributes:
         names: class names; position is the label.
         table: one row per image: digest, label, file_name, role, row (in the source), name (for
-            messages), in an order that depends on content alone.
+            messages), unit (see splits.units), in an order that depends on content alone.
         dropped: copies left out because the same image lies in an official part.
     """
 
@@ -35,9 +35,9 @@ class Listing:
     table: pd.DataFrame
     dropped: int
 
-    def n_train(self, data_seed: int) -> int:
+    def n_train(self, config: Config) -> int:
         """Number of training examples, including any that cannot be decoded."""
-        return int((carve(self.table, data_seed) == "train").sum())
+        return int((carve(self.table, config) == "train").sum())
 
 
 def list_data(config: Config) -> Listing:
@@ -53,6 +53,9 @@ def list_data(config: Config) -> Listing:
     names = [source.class_names[label] for label in chosen]
     listed = _list_images(source, chosen, config)
     table = _drop_copies(listed)
+    column = source.column(config.split_by) if config.split_by else None
+    values = None if column is None else np.array(column, object)[table["row"]]
+    table["unit"] = units(table, values, config)
     check_classes(table, names, config)
     return Listing(source, names, table, len(listed) - len(table))
 
@@ -113,6 +116,8 @@ def _roles(source: Source, config: Config) -> dict[str, str]:
     validation = [name for name in sources.VALIDATION_NAMES if name in labelled][:1]
     # Without a labelled test part (ethz/food101 has none) the validation part becomes the test split.
     official = dict(zip(test + validation, ("test", "validation")))
+    if config.resplit == "yes":
+        official = dict.fromkeys(labelled & {"test", *sources.VALIDATION_NAMES}, "pool")
     return {**official, pool: "pool"}
 
 
@@ -156,21 +161,35 @@ def check_classes(table: pd.DataFrame, names: list[str], config: Config) -> None
         InputError: a class has no images, none in an official part, or too few to divide.
     """
     shown = f"dataset={config.dataset}"
-    official = set(table["role"]) - {"pool"}
+    official = sorted(set(table["role"]) - {"pool"})
     needed = len(SPLITS) - len(official)  # splits made from the pool
     roles = table.groupby("label")["role"].agg(set)
-    # An image in two classes counts for the first.
-    own = table[table["role"] == "pool"].groupby("digest")["label"].first().value_counts()
+    pool = table[table["role"] == "pool"]
+    if config.split_by:
+        own, kind = pool.groupby("label")["unit"].nunique(), f"units by split_by={config.split_by}"
+    else:  # an image in two classes counts for the first
+        own = pool.groupby("digest")["label"].first().value_counts()
+        kind = "different images of its own"
     for label, name in enumerate(names):
         if label not in roles:
             raise InputError(f"{shown}: empty class {name!r}: it holds no images")
         if own.get(label, 0) < needed:
             raise InputError(
-                f"{shown}: class {name!r} has {own.get(label, 0)} different images of its own to train "
-                f"on; at least {needed} are needed, one for each split made from them"
+                f"{shown}: class {name!r} has {own.get(label, 0)} {kind} to train on; "
+                f"at least {needed} are needed, one for each split made from them"
             )
-        for split in sorted(official - roles[label]):
+    for split in official:
+        lacking = [name for label, name in enumerate(names) if split not in roles[label]]
+        if lacking:
+            listed, plural = ", ".join(map(repr, lacking)), "es" if lacking[1:] else ""
             raise InputError(
-                f"{shown}: class {name!r} has no images in the {split} split; add some, or leave the "
-                "class out with classes"
+                f"{shown}: the {split} part lacks the class{plural} {listed}; add --resplit to divide all "
+                "images anew, add images, or leave classes out with classes"
+            )
+        parameter = {"validation": "val_fraction", "test": "test_fraction"}[split]
+        value = getattr(config, parameter)
+        if value != FIELDS[parameter].default:
+            raise InputError(
+                f"{parameter}={value}: the {split} split is a part of the data set; add --resplit to "
+                f"divide all images anew, or leave {parameter} out"
             )

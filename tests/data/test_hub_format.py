@@ -146,7 +146,7 @@ def test_a_group_is_no_list_and_no_image(load, tmp_path) -> None:
     part = hub_dataset(0, [12, 12]).add_column("tags", [["a", "b"]] * 24)
     folder = write_parquet(tmp_path / "hub", train=part)
     for name in ("tags", "image"):
-        fails(load, folder, f"groups={name}", "number or a text", groups=name)
+        fails(load, folder, f"column {name} holds", "number or a text", groups=name)
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "../../../etc/passwd", "/nowhere", "\0", "", "/"])

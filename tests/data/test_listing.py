@@ -38,7 +38,7 @@ def test_too_few_images(load, tmp_path) -> None:
     fails(load, tmp_path / "two", "class 'b'", "1", "at least 2")
     seed = write_classes(tmp_path / "untested" / "train", {"a": 9, "b": 5})
     write_classes(tmp_path / "untested" / "test", {"a": 2}, seed)
-    fails(load, tmp_path / "untested", "class 'b'", "no images in the test")
+    fails(load, tmp_path / "untested", "the test part lacks the class 'b'")
     write_classes(tmp_path / "copies", {"a": 9, "b": 1})
     for i in range(4):
         (tmp_path / "copies" / "b" / f"copy{i}.png").write_bytes(png(9))
