@@ -65,14 +65,14 @@ _STAGES = (
         about="Fine-tune an ensemble of classifiers, each on a random part of the training set.",
         examples=("--dataset path/to/images", "--dataset path/to/images --keep cleaned/harmful_0.05.csv"),
         groups=("data", "training", "finetune"),
-        artifacts=("training/logits.npz", "checkpoints/{m:03d}/model.safetensors"),
-        results=("checkpoints", "training/logits.npz"),
+        artifacts=("training/logits.npz", "checkpoint_{m:03d}/model.safetensors"),
+        results=("training/logits.npz",),
         note="""\
 An ensemble of checkpoints. Each one was trained on its own random part of the training set.
 
-- **Model metrics**: loss and accuracy of each checkpoint by epoch
-- **Artifacts**: `training/curves.png` shows all curves; every folder in `checkpoints/` loads with
-  `from_pretrained`
+- Every checkpoint is a model: `mlflow.transformers.load_model` and `mlflow.pyfunc.load_model` take its
+  address, such as `runs:/RUN_ID/checkpoint_000`, and `from_pretrained` its folder
+- **Artifacts**: `training/curves.png` shows all curves
 - Next: the *trak* run scores the training examples with these checkpoints
 """,
     ),

@@ -79,7 +79,10 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     for file, frac in _exports(config).items():
         save_table(done.result.kept(config.export_arm, frac), file)
         train = next_steps.command("finetune", config, **next_steps.ONE_MODEL, keep=file)
-        what = f"{file} lists what {config.export_arm} keeps. To train one model on all of it:"
+        what = (
+            f"{file} lists what {config.export_arm} keeps. To train one model on all of it, and "
+            "compare its test accuracy with that of a model trained on everything:"
+        )
         next_steps.say_next(what, train)
     report = address(done.run_id, "report.html")
     if config.output:

@@ -10,6 +10,8 @@ from attribution.cli.main import main
 if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
     main("finetune")
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +22,23 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
 from attribution.errors import InputError
+from attribution.experiments import cleaning
 from attribution.models import checkpoints
-from attribution.models.checkpoints import Finetuned
+from attribution.models.checkpoints import Finetuned, checkpoint_name
 from attribution.models.ensemble import Ensemble
 from attribution.models.model_facts import parameter_count
-from attribution.reporting import figures
+from attribution.reporting import figures, mlflow_notes
 from attribution.runtime.progress import say
+from attribution.stages import STAGES
 from attribution.tracking.artifacts import address, artifact_path
 from attribution.tracking.job import Job, Upstream
+from attribution.tracking.links import curves_link, models_link
+from attribution.tracking.logged_models import TrainedModel
 from attribution.tracking.record import Record
+from attribution.tracking.stage_runs import NOTE, run_metrics
 
 LOGITS = "training/logits.npz"
+BEST = {"best": "validation loss", NOTE: "The lowest validation loss of this run's checkpoints."}
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -46,18 +54,26 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     weights = 4 * parameter_count(config.model, len(data.class_names))
     logits = 8 * (n + targets + test) * len(data.class_names)
     size = config.num_models * (weights + logits)
+    repeats, also = 1, ""
+    if cleaning.is_measured(config):
+        repeats, also = 2, ", twice: with keep and labels, and without"
     return Estimate(
-        f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images",
-        trained=config.num_models * config.epochs * share,
-        tasks=config.num_models,
-        work=size,
+        f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images{also}",
+        trained=repeats * config.num_models * config.epochs * share,
+        tasks=repeats * config.num_models,
+        work=repeats * size,
         kept=size,
     )
 
 
 def run(job: Job) -> Finetuned:
     """Draw each checkpoint's part of the training set, then train the checkpoints."""
-    return checkpoints.finetune(job.config, job.data, job.stage_folder("finetune"))
+    work = job.stage_folder("finetune")
+    found = checkpoints.finetune(job.config, job.data, work)
+    if not cleaning.is_measured(job.config):
+        return found
+    test = cleaning.test_metrics(job.config, job.data, found.members, work / "uncleaned")
+    return replace(found, test=test)
 
 
 def record(job: Job, result: Finetuned) -> Record:
@@ -70,24 +86,55 @@ def record(job: Job, result: Finetuned) -> Record:
         job.data.examples.to_parquet(training / "examples.parquet", index=False)
         figures.save(figures.training_curves(result.histories), training / "curves.png")
 
+    name, view = mlflow_notes.curves_view(
+        job.run_id,
+        f"Curves of {job.run_name}",
+        [checkpoint_name(m) for m in range(len(result.folders))],
+    )
     return Record(
-        metrics=result.members.metrics(job.data),
+        metrics=result.members.metrics(job.data) | result.test,
         series=[
-            (f"checkpoint_{m:03d}/{name}", value, int(epoch["epoch"]))
+            (f"{checkpoint_name(m)}/{name}", value, int(epoch["epoch"]))
             for m, history in enumerate(result.histories)
             for epoch in history
             for name, value in epoch.items()
             if name != "epoch"
         ],
-        folders={f"checkpoints/{m:03d}": folder for m, folder in enumerate(result.folders)},
+        models=_models(job.data, result),
         write=write,
+        note=partial(_note, job),
+        experiment_tags={name: view},
     )
+
+
+def _note(job: Job, _: list[str]) -> str:
+    """The note of the stage, below links to its curves and its models."""
+    links = {
+        "curves of all checkpoints": curves_link(job.experiment_id, job.run_id),
+        "models": models_link(job.experiment_id),
+    }
+    first = " · ".join(f"[{text}]({to})" for text, to in links.items())
+    return f"{first}\n\n{STAGES['finetune'].note}"
+
+
+def _models(data: ImageData, result: Finetuned) -> dict[str, TrainedModel]:
+    """The checkpoints by name, the best on validation with a tag."""
+    labels = data.labels("validation")
+    best, found = result.members.best(labels), {}
+    for m, metrics in enumerate(result.members.metrics_of_each(labels)):
+        name = checkpoint_name(m)
+        shown = {f"validation_{key}": value for key, value in metrics.items()}
+        if f"{name}/test_accuracy" in result.test:
+            shown["test_accuracy"] = result.test[f"{name}/test_accuracy"]
+        found[name] = TrainedModel(result.folders[m], shown, BEST if m == best else {})
+    return found
 
 
 def load(run_id: str, config: Config, data: ImageData) -> Finetuned:
     """The result of an earlier run."""
-    logits, folder = (artifact_path(run_id, p) for p in (LOGITS, "checkpoints"))
-    return Finetuned.load(logits, folder, config.num_models)
+    folders = [artifact_path(run_id, checkpoint_name(m)) for m in range(config.num_models)]
+    test = {k: v for k, v in run_metrics(run_id).items() if k.startswith("test_")}
+    return replace(Finetuned.load(artifact_path(run_id, LOGITS), folders), test=test)
 
 
 def outputs(config: Config) -> list[Path]:
@@ -100,9 +147,12 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     metrics = done.result.members.metrics(data)
     for name in ("validation_accuracy_mean", "ensemble_validation_accuracy"):
         print(f"{name}: {metrics[name]:.4f}")
+    if done.result.test:
+        print(*cleaning.sentences(done.result.test, config, len(data.rows("train"))), sep="\n")
     print(f"finetune run: {done.run_id}")
-    best = done.result.members.best(data.labels("validation"))
-    print(f"best model: {address(done.run_id, f'checkpoints/{best:03d}')}")
+    best = checkpoint_name(done.result.members.best(data.labels("validation")))
+    print(f"best model: {address(done.run_id, best)}")
+    print(f"best model in MLflow: runs:/{done.run_id}/{best}")
     again = next_steps.command("trak", config, finetune_run_id=done.run_id)
     next_steps.say_next("To score the training examples with these checkpoints:", again)
 

@@ -90,7 +90,11 @@ def _copy_store(old: Path, new: Path) -> None:
         contextlib.closing(sqlite3.connect(new / "mlflow.db")) as copy,
     ):
         source.backup(copy)
-        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+        for table, column in (
+            ("runs", "artifact_uri"),
+            ("experiments", "artifact_location"),
+            ("logged_models", "artifact_location"),
+        ):
             change = f"UPDATE {table} SET {column} = replace({column}, ?, ?)"
             copy.execute(change, (str(old), str(new)))
         copy.commit()

@@ -165,6 +165,16 @@ class Place:
         """The folder of a run's artifacts (it need not exist)."""
         return self.root / "artifacts" / run_id / "artifacts"
 
+    def models(self, run_id: str) -> list[Any]:
+        """The models of a finetune run, in order."""
+        where = [self.client().get_run(run_id).info.experiment_id]
+        found = self.client().search_logged_models(where, f"source_run_id = '{run_id}'")
+        return sorted(found, key=lambda model: model.name)
+
+    def checkpoints(self, run_id: str) -> list[Path]:
+        """The folders of these models."""
+        return [Path(m.artifact_location.removeprefix("file://")) for m in self.models(run_id)]
+
     def unfinished(self) -> set[str]:
         """Every file that an interrupted or failed command left for the next one."""
         work = self.cache / "work"

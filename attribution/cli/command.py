@@ -20,12 +20,13 @@ from attribution.cli.settings import cache_of, prepare
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError, StoreFailure
+from attribution.models.checkpoints import checkpoint_name
 from attribution.runtime.cache_folder import alone, discard
 from attribution.runtime.parallel import end_workers
 from attribution.runtime.progress import say
 from attribution.stages import STAGES, Stage
 from attribution.tracking import stage_runs
-from attribution.tracking.artifacts import address, delete_artifacts
+from attribution.tracking.artifacts import address, delete_models
 from attribution.tracking.database import failure, open_store
 from attribution.tracking.fingerprint import fingerprint, stage_folder, work_folder
 from attribution.tracking.job import Job, Upstream
@@ -174,7 +175,7 @@ class Command:
         dropped = [m for m in range(len(members.masks)) if not (keeps_best and m == best)]
         key = fingerprint("finetune", self.config, self.data)[:16]
         with alone(Path(self.config.cache_dir), key, "finetune: another process uses it; waiting"):
-            gone = delete_artifacts(run_id, [f"checkpoints/{m:03d}" for m in dropped])
+            gone = delete_models(run_id, [checkpoint_name(m) for m in dropped])
         say(f"finetune: {gone} checkpoints of run {run_id} deleted (keep_checkpoints)")
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,11 @@ from attribution.runtime.hashing import derive_seed
 from attribution.runtime.parallel import parallel_map, resolve_jobs
 from attribution.runtime.progress import progress
 from attribution.runtime.safe_files import Files, read_arrays, read_folder, read_json, write_folder
+
+
+def checkpoint_name(m: int) -> str:
+    """The name of a checkpoint in metrics and among MLflow's models."""
+    return f"checkpoint_{m:03d}"
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -94,11 +99,13 @@ class Finetuned:
         members: masks and logits of all checkpoints.
         folders: the from_pretrained folder of each checkpoint, in order; empty where not loaded.
         histories: the metrics of every epoch of each checkpoint; empty where loaded from a run.
+        test: test metrics with and without a cleaning of the training set, if there was one.
     """
 
     members: Ensemble
     folders: list[Path]
     histories: list[list[dict[str, float]]]
+    test: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, masks: np.ndarray, checkpoints: list[Checkpoint]) -> Finetuned:
@@ -107,23 +114,17 @@ class Finetuned:
         return cls(members, [c.folder for c in checkpoints], [c.history for c in checkpoints])
 
     @classmethod
-    def load(cls, logits_file: Path, checkpoints: Path | None, num_models: int) -> Finetuned:
+    def load(cls, logits_file: Path, folders: list[Path]) -> Finetuned:
         """Read the result of an earlier run.
 
         Args:
             logits_file: the archive of Ensemble.arrays().
-            checkpoints: the folder with the checkpoints 000, 001, ...; None where only the logits
-                are needed.
+            folders: as of the class.
 
         Raises:
             InputError: as Ensemble.load does.
         """
-        folders = _folders(checkpoints, num_models) if checkpoints else []
         return cls(Ensemble.load(logits_file), folders, [])
-
-
-def _folders(root: Path, num_models: int) -> list[Path]:
-    return [root / f"{m:03d}" for m in range(num_models)]
 
 
 def finetune(config: Config, data: ImageData, work: Path) -> Finetuned:
@@ -146,9 +147,9 @@ def train_checkpoints(
         work: holds a folder for each finished checkpoint; those of an earlier call are not trained
             again.
     """
-    folders = _folders(work, len(masks))
+    folders = [work / f"{m:03d}" for m in range(len(masks))]
     missing = [m for m, folder in enumerate(folders) if not _is_whole(folder, data)]
-    names = [f"checkpoint {folders[m].name}" for m in missing]
+    names = [f"checkpoint {m:03d}" for m in missing]
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
     finished = len(folders) - len(missing)
     with (

@@ -127,10 +127,14 @@ class Ensemble:
         """Return the number of the checkpoint with the lowest mean loss on the targets."""
         return int(np.argmin([losses(logits, labels).mean() for logits in self.validation_logits]))
 
+    def metrics_of_each(self, labels: np.ndarray) -> list[dict[str, float]]:
+        """Return the validation metrics of each checkpoint."""
+        return [classification_metrics(logits, labels) for logits in self.validation_logits]
+
     def metrics(self, data: ImageData) -> dict[str, float]:
         """Return validation metrics: means over checkpoints, and those of the averaged prediction."""
         labels = data.labels("validation")
-        each = [classification_metrics(logits, labels) for logits in self.validation_logits]
+        each = self.metrics_of_each(labels)
         mean = {f"validation_{k}_mean": float(np.mean([m[k] for m in each])) for k in each[0]}
         joint = classification_metrics(_mean_log_probability(self.validation_logits), labels)
         return mean | {f"ensemble_validation_{k}": v for k, v in joint.items()}

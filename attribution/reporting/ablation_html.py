@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Report:
         figures: files of the figures 'comparison' and, if more than one share was tried, 'curves'.
         quality: the table of `evaluate` for the same scores, if there is one.
         run_ids: ids of this run and of those that it builds on, by name ('trak run').
+        run_pages: their addresses on the tracking server, if there is one.
         versions: from machine.hardware.
     """
 
@@ -41,6 +42,7 @@ class Report:
     quality: pd.DataFrame | None
     run_ids: dict[str, str]
     versions: dict[str, Any]
+    run_pages: dict[str, str] = field(default_factory=dict)
 
 
 def page(report: Report) -> str:
@@ -61,6 +63,7 @@ def page(report: Report) -> str:
         quality=_quality(report.quality) if report.quality is not None else None,
         explained={arm: ARM_SPECS[arm].about for arm in table["arm"]},
         run_ids=report.run_ids,
+        run_pages=report.run_pages,
         settings=report.config.group("data", "training", "finetune", "trak", "ablation"),
         versions=report.versions,
         n_seeds=int(table["n_seeds"].iloc[0]),

@@ -18,9 +18,9 @@ from attribution.experiments.statistics import detection_metrics
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
 from attribution.runtime.progress import say
-from attribution.tracking.artifacts import artifact_path
+from attribution.tracking.artifacts import artifact_path, run_page
 from attribution.tracking.job import Job
-from attribution.tracking.links import arms_link, compare_link, run_link
+from attribution.tracking.links import arms_link, artifact_link, compare_link, run_link
 from attribution.tracking.record import Record
 from attribution.tracking.stage_runs import NOTE, experiment_of, newest
 
@@ -64,6 +64,7 @@ def _write(job: Job, result: Comparison, folder: Path) -> None:
         del pictures["curves"]
     run_ids = {"ablation run": job.run_id}
     run_ids |= {f"{stage} run": run_id for stage, run_id in job.run_ids.items()}
+    pages = {name: run_page(run_id) for name, run_id in run_ids.items()}
     report = ablation_html.Report(
         job.config,
         job.data,
@@ -71,6 +72,7 @@ def _write(job: Job, result: Comparison, folder: Path) -> None:
         figures=pictures,
         quality=_quality(job.run_ids["trak"]),
         run_ids=run_ids,
+        run_pages={name: page for name, page in pages.items() if page},
         versions=machine.hardware(),
     )
     (folder / "report.html").write_text(ablation_html.page(report), encoding="utf-8")
@@ -172,8 +174,9 @@ def _note(job: Job, result: Comparison, children: list[str]) -> str:
     if len(result.table) > MOST_ARMS:
         arms.append(f"- and {len(result.table) - MOST_ARMS} more: arms, best first")
     first = " · ".join(f"[{text}]({to})" for text, to in links.items())
+    figure = f"![Test accuracy of each arm]({artifact_link(job.run_id, 'comparison.png')})"
     # The links come first: MLflow folds the rest of a long note away.
-    return "\n".join([first, "", answer.sentences(result.table)[0], "", *arms])
+    return "\n".join([first, "", answer.sentences(result.table)[0], "", *arms, "", figure])
 
 
 @dataclass(frozen=True)

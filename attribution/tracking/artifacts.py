@@ -1,4 +1,8 @@
-"""Artifacts of MLflow runs: as local files, as addresses for people, and their deletion."""
+"""Artifacts of MLflow runs: as local files, as addresses for people, and their deletion.
+
+As in MLflow's `runs:/` addresses, the first part of an artifact's path may be the name of a model that
+the run logged.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
+from mlflow.entities import LoggedModel
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import append_to_uri_path
 
 from attribution.errors import InputError, reason, redact
-from attribution.tracking.links import run_link
+from attribution.tracking.links import model_link, run_link
 
 
 def local_root(artifact_uri: str) -> Path | None:
@@ -22,6 +28,25 @@ def local_root(artifact_uri: str) -> Path | None:
     # As MLflow itself finds it, also where a path holds # or %.
     is_local = urlsplit(artifact_uri).scheme in ("", "file")
     return Path(local_file_uri_to_path(artifact_uri)) if is_local else None
+
+
+def logged_models(run_id: str) -> dict[str, LoggedModel]:
+    """The models that a run logged and still has, by name."""
+    where = [mlflow.get_run(run_id).info.experiment_id]
+    terms = f"source_run_id = '{run_id}'"
+    found = mlflow.search_logged_models(where, filter_string=terms, output_format="list")
+    return {model.name: model for model in sorted(found, key=lambda model: model.name)}
+
+
+def _find(run_id: str, path: str) -> tuple[str, str]:
+    """The address of the folder that an artifact lies in, and its path there."""
+    name, _, rest = path.partition("/")
+    model = logged_models(run_id).get(name)
+    return (
+        (model.artifact_location, rest)
+        if model
+        else (mlflow.get_run(run_id).info.artifact_uri, path)
+    )
 
 
 def artifact_path(run_id: str, path: str) -> Path:
@@ -32,17 +57,16 @@ def artifact_path(run_id: str, path: str) -> Path:
     Raises:
         InputError: the artifact is gone, or cannot be downloaded.
     """
-    uri = mlflow.get_run(run_id).info.artifact_uri
+    uri, inner = _find(run_id, path)
     root = local_root(uri)
     if root:
-        if (root / path).exists():
-            return root / path
+        if (root / inner).exists():
+            return root / inner
         raise InputError(f"run {run_id}: its artifact {path} is gone from {uri}")
     try:
+        whole = append_to_uri_path(uri, inner)
         return Path(
-            mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=path, dst_path=_download_folder(run_id)
-            )
+            mlflow.artifacts.download_artifacts(whole, dst_path=_download_folder(run_id, path))
         )
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise InputError(
@@ -51,7 +75,7 @@ def artifact_path(run_id: str, path: str) -> Path:
 
 
 @cache
-def _download_folder(run_id: str) -> str:
+def _download_folder(run_id: str, path: str) -> str:
     folder = tempfile.mkdtemp(prefix="trak-ablation-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -59,14 +83,25 @@ def _download_folder(run_id: str) -> str:
 
 def address(run_id: str, path: str = "") -> str:
     """Where a person finds an artifact, or all of a run: on disk, on the tracking server, or its MLflow URI."""
-    info = mlflow.get_run(run_id).info
-    root = local_root(info.artifact_uri)
+    uri, inner = _find(run_id, path)
+    root = local_root(uri)
     if root:
-        return str(root / path)
-    server = mlflow.get_tracking_uri()
+        return str(root / inner)
+    server, experiment_id = mlflow.get_tracking_uri(), mlflow.get_run(run_id).info.experiment_id
     if server.startswith("http"):
-        return redact(f"{server.rstrip('/')}/{run_link(info.experiment_id, run_id, path)}")
+        model = logged_models(run_id).get(path)
+        page = model_link(model) if model else run_link(experiment_id, run_id, path)
+        return redact(f"{server.rstrip('/')}/{page}")
     return f"runs:/{run_id}/{path}"
+
+
+def run_page(run_id: str) -> str:
+    """The address of a run's page on the tracking server, without a password; empty if there is no server."""
+    server = urlsplit(mlflow.get_tracking_uri())
+    if server.scheme not in ("http", "https"):
+        return ""
+    base = server._replace(netloc=server.netloc.rpartition("@")[2]).geturl().rstrip("/")
+    return f"{base}/{run_link(mlflow.get_run(run_id).info.experiment_id, run_id)}"
 
 
 def artifact_names(run_id: str) -> list[str]:
@@ -76,15 +111,16 @@ def artifact_names(run_id: str) -> list[str]:
 
 def has_artifact(run_id: str, path: str) -> bool:
     """Whether a run still has an artifact."""
-    folder = path.rpartition("/")[0] or None
-    listed = mlflow.MlflowClient().list_artifacts(run_id, folder)
-    return any(item.path == path for item in listed)
+    uri, inner = _find(run_id, path)
+    listed = get_artifact_repository(uri).list_artifacts(inner.rpartition("/")[0] or None)
+    return any(item.path == inner for item in listed)
 
 
-def delete_artifacts(run_id: str, paths: list[str]) -> int:
-    """Delete those of these artifacts that a run still has, and return how many there were."""
-    store = get_artifact_repository(mlflow.get_run(run_id).info.artifact_uri)
-    there = [path for path in paths if store.list_artifacts(path)]
-    for path in there:
-        store.delete_artifacts(path)
+def delete_models(run_id: str, names: list[str]) -> int:
+    """Delete those of these models that a run still has, and return how many there were."""
+    models = logged_models(run_id)
+    there = [models[name] for name in names if name in models]
+    for model in there:
+        get_artifact_repository(model.artifact_location).delete_artifacts()
+        mlflow.MlflowClient().delete_logged_model(model.model_id)
     return len(there)

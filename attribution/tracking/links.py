@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from urllib.parse import quote
 
+from mlflow.entities import LoggedModel
+
 # Without it MLflow opens its pages for traces of language models, which show no run.
 TRAINING = "workflowType=machine_learning"
 
@@ -20,10 +22,30 @@ def run_link(experiment_id: str, run_id: str, artifact: str = "") -> str:
     return f"{page}{f'/artifacts/{artifact}' if artifact else ''}?{TRAINING}"
 
 
+def artifact_link(run_id: str, path: str) -> str:
+    """The content of an artifact, for a picture in a note."""
+    return f"get-artifact?path={quote(path)}&run_uuid={run_id}"
+
+
+def model_link(model: LoggedModel) -> str:
+    """The page of a model that a run logged."""
+    return f"#/experiments/{model.experiment_id}/models/{model.model_id}?{TRAINING}"
+
+
 def compare_link(experiment_id: str, run_ids: Sequence[str]) -> str:
     """MLflow's comparison page with these runs as its columns."""
     runs, experiments = (quote(json.dumps(ids)) for ids in ([*run_ids], [experiment_id]))
     return f"#/compare-runs?runs={runs}&experiments={experiments}&{TRAINING}"
+
+
+def models_link(experiment_id: str) -> str:
+    """The table of an experiment's models."""
+    return f"#/experiments/{experiment_id}/models?{TRAINING}"
+
+
+def curves_link(experiment_id: str, run_id: str) -> str:
+    """The charts in which the curves of a run's checkpoints lie over one another."""
+    return f"{arms_link(experiment_id, run_id)}&compareRunsMode=CHART"
 
 
 def arms_link(experiment_id: str, run_id: str) -> str:

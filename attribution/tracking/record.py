@@ -13,6 +13,7 @@ import mlflow
 import pandas as pd
 from mlflow.entities import Metric
 
+from attribution.tracking.logged_models import TrainedModel, log_models
 from attribution.tracking.names import metric_name
 from attribution.tracking.run_lifecycle import current_run, open_run
 from attribution.tracking.stage_runs import NOTE
@@ -29,7 +30,7 @@ class Record:
         tags, params, metrics: by name.
         series: (name, value, step) of curves.
         tables: by name; each becomes NAME.csv and, for MLflow's table view, NAME.json.
-        folders: existing folders by the artifact path that they are logged under.
+        models: trained models by name.
         write: writes the other artifacts into an empty folder.
         children: nested runs.
         note: markdown for the run's page, from the ids of the children's runs.
@@ -42,7 +43,7 @@ class Record:
     metrics: Mapping[str, float] = field(default_factory=dict)
     series: Sequence[tuple[str, float, int]] = ()
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    folders: Mapping[str, Path] = field(default_factory=dict)
+    models: Mapping[str, TrainedModel] = field(default_factory=dict)
     write: Callable[[Path], None] | None = None
     children: Sequence[Record] = ()
     note: Callable[[list[str]], str] | None = None
@@ -58,8 +59,8 @@ def log_record(record: Record) -> None:
     for name, table in record.tables.items():
         mlflow.log_table(table, f"{name}.json")
         mlflow.log_text(table.to_csv(index=False), f"{name}.csv")
-    for path, folder in record.folders.items():
-        mlflow.log_artifacts(str(folder), path)
+    if record.models:
+        log_models(record.models)
     if record.write:
         with tempfile.TemporaryDirectory() as unlogged:
             record.write(Path(unlogged))

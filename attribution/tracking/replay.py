@@ -13,7 +13,8 @@ from attribution.errors import InputError
 from attribution.runtime.progress import say
 from attribution.runtime.safe_files import read_json, sha256
 from attribution.stages import STAGES
-from attribution.tracking.artifacts import artifact_path
+from attribution.tracking.artifacts import artifact_path, logged_models
+from attribution.tracking.logged_models import WEIGHTS
 from attribution.tracking.stage_runs import ENVIRONMENT, lineage
 
 NOT_COMPARED = ("date", "command")  # of the environment
@@ -42,20 +43,23 @@ def report_replay(original: str, replay: str) -> bool:
 
 def _compare(stage: str, *run_ids: str) -> Iterator[tuple[str, str]]:
     """Each result's name and difference, which is empty where there is none."""
+    models = [[artifact_path(r, name) for name in logged_models(r)] for r in run_ids]
+    if any(models):
+        yield "checkpoints", _weights_difference(*models)
     for name in STAGES[stage].results:
         try:
             then, now = (artifact_path(run_id, name) for run_id in run_ids)
         except InputError:  # one of the runs did not keep it
             continue
-        yield name, _folder_difference(then, now) if then.is_dir() else _difference(then, now)
+        yield name, _difference(then, now)
 
 
-def _folder_difference(then: Path, now: Path) -> str:
-    weights = [sorted(folder.rglob("*.safetensors")) for folder in (then, now)]
-    if len(weights[0]) != len(weights[1]):
-        return f"{len(weights[0])} checkpoints then, {len(weights[1])} now"
-    changed = sum(sha256(a) != sha256(b) for a, b in zip(*weights, strict=True))
-    return f"{changed} of {len(weights[0])} checkpoints differ" if changed else ""
+def _weights_difference(then: list[Path], now: list[Path]) -> str:
+    if len(then) != len(now):
+        return f"{len(then)} checkpoints then, {len(now)} now"
+    hashes = [[sha256(folder / WEIGHTS) for folder in folders] for folders in (then, now)]
+    changed = sum(a != b for a, b in zip(*hashes, strict=True))
+    return f"{changed} of {len(then)} checkpoints differ" if changed else ""
 
 
 def _difference(then: Path, now: Path) -> str:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
 from mlflow.data.pandas_dataset import from_pandas
 
 from attribution.config import Config, convert
@@ -72,6 +75,11 @@ def run_tags(run_id: str) -> dict[str, str]:
     return mlflow.get_run(run_id).data.tags
 
 
+def run_metrics(run_id: str) -> dict[str, float]:
+    """The newest value of each metric of a run."""
+    return mlflow.get_run(run_id).data.metrics
+
+
 def experiment_of(run_id: str) -> str:
     """The id of a run's experiment."""
     return mlflow.get_run(run_id).info.experiment_id
@@ -100,14 +108,22 @@ def describe(stage: str, config: Config, data: ImageData) -> None:
     mlflow.set_tags(tags | ({"replay_of": config.replay} if config.replay else {}))
     name_run(_name_of(stage, config, key))
     log_params(config.group(*STAGES[stage].all_groups, "execution"))
-    source = from_pandas(
+    table = from_pandas(
         data.examples.drop(columns="file_name"),
-        source=config.dataset,
+        source=_source(config.dataset),
         name=Path(config.dataset).name,
         targets="label",
         digest=data.fingerprint[:8],
     )
-    mlflow.log_input(source, context=stage)
+    mlflow.log_input(table, context=stage)
+
+
+def _source(dataset: str) -> DatasetSource | str:
+    """Where the images come from, as MLflow describes it: code, a folder, or the Hub."""
+    if dataset == "digits":
+        return CodeDatasetSource({"mlflow.source.name": "sklearn.datasets.load_digits"})
+    folder = Path(dataset).expanduser().absolute()
+    return str(folder) if folder.is_dir() else HuggingFaceDatasetSource(dataset)
 
 
 def _name_of(stage: str, config: Config, key: str) -> str:

@@ -15,8 +15,9 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 def weights(place: Place, run_id: str) -> dict[str, bytes]:
-    files = place.artifacts(run_id).rglob("*.safetensors")
-    return {file.parent.name: file.read_bytes() for file in files}
+    names = [model.name for model in place.models(run_id)]
+    files = [folder / "model.safetensors" for folder in place.checkpoints(run_id)]
+    return {name: file.read_bytes() for name, file in zip(names, files, strict=True)}
 
 
 def test_only_checkpoints_that_the_command_made_go_at_its_end_and_they_come_back_the_same(

@@ -212,18 +212,14 @@ def test_the_result_of_finetuning_is_that_of_its_checkpoints(setting, tmp_path: 
         np.testing.assert_allclose(found.members.train_logits[m], logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("has_folders", [True, False])
-def test_a_result_loaded_from_files_is_the_one_that_was_kept(
-    tmp_path: Path, has_folders: bool
-) -> None:
+def test_a_result_loaded_from_files_is_the_one_that_was_kept(tmp_path: Path) -> None:
     logits = [np.full((2, n, 3), n, np.float32) for n in (5, 4, 3)]
     members = Ensemble(subset_masks(5, 2, 0.5, 0), *logits)
     np.savez(tmp_path / "logits.npz", **members.arrays())
-    found = Finetuned.load(tmp_path / "logits.npz", tmp_path if has_folders else None, 2)
+    found = Finetuned.load(tmp_path / "logits.npz", [tmp_path / "a", tmp_path / "b"])
     for name, array in members.arrays().items():
         np.testing.assert_array_equal(getattr(found.members, name), array)
-    assert found.folders == ([tmp_path / "000", tmp_path / "001"] if has_folders else [])
-    assert found.histories == []
+    assert found.folders == [tmp_path / "a", tmp_path / "b"] and found.histories == []
 
 
 def test_what_cannot_be_trained_is_refused_before_training(setting) -> None:

@@ -477,10 +477,10 @@ def test_commands_refuse_artifacts_that_somebody_spoiled(new_place) -> None:
     replace_matrix(scores / "scores", np.load(file).astype(object), allow_pickle=True)
     for stage in ("ablation", "explain"):
         check_refusal(failed(place, stage), "scores=", "scores.npy")
-    weights = finetune / "checkpoints" / "001" / "model.safetensors"
+    weights = place.checkpoints(run_id(place, "finetune"))[1] / "model.safetensors"
     tensors = load_file(weights)
     tensors["resnet.embedder.embedder.convolution.weight"][:] = np.nan
     save_file(tensors, weights, metadata={"format": "pt"})
-    check_refusal(failed(place, "trak", proj_dim=16), "checkpoints/001", "is not finite")
+    check_refusal(failed(place, "trak", proj_dim=16), str(weights.parent), "is not finite")
     (finetune / "training" / "logits.npz").write_bytes(b"PK")
     check_refusal(failed(place, "trak", proj_dim=16), "logits=", "cannot be read")

@@ -427,7 +427,7 @@ def test_scores_go_with_the_checkpoints_that_they_were_made_from(new_place, tmp_
     place = new_place("own")
     first = place.done("trak")
     own = first.tags["finetune_run_id"]
-    checkpoints, kept = place.artifacts(own) / "checkpoints", tmp_path / "kept"
+    checkpoints, kept = place.checkpoints(own)[1], tmp_path / "kept"
     checkpoints.rename(kept)
     newer = place.done("finetune").run_id
     pictures = iter(sorted(place.dataset.rglob("*.png")))

@@ -158,11 +158,9 @@ def test_checkpoints_are_folders_that_plain_transformers_loads(projects) -> None
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     place, run_ids = projects
-    folder = place.artifacts(run_ids["finetune"]) / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["000", "001"]
+    checkpoints = place.checkpoints(run_ids["finetune"])
     weights = []
-    for checkpoint in sorted(folder.iterdir()):
-        assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
+    for checkpoint in checkpoints:
         model = AutoModelForImageClassification.from_pretrained(checkpoint)
         assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
         processor = AutoImageProcessor.from_pretrained(checkpoint)
@@ -442,6 +440,8 @@ def test_one_finished_stage_serves_commands_that_name_its_run(chain) -> None:
 
 def lost(place: Place, run_id: str, what: str) -> None:
     path = place.artifacts(run_id) / what
+    if what.startswith("checkpoint_"):
+        path = place.checkpoints(run_id)[int(what[-3:])] / "model.safetensors"
     path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
@@ -451,8 +451,7 @@ def lost(place: Place, run_id: str, what: str) -> None:
         ("trak", ".", {"trak", "ablation"}),
         pytest.param("trak", "scores/scores.npy", {"trak", "ablation"}),
         ("finetune", ".", set(STAGES)),
-        pytest.param("finetune", "checkpoints", set(STAGES)),
-        pytest.param("finetune", "checkpoints/001/model.safetensors", set(STAGES)),
+        ("finetune", "checkpoint_001", set(STAGES)),
     ],
 )
 def test_lost_upstream_artifacts_are_made_anew(chain, new_place, stage, what, made) -> None:
@@ -700,12 +699,13 @@ def test_scores_follow_the_exact_formula_in_the_order_of_their_tables(precise) -
         [place.dataset / name for name in table["file_name"]]
         for table in (scores.train, scores.targets)
     ]
+    checkpoints = place.checkpoints(run.tags["finetune_run_id"])
     artifacts = place.artifacts(run.tags["finetune_run_id"])
     masks = np.load(artifacts / "training" / "logits.npz")["masks"]
     weights = np.exp(scores.targets.groupby("label")["loss"].mean())
     labels = scores.train["label"].to_numpy()
     exact = self_influence = residual = trust = 0
-    for folder, seen in zip(sorted((artifacts / "checkpoints").iterdir()), masks, strict=True):
+    for folder, seen in zip(checkpoints, masks, strict=True):
         train, one_minus_p = exact_gradients(folder, files[0], scores.train["label"])
         targets, _ = exact_gradients(folder, files[1], scores.targets["label"])
         gram = train @ train.T
@@ -739,7 +739,7 @@ def test_losses_and_alignment_in_the_tables_are_those_of_the_checkpoints(precise
     masks = np.load(artifacts / "training" / "logits.npz")["masks"]
     assert masks.shape == (2, 24) and (masks.sum(0) == 1).all()  # each half once
     losses, target_losses = [], 0
-    for folder in sorted((artifacts / "checkpoints").iterdir()):
+    for folder in place.checkpoints(run.tags["finetune_run_id"]):
         for table in (train, targets):
             files = [place.dataset / name for name in table["file_name"]]
             one_minus_p = exact_gradients(folder, files, table["label"])[1]
@@ -810,7 +810,7 @@ def test_a_hub_format_folder_with_the_food_preset(new_place: NewPlace, tmp_path:
     # The official validation part is the test split; validation is carved from train.
     assert examples.groupby("split").size().to_dict() == {"train": 16, "validation": 4, "test": 20}
     assert set(examples["label_name"]) == {"pear", "quince"}
-    checkpoint = place.artifacts(result.run_id) / "checkpoints" / "000"
+    checkpoint = place.checkpoints(result.run_id)[0]
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["id2label"] == {"0": "pear", "1": "quince"}
     weights = load_file(checkpoint / "model.safetensors")

@@ -40,6 +40,7 @@ def test_a_folder_of_any_name_is_found_where_mlflow_writes(uri) -> None:
 def test_a_person_is_sent_to_the_file_or_the_page_and_never_to_a_download(monkeypatch) -> None:
     """A downloaded copy is deleted when the command ends, so its path is of no use to anybody."""
     monkeypatch.setattr(artifacts, "_download_folder", None)  # to call it would fail
+    monkeypatch.setattr(artifacts, "logged_models", lambda run_id: {})
     monkeypatch.setattr(mlflow, "get_run", lambda run_id: run_at("file:///data/run/artifacts"))
     assert address("r1", "report.html") == "/data/run/artifacts/report.html"
     monkeypatch.setattr(mlflow, "get_run", lambda run_id: run_at("s3://bucket/run"))
@@ -49,3 +50,7 @@ def test_a_person_is_sent_to_the_file_or_the_page_and_never_to_a_download(monkey
     found = address("r1", "report.html")
     assert found.startswith("https://***@host:5000/#/experiments/7/runs/r1/artifacts/report.html")
     assert SECRET not in found
+    model = SimpleNamespace(artifact_location="s3://b/m", experiment_id="7", model_id="m-1")
+    monkeypatch.setattr(artifacts, "logged_models", lambda run_id: {"checkpoint_000": model})
+    found = address("r1", "checkpoint_000")
+    assert found.startswith("https://***@host:5000/#/experiments/7/models/m-1?")

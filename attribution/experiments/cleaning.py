@@ -1,0 +1,81 @@
+"""What `keep` and `labels` change: test accuracy with them and, for the same seeds, without them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from attribution.config import Config
+from attribution.data.dataset import ImageData, load_data
+from attribution.experiments.statistics import paired_difference
+from attribution.models import classifier
+from attribution.models.checkpoints import checkpoint_name, train_checkpoints
+from attribution.models.ensemble import Ensemble
+from attribution.models.predict import classification_metrics, predict
+
+CHANGE = "test_accuracy_change"
+
+
+def is_measured(config: Config) -> bool:
+    """Whether checkpoints are trained on a whole training set that somebody has cleaned."""
+    return bool(config.keep or config.labels) and config.subset_fraction == 1
+
+
+def test_metrics(
+    config: Config, data: ImageData, cleaned: Ensemble, work: Path
+) -> dict[str, float]:
+    """Train the same models on the training set before its cleaning, and test both.
+
+    Args:
+        data: cleaned; both kinds of models are tested on its test split.
+        cleaned: the checkpoints that were trained on it.
+        work: as of train_checkpoints.
+
+    Returns:
+        Test accuracy of each checkpoint, the means with and without the cleaning, and the mean of the
+        paired differences; with two checkpoints or more also its 95 % interval.
+    """
+    config = dataclasses.replace(config, keep="", labels="")
+    before = load_data(config)
+    masks = np.ones((config.num_models, len(before.rows("train"))), dtype=bool)
+    trained = train_checkpoints(config, before, masks, work)
+    models = (classifier.load(checkpoint.folder) for checkpoint in trained)
+    without = _accuracy([predict(config, model, data, "test") for model in models], data)
+    own = _accuracy(cleaned.test_logits, data)
+    found = {f"{checkpoint_name(m)}/test_accuracy": value for m, value in enumerate(own)}
+    found |= {
+        "test_accuracy_mean": own.mean(),
+        "test_accuracy_uncleaned_mean": without.mean(),
+        CHANGE: (own - without).mean(),
+    }
+    if config.num_models > 1:
+        change = paired_difference(own, without)
+        found |= {f"{CHANGE}_ci_low": change.ci_low, f"{CHANGE}_ci_high": change.ci_high}
+    return {name: float(value) for name, value in found.items()}
+
+
+def _accuracy(logits: Iterable[np.ndarray], data: ImageData) -> np.ndarray:
+    """Test accuracy of each model, (n_models,)."""
+    labels = data.labels("test")
+    return np.array([classification_metrics(each, labels)["accuracy"] for each in logits])
+
+
+def sentences(found: dict[str, float], config: Config, n_train: int) -> list[str]:
+    """The metrics of test_metrics in words, and what they cannot say."""
+    what = " and ".join(name for name in ("keep", "labels") if getattr(config, name))
+    seeds = f"{config.num_models} seed{'s' if config.num_models > 1 else ''}"
+    lines = [
+        f"test accuracy: {found['test_accuracy_mean']:.4f} trained on the {n_train:,} examples with "
+        f"{what}; {found['test_accuracy_uncleaned_mean']:.4f} without {what} ({seeds})"
+    ]
+    if config.num_models == 1:
+        lines.append(
+            "The difference of two models is partly chance; --num_models 5 gives an interval."
+        )
+    else:
+        low, high = found[f"{CHANGE}_ci_low"], found[f"{CHANGE}_ci_high"]
+        lines.append(f"difference: {found[CHANGE]:+.4f} (95 % interval {low:+.4f} to {high:+.4f})")
+    return lines
