@@ -17,6 +17,7 @@ from attribution.data.sources import Source
 from attribution.data.splits import SPLITS, carve, units
 from attribution.errors import InputError
 from attribution.runtime.cache_folder import cache_folder
+from attribution.runtime.progress import say
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,8 @@ def list_data(config: Config) -> Listing:
     column = source.column(config.split_by) if config.split_by else None
     values = None if column is None else np.array(column, object)[table["row"]]
     table["unit"] = units(table, values, config)
+    if config.split_by:
+        say(f"data: {table['unit'].nunique()} units by split_by={config.split_by}")
     check_classes(table, names, config)
     return Listing(source, names, table, len(listed) - len(table))
 

@@ -24,7 +24,8 @@ def units(table: pd.DataFrame, values: Sequence[Any] | None, config: Config) -> 
 
     Without `split_by` a unit is an image with its copies. With it, units that share a copy are one.
     The halves of the training set that checkpoints see are drawn by image all the same: a score is
-    about the effect of single images, and the test split stays apart from all of them.
+    about the effect of one image. So a training image's out-of-sample loss may rest on other images
+    of its unit; losses of validation and test images never do.
 
     Args:
         table: digest, role, file_name and name (for messages) of each image.
