@@ -23,7 +23,7 @@ from attribution.experiments.ekfac import Analysis, decoded
 from attribution.gradients.per_sample import capture, margins
 from attribution.models import classifier
 from attribution.scores import trak
-from attribution.scores.features import make_traker
+from attribution.scores.features import featurize, make_traker
 
 QUERIES = 1  # targets for measuring the speed of methods that have no separate features
 
@@ -96,7 +96,8 @@ def ours(problem: Problem, **settings: Any) -> Scores:
     """Our scores under these parameters; one process, like every other method here."""
     config = dataclasses.replace(problem.config, **settings)
     work = problem.work / "features"
-    scores = trak.compute_scores(config, problem.data, problem.checkpoints, work)
+    stores = featurize(config, problem.data, problem.checkpoints, work)
+    scores = trak.score(config, stores, work / "scores.npy")
     return Scores(np.array(scores.values), lambda: scores.self_influence)
 
 

@@ -19,7 +19,8 @@ from attribution.models.checkpoints import subset_masks, train_checkpoints
 from attribution.models.train import training_key
 from attribution.runtime.device import resolve_device, resolve_precision
 from attribution.runtime.hashing import digest
-from attribution.scores.trak import compute_scores
+from attribution.scores.features import featurize
+from attribution.scores.trak import score
 from benchmarks.common import add_data_options, data_settings
 
 VARIANTS = {
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for name in options.variants:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            scores = compute_scores(replace(config, **VARIANTS[name]), data, folders, Path(folder))
+            own, place = replace(config, **VARIANTS[name]), Path(folder)
+            scores = score(own, featurize(own, data, folders, place), place / "scores.npy")
             seconds, values = time.perf_counter() - start, np.array(scores.values)
         first = values if first is None else first
         estimate = lds_difference(values, first, bank.masks, margins)

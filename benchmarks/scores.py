@@ -97,7 +97,7 @@ def make_scores(work: Path, checkpoints: int) -> None:
     folder = work / "scores"
     stores = [_store(work, model_id) for model_id in range(checkpoints)]
     for store in stores:  # from the round before
-        store.targets.unlink(missing_ok=True)
+        store.whitened_targets_file.unlink(missing_ok=True)
     (work / "scores.npy").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     found = combine(stores, work / "scores.npy", Ridge(LAMBDA_REG))

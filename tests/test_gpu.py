@@ -20,7 +20,8 @@ from attribution.models import classifier, cuda_graphs, model_facts
 from attribution.models.cuda_graphs import ReplayedStep
 from attribution.models.predict import predict
 from attribution.models.train import train, train_stacked
-from attribution.scores.trak import compute_scores
+from attribution.scores.features import featurize
+from attribution.scores.trak import score
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 ALL = np.ones(32, dtype=bool)
@@ -164,12 +165,12 @@ def test_scores_are_those_of_the_cpu(data: ImageData, tmp_path: Path) -> None:
     given = {"num_models": 1, "proj_dim": 64, "num_blocks": 2, "feature_precision": "float32"}
     trained = train(toy_config(**given), data, 0, ALL).model
     classifier.save(trained, tmp_path / "checkpoint", 16, *model_facts.normalisation("resnet-mini"))
-    here, there = (
-        compute_scores(
-            toy_config(device=device, **given), data, [tmp_path / "checkpoint"], tmp_path / device
-        ).values
-        for device in ("cpu", "cuda")
-    )
+    found = []
+    for device in ("cpu", "cuda"):
+        config, work = toy_config(device=device, **given), tmp_path / device
+        stores = featurize(config, data, [tmp_path / "checkpoint"], work)
+        found.append(score(config, stores, work / "scores.npy").values)
+    here, there = found
     assert np.corrcoef(here.ravel(), there.ravel())[0, 1] > 0.999  # convolutions are in TF32
 
 

@@ -76,13 +76,13 @@ class Store:
         return sorted(int(name) for name in names if name.isdigit())
 
     @property
-    def factor(self) -> Path:
+    def factor_file(self) -> Path:
         """Cholesky factors of the blocks of Phi'Phi + lambda I, (blocks k, k)."""
         return self.folder / "factor.npy"
 
     @property
-    def targets(self) -> Path:
-        """Whitened features of the targets, (n_targets, blocks k); written after `factor`."""
+    def whitened_targets_file(self) -> Path:
+        """Whitened features of the targets, (n_targets, blocks k); written after the factors."""
         return self.folder / "targets.npy"
 
 
@@ -105,7 +105,7 @@ class Shard:
     def __str__(self) -> str:
         return f"features of checkpoint {self.model_id}, {self.split} from {self.rows.start}"
 
-    def smaller(self) -> Shard:
+    def in_smaller_batches(self) -> Shard:
         """The same examples in batches of a quarter of the size."""
         return replace(self, batch_size=max(1, self.batch_size // 4))
 
@@ -170,7 +170,7 @@ def feature_batch_size(image_size: int, device_type: str) -> int:
 
 def _smaller_batch(task: tuple[Shard, Path]) -> tuple[Shard, Path]:
     """A task of parallel_map with smaller batches."""
-    return task[0].smaller(), task[1]
+    return task[0].in_smaller_batches(), task[1]
 
 
 def _featurize(config: Config, data: ImageData, shard: Shard, checkpoint: Path) -> Files:
@@ -184,7 +184,7 @@ def _featurize(config: Config, data: ImageData, shard: Shard, checkpoint: Path) 
     """
     keep_freed_memory()
     while (files := _featurize_if_it_fits(config, data, shard, checkpoint)) is None:
-        shard = shard.smaller()
+        shard = shard.in_smaller_batches()
     return files
 
 

@@ -28,7 +28,7 @@ def score(
 ) -> np.ndarray:
     """TRAK scores of training examples on targets, under models that were trained on the former.
 
-    The formula is that of attribution.scores.trak.compute_scores. Memory holds the features of one
+    The formula is that of attribution.scores.trak.score. Memory holds the features of one
     model, (n_train + n_targets) x num_blocks x proj_dim float32, and the scores.
 
     Args:

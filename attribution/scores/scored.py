@@ -129,7 +129,7 @@ def score_training_set(
         origin: fingerprints, versions and run ids, for the metadata.
 
     Raises:
-        InputError: see compute_scores.
+        InputError: see featurize and score.
     """
     check_proj_dim(config, len(data.rows("train")))
     members, held_out = finetuned.members, None

@@ -43,7 +43,7 @@ def write_features(folder: Path, stores: Sequence[Store], config: Config) -> Non
     for m, store in enumerate(stores):
         own = folder / f"{m:03d}"
         own.mkdir(parents=True)
-        factors = open_matrix(store.factor)
+        factors = open_matrix(store.factor_file)
         write_matrix(own / "factor.npy", [factors], factors.shape)
         blocks = _whitened(np.array(factors), row_blocks(*store.features("train")))
         shape = store.count("train"), len(factors)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from attribution.config import Config
-from attribution.data.dataset import ImageData
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.gradients import GradientError, per_sample
@@ -20,7 +19,7 @@ from attribution.models import classifier
 from attribution.runtime.device import keep_freed_memory, resolve_device
 from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write_matrix
 from attribution.runtime.progress import progress
-from attribution.scores.features import Store, featurize
+from attribution.scores.features import Store
 from attribution.scores.ridge import Ridge
 
 SOLVED_BYTES = 5 << 29  # most memory for all factors and targets; larger ones are read per block
@@ -34,9 +33,11 @@ class TrakScores:
         file: .npy of the scores, (n_train, n_targets) float32; positive = helpful.
         self_influence: (n_train,) float32, each example's unweighted score on its own margin,
             phi_i' (Phi'Phi + lambda I)^-1 phi_i, averaged over checkpoints.
-        held_out: (n_train,) float32, sum of each example's unweighted scores on the margins of
-            held-out training examples, times the weights given to combine. None without weights.
-        row_weight: (n_train,) float32, the factor of row i of the scores.
+        held_out: (n_train,) float32, how much each example helps held-out training examples: the sum,
+            over those examples, of its unweighted score on their margin times their weight (argument
+            `held_out` of combine), averaged over checkpoints. None if combine was given no weights.
+        row_weight: (n_train,) float32, the factor of row i of the scores: the mean over checkpoints of
+            1 - p, or 1 without weights. It is M times row_scale.
     """
 
     file: Path
@@ -80,10 +81,10 @@ def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
             raise InputError(f"model={config.model}: {error}") from error
 
 
-def compute_scores(
-    config: Config, data: ImageData, checkpoints: Sequence[Path], work: Path
+def score(
+    config: Config, stores: list[Store], file: Path, held_out: np.ndarray | None = None
 ) -> TrakScores:
-    """Score every training example against every validation example.
+    """Score every training example against every validation example, as the config says.
 
     tau = (1/M sum_m Phi_m (Phi_m'Phi_m + lambda_m I)^-1 phi_m(target)) * (1/M sum_m (1 - p_m,i)).
     The second factor scales row i if loss_gradient_weight is 'mean'. This is equation 17 of Park et
@@ -92,19 +93,12 @@ def compute_scores(
     Phi'Phi, k and lambda.
 
     Args:
-        checkpoints: from_pretrained folders of the ensemble.
-        work: folder of features and scores. A second call continues from what is there.
+        stores: from featurize.
+        file, held_out: as in combine.
 
     Raises:
-        InputError: a Gram matrix that is singular or not finite, or a layer without a gradient rule.
+        InputError: a Gram matrix that is singular, or a value that is not finite.
     """
-    return score(config, featurize(config, data, checkpoints, work), work / "scores.npy")
-
-
-def score(
-    config: Config, stores: list[Store], file: Path, held_out: np.ndarray | None = None
-) -> TrakScores:
-    """combine() with the ridge and row weights of the config."""
     return combine(stores, file, _ridge(config, stores), config.loss_gradient_weight, held_out)
 
 
@@ -139,7 +133,7 @@ def combine(
     keep_freed_memory()  # or the system would clear the memory of every block
     with progress("trak: checkpoints factorised", len(stores)) as advance:
         for store in stores:
-            if not store.targets.exists():
+            if not store.whitened_targets_file.exists():
                 _factorise(store, ridge)
             advance()
     done = file.with_name("per_example.npy")
@@ -147,17 +141,9 @@ def combine(
         n = stores[0].count("train")
         weights = np.zeros((len(stores), n)) if held_out is None else held_out
         # One array: a small one kept for each block would leave gaps that no later block fits in.
-        per_example, start = np.zeros((n, 2)), 0
-
-        def rows() -> Iterator[np.ndarray]:
-            nonlocal start
-            for scores, numbers in _score_blocks(stores, ridge, row_scale(stores, weight), weights):
-                per_example[start : start + len(numbers)] = numbers
-                start += len(numbers)
-                yield scores
-                del scores  # free its memory before the next block is made
-
-        write_matrix(file, ahead(rows()), (n, stores[0].count(TARGETS)))
+        per_example = np.zeros((n, 2))
+        blocks = _score_blocks(stores, ridge, row_scale(stores, weight), weights, per_example)
+        write_matrix(file, ahead(blocks), (n, stores[0].count(TARGETS)))
         write_matrix(done, [per_example], (n, 2))
     self_influence, found = np.array(open_matrix(done)).T
     row_weight = row_scale(stores, weight)[:, 0] * len(stores)
@@ -179,7 +165,7 @@ def trust_of_unseen(
     ridge = _ridge(config, stores)
     total = torch.zeros(stores[0].count(split), device=ridge.device)
     for store, weights in zip(stores, held_out, strict=True):
-        factor = torch.from_numpy(np.array(open_matrix(store.factor))).to(ridge.device)
+        factor = torch.from_numpy(np.array(open_matrix(store.factor_file))).to(ridge.device)
         target = ridge.whiten(torch.from_numpy(_weighted_sum(store, weights)), factor)[0]
         rows = map(torch.from_numpy, row_blocks(*store.features(split)))
         total += torch.cat([ridge.whiten(block, factor) @ target for block in rows])
@@ -191,16 +177,16 @@ def _factorise(store: Store, ridge: Ridge) -> None:
     blocks = ahead(row_blocks(*store.features("train")))
     factors = ridge.factor(ridge.gram(map(torch.from_numpy, blocks)))
     flat = factors.flatten(0, 1)
-    write_matrix(store.factor, [flat.cpu().numpy()], (len(flat), flat.shape[1]))
+    write_matrix(store.factor_file, [flat.cpu().numpy()], (len(flat), flat.shape[1]))
     targets = (
         ridge.whiten(torch.from_numpy(block), factors).cpu().numpy()
         for block in row_blocks(*store.features(TARGETS))
     )
-    write_matrix(store.targets, targets, (store.count(TARGETS), len(flat)))
+    write_matrix(store.whitened_targets_file, targets, (store.count(TARGETS), len(flat)))
 
 
 def row_scale(stores: Sequence[Store], weight: str) -> np.ndarray:
-    """Factor of each row in the sum over checkpoints, (n_train, 1) float32."""
+    """Factor of each row of the sum over the M checkpoints, (n_train, 1) float32: row_weight / M."""
     scale = np.full((stores[0].count("train"), 1), 1 / len(stores), np.float32)
     if weight == "mean":
         scale *= np.mean([store.one_minus_p("train") for store in stores], axis=0)
@@ -208,9 +194,13 @@ def row_scale(stores: Sequence[Store], weight: str) -> np.ndarray:
 
 
 def _score_blocks(
-    stores: list[Store], ridge: Ridge, scale: np.ndarray, weights: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of the score matrix in order, each block with two numbers per example.
+    stores: list[Store],
+    ridge: Ridge,
+    scale: np.ndarray,
+    weights: np.ndarray,
+    per_example: np.ndarray,
+) -> Iterator[np.ndarray]:
+    """Rows of the score matrix in order, in blocks (b, n_targets) float32.
 
     x' A^-1 y is the product of the whitened x and y, and self-influence the squared length of a
     whitened x. The sum of scores on held-out examples is the product with their whitened weighted
@@ -219,37 +209,44 @@ def _score_blocks(
     Args:
         scale: (n_train, 1) from row_scale.
         weights: (M, n_train) held-out weights.
-
-    Yields:
-        Scores (b, n_targets) float32; self-influence and sum over held-out examples, (b, 2).
+        per_example: (n_train, 2) zeros; the rows of a block are filled before it is yielded, with
+            self-influence and the sum over held-out examples.
     """
     load = _loader(stores, ridge.device)
 
     def whitened(store: Store, rows: np.ndarray) -> torch.Tensor:
-        return ridge.whiten(torch.from_numpy(rows), load(store.factor))
+        return ridge.whiten(torch.from_numpy(rows), load(store.factor_file))
 
-    m, start = len(open_matrix(stores[0].targets)), 0
-    sums = [whitened(s, _weighted_sum(s, w)) for s, w in zip(stores, weights, strict=True)]
+    m, start = len(open_matrix(stores[0].whitened_targets_file)), 0
+    held_out_sums = [
+        whitened(store, _weighted_sum(store, weight))[0]
+        for store, weight in zip(stores, weights, strict=True)
+    ]
     features = [row_blocks(*store.features("train"), columns=m) for store in stores]
     for first in features[0]:
         rows = slice(start, start + len(first))
         start = rows.stop
         scores = torch.zeros(len(first), m, device=ridge.device)
-        per_example = np.zeros((len(first), 2))
         blocks = chain([first], map(next, features[1:]))  # one checkpoint's block in memory
-        for store, block, total, own in zip(stores, blocks, sums, weights):
+        for store, block, held_out_sum, held_out_weight in zip(
+            stores, blocks, held_out_sums, weights
+        ):
             white = whitened(store, block)
-            scores.addmm_(white, load(store.targets).T)
+            scores.addmm_(white, load(store.whitened_targets_file).T)
             norms = torch.linalg.vector_norm(white, dim=1).square().cpu().numpy()
-            aligned = (white @ total[0]).cpu().numpy() - own[rows] * norms
-            per_example += np.stack([norms, aligned], axis=1) / len(stores)
+            aligned = (white @ held_out_sum).cpu().numpy() - held_out_weight[rows] * norms
+            per_example[rows] += np.stack([norms, aligned], axis=1) / len(stores)
         scores *= torch.from_numpy(scale[rows]).to(ridge.device)
-        yield scores.cpu().numpy(), per_example
+        yield scores.cpu().numpy()
+        del scores, white  # free their memory before the next block is made
 
 
 def _loader(stores: list[Store], device: torch.device | str) -> Callable[[Path], torch.Tensor]:
     """A function that reads a factor or targets file, and keeps them all if they fit in memory."""
-    (length, k), m = open_matrix(stores[0].factor).shape, len(open_matrix(stores[0].targets))
+    (length, k), m = (
+        open_matrix(stores[0].factor_file).shape,
+        len(open_matrix(stores[0].whitened_targets_file)),
+    )
     all_fit = 4 * length * (k + m) * len(stores) <= SOLVED_BYTES
 
     @lru_cache(maxsize=2 * len(stores) if all_fit else 2)
@@ -266,4 +263,4 @@ def _weighted_sum(store: Store, weights: np.ndarray) -> np.ndarray:
         for block in row_blocks(*store.features("train")):
             total = total + weights[start : start + len(block)] @ block
             start += len(block)
-    return np.broadcast_to(total, (1, len(open_matrix(store.factor)))).astype(np.float32)
+    return np.broadcast_to(total, (1, len(open_matrix(store.factor_file)))).astype(np.float32)

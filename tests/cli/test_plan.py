@@ -20,7 +20,8 @@ from attribution.config import resolve
 from attribution.data.dataset import load_data
 from attribution.errors import InputError
 from attribution.models import classifier, model_facts
-from attribution.scores.trak import compute_scores
+from attribution.scores.features import featurize
+from attribution.scores.trak import score
 from scripts import finetune, trak
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +89,8 @@ def test_the_estimate_of_scoring_is_what_scoring_leaves(tmp_path: Path) -> None:
     config = toy_config(num_models=2, proj_dim=64, num_blocks=4)
     model = classifier.build("resnet-mini", data.class_names, seed=0)
     classifier.save(model, tmp_path / "model", 16, *model_facts.normalisation("resnet-mini"))
-    compute_scores(config, data, [tmp_path / "model"] * 2, tmp_path / "work")
+    stores = featurize(config, data, [tmp_path / "model"] * 2, tmp_path / "work")
+    score(config, stores, tmp_path / "work" / "scores.npy")
     assert trak.estimate(config, data).work == pytest.approx(size(tmp_path / "work"), rel=0.1)
 
 

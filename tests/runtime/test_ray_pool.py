@@ -109,7 +109,8 @@ def test_every_kind_of_task_gives_the_same_bits_as_local_workers(
             ):
                 monkeypatch.setattr(module, name, far_from(driver, getattr(module, name)))
         trained = checkpoints.train_checkpoints(config, data, masks, work)
-        scores = trak.compute_scores(config, data, [c.folder for c in trained], work / "trak")
+        stores = features.featurize(config, data, [c.folder for c in trained], work / "trak")
+        scores = trak.score(config, stores, work / "trak" / "scores.npy")
         stacked = dataclasses.replace(config, model="resnet-mini", image_size=16)
         retrained = comparison.retrain(stacked, data, trials, [1, 2], work / "retrainings")
         found[config.backend] = [

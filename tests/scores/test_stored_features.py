@@ -47,7 +47,7 @@ def ridge_scores(
     train: list[np.ndarray], new: list[np.ndarray], one_minus_p: list[np.ndarray], blocks: int,
     lambda_reg: float, weight: str,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The formula of compute_scores, block by block in float64, and how far float16 may move it."""
+    """The formula of score, block by block in float64, and how far float16 may move it."""
     total = bound = 0.0
     for X, Y in zip(train, new, strict=True):
         k = X.shape[1] // blocks

@@ -22,7 +22,7 @@ from attribution.runtime.device import resolve_precision
 from attribution.runtime.npy_blocks import write_matrix
 from attribution.scores import trak
 from attribution.scores.alignment import group_alignment
-from attribution.scores.features import Store
+from attribution.scores.features import Store, featurize
 from attribution.scores.ridge import Ridge
 from attribution.scores.trak import check_proj_dim, combine, trust_of_unseen
 
@@ -218,7 +218,7 @@ def test_features_that_are_not_finite_or_overflow_are_refused(
     np.lib.format.open_memmap(store.features_file(split), mode="r+")[:] = features
     with pytest.raises(InputError, match="finite"), blocks_of(16):
         combine([store], tmp_path / "scores.npy", Ridge(0.1))
-    assert not (tmp_path / "scores.npy").exists() and not store.targets.exists()
+    assert not (tmp_path / "scores.npy").exists() and not store.whitened_targets_file.exists()
 
 
 def test_a_singular_gram_matrix_is_refused(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_interrupted_combination_goes_on_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         combine(stores, file, Ridge(0.1))
     assert not file.exists()
-    assert [store.targets.exists() for store in stores] == [ready > 0, ready > 1]
+    assert [store.whitened_targets_file.exists() for store in stores] == [ready > 0, ready > 1]
     calls[:] = [file] * 9  # no further interruption
     found = combine(stores, file, Ridge(0.1))
     assert len(calls) == 9 + 2 * (2 - ready) + 2  # what was finished is not made again
@@ -295,5 +295,6 @@ def test_a_checkpoint_whose_gradients_overflow_or_vanish_is_refused(
         proj_dim=8, num_blocks=2, num_models=1, lambda_reg=0.1, feature_precision=precision
     )
     with pytest.raises(InputError, match=says):
-        trak.compute_scores(config, data, [tmp_path / "model"], tmp_path / "work")
+        stores = featurize(config, data, [tmp_path / "model"], tmp_path / "work")
+        trak.score(config, stores, tmp_path / "work" / "scores.npy")
     assert not (tmp_path / "work" / "scores.npy").exists()

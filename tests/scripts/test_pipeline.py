@@ -621,7 +621,8 @@ def test_a_twin_helps_and_a_wrongly_labelled_twin_harms(
 ) -> None:
     from toy import toy_config
 
-    from attribution.scores.trak import compute_scores
+    from attribution.scores.features import featurize
+    from attribution.scores.trak import score
 
     data, right, wrong, checkpoints = planted_checkpoints
     config = toy_config(
@@ -631,7 +632,8 @@ def test_a_twin_helps_and_a_wrongly_labelled_twin_harms(
         projector=projector,
         loss_gradient_weight=weight,
     )
-    values = compute_scores(config, data, checkpoints, tmp_path / "work").values
+    stores = featurize(config, data, checkpoints, tmp_path / "work")
+    values = score(config, stores, tmp_path / "scores.npy").values
     rank = (-values).argsort(axis=0).argsort(axis=0)  # 0 is the most helpful
     n = len(values)
     assert all(values[j, j] > 0 for j in right)
