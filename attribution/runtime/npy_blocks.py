@@ -133,7 +133,7 @@ def _write_block(out: BinaryIO, block: np.ndarray, name: str, columns: int, dtyp
         raise ValueError(f"{name}: expected a block of shape (rows, {columns}), got {block.shape}")
     if not np.isfinite(block).all():
         raise InputError(
-            f"{name}: not all are finite; raise lambda_reg, and look for a diverged checkpoint"
+            f"{name}: some values are not finite; raise lambda_reg, and look for a diverged checkpoint"
         )
     out.write(block.data)
     return len(block)

@@ -143,7 +143,7 @@ def group_alignment(scores: np.ndarray, groups: np.ndarray, weights: np.ndarray)
 
 
 def unweighted(alignment: np.ndarray, row_weight: np.ndarray) -> np.ndarray:
-    """Alignment without the row weights of the scores, (n_train,); 0 where a weight is 0."""
+    """Alignment divided by the row weights of the scores, (n_train,); 0 where a weight is 0."""
     return np.divide(alignment, row_weight, out=np.zeros(len(alignment)), where=row_weight > 0)
 
 

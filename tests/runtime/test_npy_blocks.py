@@ -99,7 +99,7 @@ def test_rows_that_are_read_do_not_hold_the_file_in_memory(tmp_path: Path) -> No
 def test_a_value_that_is_not_finite_in_float32_is_refused(tmp_path: Path, bad: float) -> None:
     block = np.zeros((2, 3))
     block[1, 2] = bad
-    with pytest.raises(InputError, match="^scores: not all are finite"):
+    with pytest.raises(InputError, match="^scores: some values are not finite"):
         write_matrix(tmp_path / "scores.npy", [example(5), block], (7, 3))
     assert not list(tmp_path.iterdir())
 
