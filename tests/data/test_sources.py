@@ -11,6 +11,7 @@ from image_folders import fails, png, sizes, write_classes
 from PIL import Image
 
 from attribution.data.decoding import decode_image
+from attribution.data.sources import CHUNK, PART, digits, map_cells
 
 
 def test_digits(load) -> None:
@@ -143,3 +144,10 @@ def test_a_file_too_large_for_an_image_is_not_read(load, tmp_path) -> None:
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(sources.MOST_BYTES + 1)
     assert sources.content({"bytes": None, "path": str(tmp_path / "large.png")}) == b""
+
+
+def test_cells_are_mapped_in_order() -> None:
+    rows = np.random.default_rng(0).permutation(1797)[: 2 * CHUNK + PART + 1]
+    found = list(map_cells(digits(), rows, lambda i, cell: (i, cell["bytes"]), "test"))
+    expected = [cell["bytes"] for cell in digits().cells(rows)]
+    assert found == list(enumerate(expected))
