@@ -5,6 +5,7 @@ Screenshots of every page go to the folder that TRAK_ABLATION_SCREENSHOTS names,
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -247,6 +248,24 @@ def test_the_note_of_an_ablation_leads_to_its_arms_and_report(ui, page, shoot) -
         page.get_by_role("link", name="Report").click()
     report = opened.value.frame_locator("iframe")
     expect(report.get_by_role("heading").first).to_be_visible()
+
+
+def test_the_description_of_an_ablation_shows_its_figure(ui, page, shoot) -> None:
+    page.goto(f"/{links.run_link(ui.experiment_id, ui.run_id)}")
+    page.get_by_text("Show more").first.click()
+    figure = page.locator("img[src^='get-artifact']")
+    assert figure.evaluate("image => image.decode().then(() => image.naturalWidth)") > 400
+    shoot("ablation-figure")
+
+
+def test_the_view_of_curves_has_every_checkpoint_in_each_chart() -> None:
+    name, view = mlflow_notes.curves_view("r1", "Curves", ["checkpoint_000", "checkpoint_001"])
+    assert name == "mlflow.sharedViewState.r1"
+    state = json.loads(json.loads(view)["state"])
+    assert [chart["selectedMetricKeys"] for chart in state["compareRunCharts"]] == [
+        [f"checkpoint_000/{key}", f"checkpoint_001/{key}"] for key in mlflow_notes.CURVES
+    ]
+    assert state["searchFilter"] == "attributes.run_id = 'r1'"
 
 
 def test_figure_and_table_are_shown_among_the_artifacts(ui, page, shoot) -> None:
