@@ -46,14 +46,17 @@ def estimate(config: Config, data: ImageData) -> Estimate:
 
 def run(job: Job) -> list[Explanation]:
     """Find the training examples that raised and lowered each margin most."""
-    config, data, scores = job.config, job.data, job.result("trak").scores
-    members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS))
+    config, data, scored = job.config, job.data, job.result("trak")
+    if "finetune" in job.upstream:
+        members = job.result("finetune").members
+    else:
+        members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS))
     if not config.image:
-        return explanation.explain(config, data, scores, members)
+        return explanation.explain(config, data, scored.scores, members)
     warn_of_other_checkpoints(job)
-    stored = _stored_features(job.upstream["trak"])
+    stored = scored.features or _stored_features(job.upstream["trak"])
     return explanation.explain(
-        config, data, scores, members, stored, job.result("finetune").folders
+        config, data, scored.scores, members, stored, job.result("finetune").folders
     )
 
 

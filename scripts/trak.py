@@ -37,16 +37,17 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     n, targets, test = (len(data.rows(split)) for split in SPLITS)
     length, models = config.proj_dim * config.num_blocks, config.num_models
     scores, stored = 4 * n * targets, 2 * models * n * length
+    wants = {"yes": True, "no": False, "auto": stored <= stored_features.AUTO_BYTES}
+    stored = stored if wants[config.keep_features] else 0
     # Features of all splits, then each checkpoint's factors and whitened targets.
     work = 4 * models * length * (n + 2 * targets + test + config.proj_dim)
-    wants = {"yes": True, "no": False, "auto": stored <= stored_features.AUTO_BYTES}
     images = models * (n + targets + test)
     return Estimate(
         f"{images:,} gradients and their scores",
         gradients=images,
         tasks=3 * models,
-        work=work + scores,
-        kept=scores + (stored if wants[config.keep_features] else 0),
+        work=work + scores + stored,
+        kept=scores + stored,
     )
 
 
@@ -67,7 +68,7 @@ def record(job: Job, result: Scored) -> Record:
     """The score artifact, a gallery, the suspects, and how well known flips are found."""
 
     def write(folder: Path) -> None:
-        result.write(folder, job.config)
+        result.write(folder)
         gallery = figures.score_gallery(job.data, result.scores)
         figures.save(gallery, folder / "scores" / "gallery.png")
         files = {"keep": "keep.csv", "labels": "labels.csv"}
@@ -80,6 +81,7 @@ def record(job: Job, result: Scored) -> Record:
     return Record(
         metrics=result.metrics() | detection_metrics(is_flipped, result.rankings()),
         tables={"suspects": result.suspects},
+        folders={"features": result.features.folder} if result.features else {},
         write=write,
     )
 

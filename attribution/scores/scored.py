@@ -21,6 +21,7 @@ from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
 from attribution.scores.features import Store, featurize
+from attribution.scores.stored_features import StoredFeatures
 from attribution.scores.suspects import suspects
 from attribution.scores.trak import (
     TrakScores,
@@ -40,6 +41,8 @@ class Scored:
         suspects: the table of suspects.suspects.
         matrix: .npy file of the scores in the work folder; None for a loaded result.
         stores: features of each checkpoint in the work folder; empty for a loaded result.
+        features: what `keep_features` asks to store, in the work folder; None where it asks for
+            nothing, and for a loaded result.
         seconds: time that features and scores took; 0 for a loaded result.
     """
 
@@ -47,6 +50,7 @@ class Scored:
     suspects: pd.DataFrame
     matrix: Path | None = None
     stores: Sequence[Store] = ()
+    features: StoredFeatures | None = None
     seconds: float = 0.0
 
     @classmethod
@@ -72,8 +76,8 @@ class Scored:
         table = pd.read_csv(suspects, dtype=dict.fromkeys(texts, str), keep_default_na=False)
         return cls(load_scores(scores), table)
 
-    def write(self, folder: Path, config: Config) -> Scored:
-        """Write the artifacts `scores` and, if `keep_features` asks for it, `features` into a folder.
+    def write(self, folder: Path) -> Scored:
+        """Write the artifact `scores` into a folder.
 
         Returns:
             The same result with the metadata that was written, hashes included.
@@ -81,8 +85,6 @@ class Scored:
         assert self.matrix is not None
         own = self.scores
         written = write_scores(folder / "scores", self.matrix, own.train, own.targets, own.metadata)
-        if stored_features.are_wanted(config, self.stores):
-            stored_features.write_features(folder / "features", self.stores, config)
         return replace(self, scores=replace(own, metadata=written.metadata))
 
     def moved(self, folder: Path) -> Scored:
@@ -141,6 +143,9 @@ def score_training_set(
     stores = featurize(config, data, finetuned.folders, work)
     found = score(config, stores, work / "scores.npy", held_out)
     seconds = time.monotonic() - start
+    features = None
+    if stored_features.are_wanted(config, stores):
+        features = stored_features.write_features(work / "stored", stores, config)
     targets = data.table(TARGETS).assign(loss=members.loss(TARGETS, data.labels(TARGETS)))
     train = _train_table(data, members, found, targets)
     metadata = {
@@ -158,7 +163,7 @@ def score_training_set(
             probabilities.append(members.probabilities(split))
     listed = suspects(data, pd.concat(examined, ignore_index=True), np.concatenate(probabilities))
     scores = Scores(found.values, train, targets, metadata)
-    return Scored(scores, listed, found.file, stores, seconds)
+    return Scored(scores, listed, found.file, stores, features, seconds)
 
 
 def _train_table(

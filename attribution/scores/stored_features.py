@@ -33,7 +33,7 @@ def are_wanted(config: Config, stores: Sequence[Store]) -> bool:
     return sum(2 * part.size for store in stores for part in store.features("train")) <= AUTO_BYTES
 
 
-def write_features(folder: Path, stores: Sequence[Store], config: Config) -> None:
+def write_features(folder: Path, stores: Sequence[Store], config: Config) -> StoredFeatures:
     """Write what load_features reads, from stores that combine() has factorised.
 
     The files of each checkpoint are the Cholesky factors L of its blocks, (blocks k, k) float32, and
@@ -42,7 +42,7 @@ def write_features(folder: Path, stores: Sequence[Store], config: Config) -> Non
     """
     for m, store in enumerate(stores):
         own = folder / f"{m:03d}"
-        own.mkdir(parents=True)
+        own.mkdir(parents=True, exist_ok=True)
         factors = open_matrix(store.factor_file)
         write_matrix(own / "factor.npy", [factors], factors.shape)
         blocks = _whitened(np.array(factors), row_blocks(*store.features("train")))
@@ -56,6 +56,7 @@ def write_features(folder: Path, stores: Sequence[Store], config: Config) -> Non
         "sha256": {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*.npy"))},
     }
     (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
+    return StoredFeatures(folder, len(stores))
 
 
 def _whitened(factors: np.ndarray, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -65,7 +66,7 @@ def _whitened(factors: np.ndarray, blocks: Iterable[np.ndarray]) -> Iterator[np.
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of a trak run, checked by load_features.
+    """Features of a trak run, just written or checked by load_features.
 
     Attributes:
         folder: folder of the files.

@@ -31,6 +31,7 @@ class Record:
         series: (name, value, step) of curves.
         tables: by name; each becomes NAME.csv and, for MLflow's table view, NAME.json.
         models: trained models by name.
+        folders: existing folders by the artifact path that they are logged under.
         write: writes the other artifacts into an empty folder.
         children: nested runs.
         note: markdown for the run's page, from the ids of the children's runs.
@@ -44,6 +45,7 @@ class Record:
     series: Sequence[tuple[str, float, int]] = ()
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     models: Mapping[str, TrainedModel] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
     write: Callable[[Path], None] | None = None
     children: Sequence[Record] = ()
     note: Callable[[list[str]], str] | None = None
@@ -61,6 +63,8 @@ def log_record(record: Record) -> None:
         mlflow.log_text(table.to_csv(index=False), f"{name}.csv")
     if record.models:
         log_models(record.models)
+    for path, folder in record.folders.items():
+        mlflow.log_artifacts(str(folder), path)
     if record.write:
         with tempfile.TemporaryDirectory() as unlogged:
             record.write(Path(unlogged))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -43,15 +44,20 @@ def test_only_checkpoints_that_the_command_made_go_at_its_end_and_they_come_back
 
 
 def test_a_command_fetches_nothing_back_that_it_has_just_computed(
-    new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+    new_place: Callable[..., Place], images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two commands that need all upstream stages, in a store whose artifacts cannot be read."""
-    for stage in ("ablation", "evaluate"):
+    """Commands that need all upstream stages, in a store whose artifacts cannot be read."""
+    small = {"epochs": 1, "num_models": 1}
+    commands = {
+        "ablation": small,
+        "evaluate": {**small, "num_subsets": 10, "num_repeats": 1},
+        "explain": {**small, "image": next(images.glob("*/*.png"))},
+    }
+    for stage, given in commands.items():
         place = new_place(f"unreadable-{stage}")
         with monkeypatch.context() as patch:
             patch.setattr(mlflow.artifacts, "download_artifacts", None)
             patch.setattr(artifacts, "local_root", lambda uri: None)
-            given = {"num_subsets": 10, "num_repeats": 1} if stage == "evaluate" else {}
             result = place.done(stage, **given)
         assert result.made() == {"finetune", "trak", stage}
         assert place.unfinished() == {f for f in place.unfinished() if f.startswith("retrainings")}

@@ -86,7 +86,7 @@ def test_nothing_is_timed_where_nothing_is_trained(monkeypatch) -> None:
 
 def test_the_estimate_of_scoring_is_what_scoring_leaves(tmp_path: Path) -> None:
     data = toy_data(tmp_path, n_train=200)
-    config = toy_config(num_models=2, proj_dim=64, num_blocks=4)
+    config = toy_config(num_models=2, proj_dim=64, num_blocks=4, keep_features="no")
     model = classifier.build("resnet-mini", data.class_names, seed=0)
     classifier.save(model, tmp_path / "model", 16, *model_facts.normalisation("resnet-mini"))
     stores = featurize(config, data, [tmp_path / "model"] * 2, tmp_path / "work")

@@ -62,12 +62,10 @@ def scored(ensemble, tmp_path_factory) -> Scored:
     return score_training_set(toy_config(**TRAINED), data, finetuned, work, {})
 
 
-@pytest.fixture(scope="module")
-def features(scored: Scored, tmp_path_factory) -> StoredFeatures:
+@pytest.fixture
+def features(scored: Scored) -> StoredFeatures:
     """Stored features of the scores."""
-    folder = tmp_path_factory.mktemp("stored") / "features"
-    stored_features.write_features(folder, scored.stores, toy_config(**TRAINED))
-    return stored_features.load_features(folder)
+    return scored.features
 
 
 def picture_of(data: ImageData, target: int, folder: Path) -> Path:
@@ -255,11 +253,9 @@ def test_a_picture_that_is_none_is_refused_in_one_line(tmp_path: Path, kind: str
 
 
 @pytest.fixture(scope="module")
-def place(new_place: Callable[..., Place]) -> Place:
+def place(finished, new_place: Callable[..., Place]) -> Place:
     """A store with one finished trak run: 24 training examples, 9 targets, two checkpoints."""
-    place = new_place("explain")
-    place.done("trak")
-    return place
+    return new_place("explain", like=finished[0])
 
 
 def explained(place: Place, result: Result) -> pd.DataFrame:
@@ -386,11 +382,12 @@ def test_damaged_features_stop_the_command(place, new_place, picture) -> None:
 
 @pytest.mark.parametrize("stage", ["explain", "ablation"])
 def test_the_script_itself_looks_for_files_that_are_there(
-    place, tmp_path, monkeypatch, capsys, stage
+    new_place, tmp_path, monkeypatch, capsys, stage
 ) -> None:
     import runpy
     import sys
 
+    place = new_place("files")
     name = {"explain": "explanation.html", "ablation": "harmful_0.1.csv"}[stage]
     (tmp_path / name).write_text("mine")
     given = {"explain": {"target": "1"}, "ablation": {"export_arm": "harmful"}}[stage]
@@ -422,11 +419,12 @@ def test_class_names_that_look_like_numbers_or_nothing(new_place, tmp_path) -> N
 
 
 @pytest.mark.slow
-def test_scores_go_with_the_checkpoints_that_they_were_made_from(new_place, tmp_path) -> None:
+def test_scores_go_with_the_checkpoints_that_they_were_made_from(
+    finished, new_place, tmp_path
+) -> None:
     """A newer run with the same settings may be of another number of threads, or another device."""
-    place = new_place("own")
-    first = place.done("trak")
-    own = first.tags["finetune_run_id"]
+    place = new_place("own", like=finished[0])
+    first, own = run_id(place, "trak"), run_id(place, "finetune")
     checkpoints, kept = place.checkpoints(own)[1], tmp_path / "kept"
     checkpoints.rename(kept)
     newer = place.done("finetune").run_id
@@ -438,7 +436,7 @@ def test_scores_go_with_the_checkpoints_that_they_were_made_from(new_place, tmp_
     arrays["train_logits"] = arrays["train_logits"] + 1
     np.savez(logits, **arrays)
     result = place.done("explain", image=next(pictures))
-    assert f"trak run {first.run_id} scored" in result.err and "differ from" in result.err
+    assert f"trak run {first} scored" in result.err and "differ from" in result.err
     kept.rename(checkpoints)
     result = place.done("explain", image=next(pictures))
     assert result.tags["finetune_run_id"] == own and "differ from" not in result.err

@@ -14,6 +14,7 @@ from attribution.errors import InputError
 from attribution.runtime import safe_files
 from attribution.scores import artifact, features
 from attribution.scores.scored import Scored, score_training_set
+from attribution.scores.stored_features import load_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ORIGIN = {"fingerprint": "abc", "finetune_run_id": "0123", "estimator_version": 5}
@@ -68,9 +69,9 @@ def test_the_artifacts_are_read_as_they_are_in_hand_and_hashed_once(scored, tmp_
     with patch.object(
         artifact, "sha256", lambda file: hashed.append(file.name) or safe_files.sha256(file)
     ):
-        written = scored.write(tmp_path, configured())
+        written = scored.write(tmp_path)
     assert sorted(hashed) == ["scores.npy", "targets.parquet", "train.parquet"]
-    assert {path.name for path in tmp_path.iterdir()} == {"scores", "features"}
+    assert {path.name for path in tmp_path.iterdir()} == {"scores"}
     scored.suspects.to_csv(tmp_path / "suspects.csv", index=False)
     loaded = Scored.load(tmp_path / "scores", tmp_path / "suspects.csv")
     for found in (written, written.moved(tmp_path / "scores")):
@@ -83,9 +84,14 @@ def test_the_artifacts_are_read_as_they_are_in_hand_and_hashed_once(scored, tmp_
     assert loaded.scores.metadata.items() >= ORIGIN.items()
 
 
-def test_features_are_left_out_where_they_are_not_wanted(scored, tmp_path) -> None:
-    scored.write(tmp_path, configured(keep_features="no"))
-    assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+def test_features_that_were_just_stored_are_what_is_read_of_them(scored) -> None:
+    assert load_features(scored.features.folder) == scored.features
+
+
+def test_features_are_left_out_where_they_are_not_wanted(ensemble, tmp_path) -> None:
+    data, finetuned = ensemble
+    found = score_training_set(configured(keep_features="no"), data, finetuned, tmp_path, ORIGIN)
+    assert found.features is None and not (tmp_path / "stored").exists()
 
 
 def test_a_second_call_goes_on_from_the_first(ensemble, scored) -> None:
