@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import sqlite3
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import Place, write_images
+from places import Place, Result, write_images
 
 from attribution.runtime import signals
+from attribution.stages import STAGES
 
 # Set before any library reads them; the folder goes with the process.
 _scratch = tempfile.TemporaryDirectory(prefix="trak-ablation-tests-", ignore_cleanup_errors=True)
@@ -67,19 +69,31 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def new_place(
     tmp_path_factory: pytest.TempPathFactory, images: Path, empty_store: Path
-) -> Callable[..., Place]:
-    """A function that makes an empty store and cache; with `like`, a copy of a store."""
+) -> Iterator[Callable[..., Place]]:
+    """A function that makes an empty store and cache; with `like`, copies of another place's."""
+    for stage in STAGES.values():
+        stage.script()
+    gc.freeze()  # what libraries made at their import need not be searched for garbage
 
     def make(name: str, like: Place | None = None) -> Place:
         place = Place(tmp_path_factory.mktemp(name), images)
         if like:
             _copy_store(like.root, place.root)
+            shutil.copytree(like.cache, place.cache, ignore=shutil.ignore_patterns("locks"))
         else:
             shutil.copy(empty_store, place.root / "mlflow.db")
             place.client().create_experiment(place.experiment, (place.root / "artifacts").as_uri())
         return place
 
-    return make
+    yield make
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def finished(new_place: Callable[..., Place]) -> tuple[Place, Result]:
+    """A place where `ablation` alone made every stage, and its result; tests change copies of it."""
+    place = new_place("finished")
+    return place, place.done("ablation")
 
 
 def _copy_store(old: Path, new: Path) -> None:

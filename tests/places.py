@@ -99,12 +99,12 @@ class Place:
         }
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Iterator[pytest.MonkeyPatch]:
         """MLflow and the cache are here inside the block."""
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.environment.items():
                 patch.setenv(name, value)
-            yield
+            yield patch
 
     def argv(self, stage: str, **given: Any) -> list[str]:
         """Flags of a small run on the tiny images; None leaves a parameter out."""
@@ -122,10 +122,12 @@ class Place:
 
         out, err, code = io.StringIO(), io.StringIO(), 0
         with (
-            self.active(),
+            self.active() as patch,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
+            if stage == "evaluate":  # its intervals have tests of their own
+                patch.setattr("attribution.experiments.evaluation.DRAWS", 50)
             before = {run.info.run_id for run in self.runs(deleted=True)}
             try:
                 code = run_command(stage, self.argv(stage, **given))

@@ -21,7 +21,9 @@ def test_commands_stopped_at_random_moments_lose_nothing(
     """The short version of `python -m benchmarks faults`."""
     place = new_place("faults")
     small = dict(flag[2:].split("=") for flag in place.argv("finetune"))
-    monkeypatch.setattr(faults, "SETTINGS", small | {"jobs": 2})
+    monkeypatch.setattr(
+        faults, "SETTINGS", small
+    )  # how workers end: tests/runtime/test_parallel.py
     monkeypatch.setattr(faults, "COMMANDS", {"finetune": {}})
     options = argparse.Namespace(
         backends=["local"], commands=["finetune"], kinds=["Ctrl-C"], trials=1, seed=3

@@ -19,11 +19,9 @@ NOTHING: dict[str, Any] = {"dataset": None, **dict.fromkeys(SMALL), "jobs": 1}
 
 
 @pytest.fixture(scope="module")
-def place(new_place: Callable[..., Place]) -> Place:
-    """A store with one finished finetune run and one finished trak run."""
-    place = new_place("bad")
-    place.done("trak")
-    return place
+def place(finished, new_place: Callable[..., Place]) -> Place:
+    """A store with one finished run of finetune, trak and ablation each."""
+    return new_place("bad", like=finished[0])
 
 
 @pytest.mark.parametrize(

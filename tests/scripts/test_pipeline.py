@@ -58,14 +58,11 @@ BEFORE = beside_the_code()
 
 @pytest.fixture(scope="module")
 def projects(new_place: NewPlace) -> tuple[Place, dict[str, str]]:
-    """Run ids by entry point in one store; finetune and main by `mlflow run`, which takes longer."""
+    """Run ids by entry point in one store; main by `mlflow run`, which takes longer."""
     place, run_ids = new_place("projects"), {}
     given = {"seed": 3, "learning_rate": "1e-3"}
-    finetune = {**SMALL, "dataset": place.dataset, "cache_dir": place.cache, **given}
-    for name in ("num_seeds", "frac", "arms", "proj_dim"):
-        del finetune[name]
-    run_ids["finetune"] = mlflow_run(place, "finetune", finetune)
     own = {
+        "finetune": {},
         "trak": {},
         "ablation": {"arms": "none,random,helpful,harmful,negative,loss"},
         "evaluate": {"num_subsets": 10, "num_repeats": 1},
@@ -288,10 +285,10 @@ def test_nothing_is_written_beside_the_code(projects) -> None:
 
 
 @pytest.fixture(scope="module")
-def chain(new_place: NewPlace) -> tuple[Place, Any]:
-    """A place where `ablation` alone made everything, and that command's result."""
-    place = new_place("chain")
-    return place, place.done("ablation")
+def chain(finished, new_place: NewPlace) -> tuple[Place, Any]:
+    """A copy of the place where `ablation` alone made everything, and that command's result."""
+    place, first = finished
+    return new_place("chain", like=place), first
 
 
 def test_ablation_alone_makes_what_it_needs(chain) -> None:

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def replayed(new_place: NewPlace) -> tuple[Place, Any, Any]:
+def replayed(finished, new_place: NewPlace) -> tuple[Place, Any, Any]:
     """A place with an ablation, and that run's replay."""
-    place = new_place("replay")
-    first = place.done("ablation")
+    source, first = finished
+    place = new_place("replay", like=source)
     return place, first, place.done("ablation", replay=first.run_id)
 
 
@@ -48,8 +48,8 @@ def test_a_replay_is_never_reused_by_another_command(replayed) -> None:
     assert again.tags["trak_run_id"] not in place.done("trak").err
 
 
-def test_a_replay_that_differs_says_where_and_fails(replayed) -> None:
-    place, first, _ = replayed
+def test_a_replay_that_differs_says_where_and_fails(replayed, capsys) -> None:
+    place, first, again = replayed
     file = place.artifacts(first.run_id) / "comparison.csv"
     kept = file.read_text()
     environment = place.artifacts(first.run_id) / "environment.json"
@@ -61,14 +61,17 @@ def test_a_replay_that_differs_says_where_and_fails(replayed) -> None:
         cells[column] = str(float(cells[column]) + 0.25)
         file.write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
         environment.write_text(then.replace('"torch": "', '"torch": "1'))
-        result = place.run("ablation", replay=first.run_id)
+        with place.active():
+            is_same = replay.report_replay(first.run_id, again.run_id)
     finally:
         file.write_text(kept)
         environment.write_text(then)
-    assert result.code == 1
-    assert "differs by at most 0.25 (accuracy_mean)" in result.out
-    assert f"replay of run {first.run_id}: differs" in result.out
-    assert "torch: 12." in result.err and " then, 2." in result.err
+    said = capsys.readouterr()
+    assert not is_same  # the command's exit code is 1
+    assert "differs by at most 0.25 (accuracy_mean)" in said.out
+    assert f"replay of run {first.run_id}: differs" in said.out
+    assert "torch: 12." in said.err and " then, 2." in said.err
+    assert place.client().get_run(again.run_id).data.tags["replay_result"] == "differs"
 
 
 @pytest.mark.parametrize(
