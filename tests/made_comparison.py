@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -40,8 +41,14 @@ MORE = {
 
 
 def table_of(more: dict, groups: np.ndarray | None = None) -> pd.DataFrame:
+    rows = tuple((*key, tuple(added)) for key, added in more.items())
+    return _table_of(rows, None if groups is None else tuple(groups)).copy()
+
+
+@cache  # a comparison takes a second
+def _table_of(rows: tuple, groups: tuple | None) -> pd.DataFrame:
     trials, logits = [], []
-    for (arm, size, action), added in more.items():
+    for arm, size, action, added in rows:
         trial = Trial(arm, size / 40, (np.arange(size),) * N_SEEDS)
         if action == "relabel":
             trial = replace(trial, new_labels=(np.zeros(size, int),) * N_SEEDS)
@@ -49,7 +56,8 @@ def table_of(more: dict, groups: np.ndarray | None = None) -> pd.DataFrame:
         right = np.arange(N_TEST) < np.add(BASE, added)[:, None]
         shown = np.where(right, LABELS, 1 - LABELS)
         logits.append(3 * np.eye(2)[shown])
-    return comparison_table(compare(trials, logits, LABELS, groups))
+    given = None if groups is None else np.array(groups)
+    return comparison_table(compare(trials, logits, LABELS, given))
 
 
 def only(*arms: str) -> dict:

@@ -202,6 +202,7 @@ def first(own: Place):
     return own.done("ablation", **OPEN | SHORT)
 
 
+@pytest.mark.slow
 def test_each_choice_is_said_and_logged(own: Place, first) -> None:
     said = [line for line in first.err.splitlines() if line.startswith("auto: ")]
     assert len(said) == 1
@@ -212,12 +213,14 @@ def test_each_choice_is_said_and_logged(own: Place, first) -> None:
     assert first.runs[0].data.params["epochs"] == "1"
 
 
+@pytest.mark.slow
 def test_the_same_folder_again_is_answered_by_the_first_run(own: Place, first) -> None:
     again = own.done("ablation", **OPEN | SHORT)
     assert again.made() == set() and again.tags["reused_run_id"] == first.run_id
     assert "plan:" not in again.err
 
 
+@pytest.mark.slow
 def test_what_a_run_built_on_has_is_kept_and_only_seeds_are_chosen(own: Place, first) -> None:
     nothing = dict.fromkeys(SMALL) | {
         "dataset": None,
@@ -235,6 +238,7 @@ def test_a_run_of_another_preset_says_nothing(own: Place) -> None:
     assert "auto:" not in run.err
 
 
+@pytest.mark.slow
 def test_two_images_a_split_are_enough(new_place, tmp_path: Path) -> None:
     place, folder = new_place("tiny"), write_images(tmp_path / "tiny", per_class=5)
     result = place.done("ablation", dataset=folder, **OPEN | SHORT, frac=0.2)

@@ -239,6 +239,7 @@ def test_a_kept_part_is_as_good_as_a_folder_that_never_had_the_rest(
     assert files_of(place, result) == files_of(other, again)
 
 
+@pytest.mark.slow
 def test_every_artifact_is_of_the_kept_examples(kept) -> None:
     place, given, result = kept
     ids = read_ids(given["keep"])
@@ -253,6 +254,7 @@ def test_every_artifact_is_of_the_kept_examples(kept) -> None:
     assert result.runs[0].data.params["keep"] == given["keep"]
 
 
+@pytest.mark.slow
 def test_another_kept_part_is_other_data(kept, tmp_path) -> None:
     place, given, result = kept
     ids = read_ids(given["keep"])
@@ -264,6 +266,7 @@ def test_another_kept_part_is_other_data(kept, tmp_path) -> None:
     assert place.done("finetune", **whole).made() == {"finetune"}
 
 
+@pytest.mark.slow
 def test_a_list_that_changed_is_not_what_a_run_was_built_on(kept, tmp_path) -> None:
     place, given, _ = kept
     keep = Path(shutil.copy(given["keep"], tmp_path / "keep.txt"))
@@ -281,6 +284,7 @@ def test_a_list_that_changed_is_not_what_a_run_was_built_on(kept, tmp_path) -> N
         original.write_text(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -336,6 +340,7 @@ def test_a_file_for_every_frac_holds_train_without_what_was_removed(exported) ->
         assert f"--keep {folder / name}" in result.err
 
 
+@pytest.mark.slow
 def test_a_reused_comparison_exports_too_and_replaces_nothing_unasked(exported, tmp_path) -> None:
     place, _, result = exported
     given = {"label_noise": 0.2, "arms": "harmful,negative,loss", "frac": "0.1,0.09,0.2"}
@@ -355,6 +360,7 @@ def test_a_reused_comparison_exports_too_and_replaces_nothing_unasked(exported, 
     assert set(read_ids(str(file))) == set(train["example_id"]) - removed
 
 
+@pytest.mark.slow
 def test_cleaned_is_the_folder_where_none_is_named(exported, tmp_path, monkeypatch) -> None:
     place, folder, result = exported
     monkeypatch.chdir(tmp_path)
@@ -364,6 +370,7 @@ def test_cleaned_is_the_folder_where_none_is_named(exported, tmp_path, monkeypat
         assert (tmp_path / "cleaned" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_exported_file_is_what_keep_takes(exported) -> None:
     place, folder, result = exported
     file = folder / "harmful_0.2.csv"
@@ -380,6 +387,7 @@ def test_an_exported_file_is_what_keep_takes(exported) -> None:
     assert "5 images left out by keep" in plain.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "fragments"),
     [

@@ -25,6 +25,11 @@ from attribution.runtime.hashing import derive_seed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "DRAWS", 100)
+
+
 def planted(
     n: int = 60, subsets: int = 40, targets: int = 12, noise: float = 0.0, repeats: int = 2
 ):

@@ -14,7 +14,8 @@ from PIL import Image
 from places import write_images
 from toy import toy_data
 
-from attribution.data.dataset import ImageData
+from attribution.config import resolve
+from attribution.data.dataset import ImageData, load_data
 from attribution.data.splits import SPLITS
 from attribution.scores import suspects as module
 from attribution.scores.suspects import COLUMNS, near_duplicates, suspects, thumbnails
@@ -214,6 +215,7 @@ def test_planted_flips_come_first_on_the_digits(digits) -> None:
     assert np.mean(suggested == true.astype(str).to_numpy()) > 0.7
 
 
+@pytest.mark.slow
 def test_the_stage_s_list_is_about_all_splits_and_follows_the_score_table(digits) -> None:
     place, result = digits
     folder = place.artifacts(result.run_id)
@@ -227,22 +229,17 @@ def test_the_stage_s_list_is_about_all_splits_and_follows_the_score_table(digits
     assert own["position"].tolist() == same["position"].tolist()
 
 
+@pytest.mark.slow
 def test_a_planted_twin_is_on_the_list_of_the_stage(new_place, tmp_path) -> None:
     place, folder = new_place("twin"), write_images(tmp_path / "images", 8)
-    made = place.done("finetune", dataset=folder, epochs=1)
-    examples = pd.read_parquet(place.artifacts(made.run_id) / "training" / "examples.parquet")
-    red = examples.query("split == 'train' and label_name == 'red'")["file_name"].iloc[0]
+    config = resolve({"dataset": str(folder), "image_size": 16, "cache_dir": str(place.cache)})
+    red = load_data(config).table("train").query("label_name == 'red'")["file_name"].iloc[0]
     pixels = np.asarray(Image.open(folder / red)).copy()
     pixels[0, 0] ^= 4  # another file, and to the eye the same picture
     for seed in range(40):  # until its place in the draw is in training
         pixels[0, 1] = seed
         Image.fromarray(pixels).save(folder / "blue" / "twin.png")
-        with place.active():
-            from attribution.config import resolve
-            from attribution.data.dataset import load_data
-
-            loaded = load_data(resolve({"dataset": str(folder), "image_size": 16}))
-        names = set(loaded.table("train")["file_name"])
+        names = set(load_data(config).table("train")["file_name"])
         if {"blue/twin.png", red} <= names:
             break
     result = place.done("trak", dataset=folder, epochs=1)
@@ -253,6 +250,7 @@ def test_a_planted_twin_is_on_the_list_of_the_stage(new_place, tmp_path) -> None
         assert table.loc[own, "near_duplicate_of"] == table.loc[other, "example_id"]
 
 
+@pytest.mark.slow
 def test_scores_without_suspects_are_logged(new_place, monkeypatch) -> None:
     from attribution.scores import scored as module
 

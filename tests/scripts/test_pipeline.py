@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +288,9 @@ def test_nothing_is_written_beside_the_code(projects) -> None:
 @pytest.fixture(scope="module")
 def chain(finished, new_place: NewPlace) -> tuple[Place, Any]:
     """A copy of the place where `ablation` alone made everything, and that command's result."""
-    place, first = finished
-    return new_place("chain", like=place), first
+    source, first = finished
+    place = new_place("chain", like=source)
+    return place, replace(first, out=first.out.replace(str(source.root), str(place.root)))
 
 
 def test_ablation_alone_makes_what_it_needs(chain) -> None:
