@@ -58,6 +58,39 @@ def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
         module._featurize(config, data, shard, tmp_path)
 
 
+@pytest.mark.parametrize(("after", "left"), [(1, 6), (3, 5), (5, 3), (6, 3)])
+def test_interrupted_features_go_on_and_end_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, left: int
+) -> None:
+    """Stopped after so many batches of 10: 3 of train, 1 of validation, 1 of test, for 2 checkpoints."""
+    data = toy_data(tmp_path / "data", n_train=24, n_other=9)
+    given = toy_config(proj_dim=16), data, [saved_model(tmp_path / "model", data)] * 2
+    monkeypatch.setattr(module, "feature_batch_size", lambda *_: 10)
+
+    def features(work: Path) -> list[bytes]:
+        stores = module.featurize(*given, work)
+        files = [file for store in stores for file in sorted(store.folder.rglob("*.mmap"))]
+        return [file.read_bytes() for file in files]
+
+    whole = features(tmp_path / "whole")
+    batches_of, featurize, seen, made = module.batches_of, module._featurize, [], []
+
+    def batches(*given):
+        for batch in batches_of(*given):
+            if len(seen) == after:
+                raise KeyboardInterrupt
+            seen.append(batch)
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "batches_of", batches)
+        features(tmp_path / "work")
+    monkeypatch.setattr(
+        module, "_featurize", lambda *given: made.append(given[2]) or featurize(*given)
+    )
+    assert features(tmp_path / "work") == whole and len(made) == left
+
+
 @pytest.mark.parametrize("asked", [1, 3, 99])
 def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: int) -> None:
     data = toy_data(tmp_path / "data", n_train=12, n_other=6)
