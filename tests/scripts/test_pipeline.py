@@ -432,7 +432,7 @@ def test_one_finished_stage_serves_commands_that_name_its_run(chain) -> None:
     params = result.runs[0].data.params
     assert params["epochs"] == "2" and params["proj_dim"] == "32" and params["frac"] == "0.3"
     finetune_id = tag(place, trak_id, "finetune_run_id")
-    small = {name: None for name in SMALL} | {"dataset": None, "proj_dim": 24}
+    small = {name: None for name in SMALL} | {"dataset": None, "jobs": 1, "proj_dim": 24}
     result = place.done("trak", finetune_run_id=finetune_id, **small)
     assert result.made() == {"trak"} and result.tags["finetune_run_id"] == finetune_id
 
