@@ -68,6 +68,7 @@ class Command:
             stage_runs.describe(name, self.config, self.data)
             runs = self._look_up()
             self._prepare({stage: run_id for stage, run_id in runs.items() if run_id}, runs)
+            stage_runs.log_environment(name, self.config)
             upstream: dict[str, Upstream] = {}
             for stage, run_id in runs.items():
                 upstream[stage] = (
@@ -134,6 +135,7 @@ class Command:
                 # Other commands will build on it too, so it does not belong to this one's run.
                 mlflow.MlflowClient().delete_tag(run.info.run_id, "mlflow.parentRunId")
                 stage_runs.describe(name, self.config, self.data)
+                stage_runs.log_environment(name, self.config)
                 return self._make(STAGES[name], upstream)
 
     def _make(self, stage: Stage, upstream: dict[str, Upstream]) -> Upstream:
@@ -146,7 +148,6 @@ class Command:
         result = script.run(job)
         record = script.record(job, result)
         log_record(record)
-        stage_runs.log_environment()
         said = f"{stage.name}: finished in {time.monotonic() - start:.0f} s"
         if (accuracy := record.metrics.get("validation_accuracy_mean")) is not None:
             said += f", validation accuracy {accuracy:.4f} (mean over checkpoints)"
@@ -166,7 +167,7 @@ class Command:
     def _drop_checkpoints(self, done: Upstream) -> None:
         """Delete the checkpoints that this command made: all, or all but the best on validation."""
         if "finetune" not in self.made:
-            own = stage_runs.lineage(done.run_id)["finetune"]
+            own = stage_runs.lineage(done.run_id).get("finetune", "")
             say(f"finetune: run {own} was made by an earlier command; its checkpoints are kept")
             return
         run_id, members = self.made["finetune"].run_id, self.made["finetune"].result.members

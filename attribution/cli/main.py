@@ -6,6 +6,7 @@ What takes seconds to import (torch, MLflow) is imported after the flags have be
 from __future__ import annotations
 
 import importlib
+import io
 import shlex
 import signal
 import sys
@@ -25,6 +26,9 @@ BAD_INPUT, FAILED = 2, 1
 
 def main(stage: str) -> NoReturn:
     """Run the stage's command with this process's arguments, and end the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack characters such as ±
     code = run_command(stage, sys.argv[1:])
     if "torch" in sys.modules:  # which Python would take seconds to take apart
         end(code)

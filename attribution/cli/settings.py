@@ -20,7 +20,8 @@ from attribution.runtime.device import resolve_device, resolve_precision
 from attribution.runtime.progress import say
 from attribution.stages import STAGES, Stage
 from attribution.tracking.fingerprint import fingerprint
-from attribution.tracking.stage_runs import run_tags
+from attribution.tracking.run_lifecycle import find_run
+from attribution.tracking.stage_runs import params_of, run_tags
 
 # What a replay may change: where and how it is executed. The number of threads decides last bits,
 # so that another number is another comparison.
@@ -79,9 +80,14 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
     """
     shown = f"{parameter}={run_id}"
     try:
-        run = mlflow.get_run(run_id)
-    except mlflow.exceptions.MlflowException:
-        raise InputError(f"{shown}: no such run in {mlflow.get_tracking_uri()}") from None
+        run = find_run(run_id)
+    except mlflow.exceptions.MlflowException:  # not even the form of an id
+        run = None
+    if not run:
+        raise InputError(
+            f"{shown}: no such run in {mlflow.get_tracking_uri()}, or it is deleted (mlflow runs "
+            "restore)"
+        )
     found = run.data.tags.get("stage")
     if found != stage.name:
         raise InputError(f"{shown}: is a run of stage {found}, not {stage.name}")
@@ -91,11 +97,10 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
         other = run.data.tags.get("reused_run_id")
         raise InputError(f"{shown}: only points to run {other}; name that one")
     groups = (*stage.all_groups, *more_groups)
-    names = (FIELDS.keys() & run.data.params.keys()) - {"cache_dir"}
     return {
-        name: convert(name, run.data.tags.get(f"resolved.{name}", run.data.params[name]))
-        for name in names
-        if FIELDS[name].metadata["group"] in groups
+        name: convert(name, text)
+        for name, text in params_of(run).items()
+        if name in FIELDS and name != "cache_dir" and FIELDS[name].metadata["group"] in groups
     }
 
 

@@ -21,6 +21,7 @@ from mlflow.utils.uri import append_to_uri_path
 
 from attribution.errors import InputError, reason, redact
 from attribution.tracking.links import model_link, run_link
+from attribution.tracking.run_lifecycle import find_run
 
 
 def local_root(artifact_uri: str) -> Path | None:
@@ -55,8 +56,10 @@ def artifact_path(run_id: str, path: str) -> Path:
     An artifact of a remote store is downloaded to a folder that is deleted when the process ends.
 
     Raises:
-        InputError: the artifact is gone, or cannot be downloaded.
+        InputError: the run or the artifact is gone, or cannot be downloaded.
     """
+    if not find_run(run_id):
+        raise InputError(f"run {run_id}: is not in {mlflow.get_tracking_uri()}, or deleted")
     uri, inner = _find(run_id, path)
     root = local_root(uri)
     if root:

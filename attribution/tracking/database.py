@@ -12,7 +12,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 from requests import RequestException
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from attribution.errors import InputError, redact
 from attribution.runtime.cache_folder import alone, discard_unfinished
@@ -24,6 +24,10 @@ MACHINE_ERRORS = (
 )  # fmt: skip
 # MLflow's codes for mistakes of the caller's code.
 OWN_MISTAKES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+# The packages of database drivers that are called otherwise.
+DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+KINDS = "type http://HOST:PORT, sqlite:///mlflow.db, postgresql://HOST/NAME or mysql://HOST/NAME"
+
 # Whole words: a port or a run's id may contain these digits too.
 REFUSED = re.compile(r"\b(401|403|UNAUTHENTICATED|PERMISSION_DENIED)\b")
 
@@ -36,11 +40,17 @@ def open_store(cache: Path) -> None:
     hidden folder until it is complete.
 
     Raises:
-        InputError: the store is of a kind that MLflow has retired, its address is malformed, or
-            cache_dir cannot be written.
+        InputError: the store is of a kind that MLflow has retired or does not know, its address is
+            malformed, its driver is missing, or cache_dir cannot be written.
     """
+    mlflow.config.enable_async_logging(False)  # what is logged is read back at once
     uri = mlflow.get_tracking_uri()
     shown = f"MLFLOW_TRACKING_URI={uri}"
+    if server := re.fullmatch(r"(https?:)?/*([\w.-]+:\d+(/.*)?)", uri):
+        raise InputError(
+            f"{shown}: the address of a server starts with http://; type "
+            f"MLFLOW_TRACKING_URI=http://{server[2]}"
+        )
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise InputError(
             f"{shown}: MLflow has retired its file store; move the old mlruns folder away or set "
@@ -54,9 +64,14 @@ def open_store(cache: Path) -> None:
                 _create(file)
     try:
         mlflow.MlflowClient().search_experiments(max_results=1)
-    except MlflowException as error:
-        if "UnicodeError" in str(error) or "InvalidURL" in str(error):
-            raise InputError(f"{shown}: not an address") from None
+    except ImportError as error:
+        package = DRIVERS.get(error.name or "", error.name)
+        raise InputError(f"{shown}: a package is missing; type pip install '{package}'") from None
+    except (MlflowException, ArgumentError) as error:
+        if "unsupported URI" in str(error):
+            raise InputError(f"{shown}: MLflow knows no such kind; {KINDS}") from None
+        if isinstance(error, ArgumentError) or re.search("UnicodeError|InvalidURL", str(error)):
+            raise InputError(f"{shown}: not an address; {KINDS}") from None
         raise
 
 
@@ -66,7 +81,7 @@ def _writing(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in MACHINE_ERRORS:
+        if is_machine_error(error):
             raise
         raise InputError(f"{place}: cannot be written ({error.strerror or error})") from None
 
@@ -86,6 +101,11 @@ def _create(file: Path) -> None:
         mlflow.MlflowClient(address).search_experiments(max_results=1)
 
 
+def is_machine_error(error: BaseException) -> bool:
+    """Whether an error is the machine's fault: a full disk, for instance."""
+    return isinstance(error, OSError) and error.errno in MACHINE_ERRORS
+
+
 def failure(error: BaseException) -> str:
     """One line about what the tracking store or the machine failed at; empty for other errors."""
     text = redact(" ".join(str(error).split()))
@@ -99,6 +119,6 @@ def failure(error: BaseException) -> str:
                 f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN ({text[:120]})"
             )
         return redact(f"MLFLOW_TRACKING_URI={mlflow.get_tracking_uri()}: {text}")
-    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+    if is_machine_error(error):
         return text
     return ""

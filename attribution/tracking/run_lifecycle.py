@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import RunInfo
+from mlflow.entities import Run, RunInfo
+from mlflow.exceptions import MlflowException
 
+from attribution.errors import InputError, reason
 from attribution.runtime.signals import is_stopping, stop_after
-from attribution.tracking.database import failure
+from attribution.tracking.database import OWN_MISTAKES, failure
+
+SETTINGS = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 
 
 def current_run() -> RunInfo:
@@ -26,15 +30,29 @@ def current_run() -> RunInfo:
     return run.info
 
 
+def find_run(run_id: str) -> Run | None:
+    """A run of the tracking store; None if it is unknown there or deleted."""
+    try:
+        run = mlflow.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
 @contextmanager
 def open_run(**options: Any) -> Iterator[Any]:
     """Open a run that ends as its block does: FINISHED, KILLED by a signal, or FAILED by an error.
 
     An error of the block is raised even if the tracking store cannot be told about it.
+
+    Raises:
+        InputError: the environment names a run or an experiment that is unknown or deleted.
     """
     run = None
     try:
-        with stop_after():
+        with stop_after(), _naming_settings():
             run = mlflow.start_run(**options)
         yield run
         end_run(run)
@@ -47,6 +65,22 @@ def open_run(**options: Any) -> Iterator[Any]:
         if run:
             _mark(run, "KILLED" if stopped else "FAILED")
         raise
+
+
+@contextmanager
+def _naming_settings() -> Iterator[None]:
+    """Name the settings of the environment that MLflow refuses."""
+    # Before the block: MLflow takes the run's id out of the environment.
+    given = [f"{name}={os.environ[name]}" for name in SETTINGS if os.environ.get(name)]
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in (*OWN_MISTAKES, "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"):
+            raise
+        raise InputError(
+            f"{', '.join(given) or 'experiment'}: {reason(error)}; set MLFLOW_EXPERIMENT_NAME to "
+            "another name, or type mlflow experiments restore --experiment-id ID"
+        ) from None
 
 
 def end_run(run: Any) -> None:

@@ -13,20 +13,26 @@ from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
 from mlflow.data.pandas_dataset import from_pandas
+from mlflow.entities import Run
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
 from attribution.config import Config, convert
 from attribution.data.dataset import ImageData
+from attribution.errors import InputError, reason
 from attribution.runtime import machine
 from attribution.runtime.cache_folder import alone
 from attribution.runtime.progress import say
+from attribution.runtime.safe_files import read_json
 from attribution.stages import STAGES
-from attribution.tracking.artifacts import has_artifact
+from attribution.tracking.artifacts import artifact_path, has_artifact
+from attribution.tracking.database import is_machine_error
 from attribution.tracking.fingerprint import fingerprint
 from attribution.tracking.links import run_link
-from attribution.tracking.run_lifecycle import current_run
+from attribution.tracking.run_lifecycle import current_run, find_run
 
 NOTE = "mlflow.note.content"  # the tag with the markdown at the top of a run's page
 ENVIRONMENT = "environment.json"  # what a run was made with, beside its parameters
+LONG_PARAMS = "parameters.json"  # the parameters that are too long for MLflow
 
 
 @contextmanager
@@ -42,9 +48,25 @@ def making(stage: str, config: Config, data: ImageData) -> Iterator[str | None]:
 
 
 def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
-    """The newest FINISHED run of the active experiment with this stage's fingerprint and artifacts."""
+    """The newest FINISHED run of the active experiment with this stage's fingerprint and artifacts.
+
+    A run that was built on one that is gone does not count.
+    """
     runs = _finished(stage, {"fingerprint": fingerprint(stage, config, data)})
-    return next((r.info.run_id for r in runs if is_whole(stage, r.info.run_id, config)), None)
+    return next(
+        (
+            r.info.run_id
+            for r in runs
+            if _has_upstream(r) and is_whole(stage, r.info.run_id, config)
+        ),
+        None,
+    )
+
+
+def _has_upstream(run: Run) -> bool:
+    """Whether the runs that a run was built on are still there."""
+    ids = [run.data.tags.get(f"{stage}_run_id") for stage in STAGES]
+    return all(find_run(run_id) for run_id in ids if run_id)
 
 
 def newest(stage: str, tags: dict[str, str]) -> str | None:
@@ -63,11 +85,11 @@ def _finished(stage: str, tags: dict[str, str]) -> list[Any]:
 
 
 def is_whole(stage: str, run_id: str, config: Config) -> bool:
-    """Whether a run still has the artifacts that later stages need."""
+    """Whether a run is still there, with the artifacts that later stages need."""
     paths = STAGES[stage].artifacts
     numbers = range(config.num_models)
     needed = dict.fromkeys(path.format(m=m) for path in paths for m in numbers)
-    return all(has_artifact(run_id, path) for path in needed)
+    return bool(find_run(run_id)) and all(has_artifact(run_id, path) for path in needed)
 
 
 def run_tags(run_id: str) -> dict[str, str]:
@@ -86,10 +108,10 @@ def experiment_of(run_id: str) -> str:
 
 
 def lineage(run_id: str | None) -> dict[str, str]:
-    """The ids of a run and of the runs that it was built on, by stage."""
+    """The ids of a run and of the runs that it was built on, by stage, as far as they are there."""
     found = {}
-    while run_id:
-        tags = run_tags(run_id)
+    while run_id and (run := find_run(run_id)):
+        tags = run.data.tags
         found[tags["stage"]] = run_id
         upstream = STAGES[tags["stage"]].upstream[:1]
         run_id = tags.get(f"{upstream[0]}_run_id") if upstream else None
@@ -107,7 +129,7 @@ def describe(stage: str, config: Config, data: ImageData) -> None:
     }
     mlflow.set_tags(tags | ({"replay_of": config.replay} if config.replay else {}))
     name_run(_name_of(stage, config, key))
-    log_params(config.group(*STAGES[stage].all_groups, "execution"))
+    log_params(_params(stage, config))
     table = from_pandas(
         data.examples.drop(columns="file_name"),
         source=_source(config.dataset),
@@ -134,9 +156,36 @@ def _name_of(stage: str, config: Config, key: str) -> str:
     return " ".join([*words, key[:6]])
 
 
-def log_environment() -> None:
-    """Log versions, hardware and command line to the active run."""
-    mlflow.log_dict(machine.environment(), ENVIRONMENT)
+def log_environment(stage: str, config: Config) -> None:
+    """Log versions, hardware, command line and long parameters, the first artifacts of the active run.
+
+    Raises:
+        InputError: the artifact store cannot be written.
+    """
+    documents, params = {ENVIRONMENT: machine.environment()}, _params(stage, config)
+    if long := {name: value for name, value in params.items() if _is_long(value)}:
+        documents[LONG_PARAMS] = long
+    try:
+        for name, document in documents.items():
+            mlflow.log_dict(document, name)
+    except Exception as error:  # of many kinds: every store has its own
+        place = current_run().artifact_uri
+        if place.startswith(("mlflow-artifacts:", "http")) or is_machine_error(error):
+            raise
+        advice = "make it writable, or set MLFLOW_EXPERIMENT_NAME to the name of another experiment"
+        if isinstance(error, ImportError):
+            advice = f"type pip install {error.name}"
+        raise InputError(
+            f"artifact store {place}: cannot be written ({reason(error)}); {advice}"
+        ) from None
+
+
+def _params(stage: str, config: Config) -> dict[str, Any]:
+    return config.group(*STAGES[stage].all_groups, "execution")
+
+
+def _is_long(value: Any) -> bool:
+    return len(str(value)) > MAX_PARAM_VAL_LENGTH
 
 
 def log_params(params: dict[str, Any]) -> None:
@@ -144,11 +193,23 @@ def log_params(params: dict[str, Any]) -> None:
 
     `mlflow run` has logged its command line already, and MLflow does not let a parameter change.
     A value that was resolved later, such as 'auto', therefore becomes the tag `resolved.NAME`.
+    A value that is too long for MLflow is cut off.
     """
+    params = {k: v[:MAX_PARAM_VAL_LENGTH] if _is_long(v) else v for k, v in params.items()}
     known = mlflow.MlflowClient().get_run(current_run().run_id).data.params
     mlflow.log_params({k: v for k, v in params.items() if k not in known})
     differ = {k: params[k] for k in params.keys() & known if convert(k, known[k]) != params[k]}
     mlflow.set_tags({f"resolved.{k}": v for k, v in differ.items()})
+
+
+def params_of(run: Run) -> dict[str, str]:
+    """The resolved parameters that a run was made with, as texts."""
+    logged = run.data.params
+    found = {name: run.data.tags.get(f"resolved.{name}", text) for name, text in logged.items()}
+    is_cut = MAX_PARAM_VAL_LENGTH in map(len, found.values())
+    if is_cut and has_artifact(run.info.run_id, LONG_PARAMS):
+        found |= read_json(artifact_path(run.info.run_id, LONG_PARAMS))
+    return found
 
 
 def mark_reused(stage: str, run_id: str) -> None:

@@ -56,6 +56,37 @@ def test_a_store_of_a_retired_or_malformed_kind_is_refused_without_its_credentia
     assert "s3cret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("localhost:5000", "type MLFLOW_TRACKING_URI=http://localhost:5000"),
+        ("http:host:5000/path", "type MLFLOW_TRACKING_URI=http://host:5000/path"),
+        ("foo://host/store", "MLflow knows no such kind; type http://HOST:PORT"),
+        ("sqlite://mlflow.db", "not an address; type http://HOST:PORT, sqlite:///mlflow.db"),
+    ],
+)
+def test_an_address_of_no_store_is_refused_with_what_to_type(
+    uri: str, says: str, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InputError) as refused:
+        open_store(tmp_path)
+    assert str(refused.value).startswith(f"MLFLOW_TRACKING_URI={uri}: ")
+    assert says in str(refused.value)
+
+
+def test_a_missing_driver_is_named_by_the_package_to_install(monkeypatch, tmp_path) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'MySQLdb'", name="MySQLdb")
+
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: f"mysql://me:{SECRET}@host/runs")
+    monkeypatch.setattr(mlflow.MlflowClient, "search_experiments", missing)
+    with pytest.raises(InputError, match="type pip install 'mysqlclient'") as refused:
+        open_store(tmp_path)
+    assert "s3cret" not in str(refused.value)
+
+
 def test_a_mistake_of_the_code_is_no_failure_of_the_store() -> None:
     error = MlflowException.invalid_parameter_value("no such thing")
     assert failure(error) == "" and failure(ValueError("x")) == ""

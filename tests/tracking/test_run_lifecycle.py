@@ -18,6 +18,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from places import Place
 
+from attribution.errors import InputError
 from attribution.runtime.signals import ended_by_signals
 from attribution.tracking.run_lifecycle import end_dead_runs, open_run, signature
 
@@ -45,6 +46,25 @@ def test_a_signal_that_a_library_turns_into_another_error_still_marks_the_run_ki
     with pytest.raises(RuntimeError), open_run() as run:  # which nobody stopped
         raise RuntimeError
     assert mlflow.MlflowClient().get_run(run.info.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_ID=987654321: "),
+        ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_NAME=binned: "),
+        ("MLFLOW_RUN_ID", "MLFLOW_RUN_ID=987654321: "),
+    ],
+)
+def test_an_experiment_or_run_that_is_unknown_or_deleted_is_named(
+    store: Path, monkeypatch, name: str, says: str
+) -> None:
+    client = mlflow.MlflowClient()
+    client.delete_experiment(client.create_experiment("binned"))
+    monkeypatch.setenv(name, "binned" if name.endswith("NAME") else "987654321")
+    with pytest.raises(InputError, match=f"^{says}") as refused, open_run():
+        pass
+    assert "mlflow experiments restore" in str(refused.value)
 
 
 def test_a_stopped_transaction_does_not_keep_the_run_from_being_marked(store: Path) -> None:
