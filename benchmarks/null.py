@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 from sklearn.datasets import load_digits
-from statsmodels.stats.proportion import proportion_confint
 
 from attribution.experiments.statistics import bootstrap_interval, holm, mean_estimate
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         ("bootstrap (BCa) intervals that contain zero", bootstrapped),
         ("families with a false finding after Holm", found),
     ):
-        low, high = proportion_confint(sum(hits), len(hits), method="wilson")
+        low, high = binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
         row = {"figure": name, "n": len(hits), "share": float(np.mean(hits))}
         rows.append(row | {"ci_low": low, "ci_high": high})
     return rows

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from statsmodels.stats.proportion import proportion_confint
+from scipy.stats import binomtest
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
@@ -206,7 +206,7 @@ def brittleness(
     for name, logits in zip(removed, after, strict=True):
         own = logits[np.arange(len(targets)), targets]
         flips = int((own.argmax(axis=1) != labels[targets]).sum())
-        low, high = proportion_confint(flips, len(targets), method="wilson")
+        low, high = binomtest(flips, len(targets)).proportion_ci(method="wilson")
         change = mean_estimate(margins(own, labels[targets]) - old)
         rows.append(
             {

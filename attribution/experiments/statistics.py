@@ -133,10 +133,7 @@ def seeds_needed(effect: float, spread: float, at_power: float = 0.8, alpha: flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: keeps the family-wise error rate (Holm 1979).
-
-    statsmodels' multipletests collects garbage in every call, and takes a second to import.
-    """
+    """Holm's step-down adjustment: keeps the family-wise error rate (Holm 1979)."""
     p = np.asarray(p_values, dtype=np.float64)
     order, adjusted = np.argsort(p, kind="stable"), np.empty_like(p)
     steps = p[order] * np.arange(len(p), 0, -1)
