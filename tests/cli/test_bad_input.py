@@ -297,7 +297,7 @@ def test_tampered_scores(place: Place, new_place: Callable[..., Place], how: str
     values = np.load(file)
     values[3, 2] = -values[3, 2]
     np.save(file, {"value": values, "dtype": values.astype("f8"), "shape": values[1:]}[how])
-    refused(copy, "ablation", "scores=", "hash")
+    refused(copy, "ablation", "scores=", "hash", frac=0.2)
 
 
 # -- places ----------------------------------------------------------------------------------------
