@@ -108,7 +108,8 @@ def test_a_command_prints_its_plan_and_leaves_as_much_as_that_says(new_place: Ne
         size(place.artifacts(made.run_id), name) for name in ("scores.npy", "train.npy")
     )
     assert trak.estimate(config, data).kept == pytest.approx(scores + features, rel=0.2)
-    weights = size(place.artifacts(made.tags["finetune_run_id"]), "*.safetensors")
+    models = place.checkpoints(made.tags["finetune_run_id"])
+    weights = sum(size(folder, "*.safetensors") for folder in models)
     assert finetune.estimate(config, data).kept == pytest.approx(weights, rel=0.1)
 
     reused = place.done("ablation").err.split("plan:\n")[1].splitlines()
