@@ -9,11 +9,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 
 from attribution.config import Config, nearest
-from attribution.data.sources import SUFFIXES, Source
+from attribution.data.folders import Files
+from attribution.data.sources import Source, some
+from attribution.data.tables import LABEL_NAMES, choose_labels
 from attribution.errors import InputError, reason
 
+ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar")
 
 
@@ -27,23 +31,55 @@ def hub_data(config: Config, name: str) -> Source:
     return _tabular(_load(config, lambda: datasets.load_dataset(name), advice), config)
 
 
-def hub_folder(config: Config, root: Path, cache: Path) -> Source:
-    """A folder that `datasets` saved, or that holds tables.
+def saved_folder(config: Config, root: Path) -> Source:
+    """A folder that `datasets` saved; its parts may be saved one by one.
 
     Raises:
-        InputError: it holds neither, cannot be loaded, or its columns are unclear.
+        InputError: it cannot be loaded, or its columns are unclear.
     """
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _tabular(_load(config, lambda: datasets.load_from_disk(str(root))), config)
+    saved = sorted(file.parent for file in root.glob("**/state.json"))
+    load = lambda: {part.name: datasets.load_from_disk(str(part)) for part in saved}  # noqa: E731
+    return _tabular(_load(config, load), config)
+
+
+def hub_folder(config: Config, files: Files) -> Source:
+    """A folder of tables that hold images.
+
+    Raises:
+        InputError: there are none, they cannot be loaded, or their columns are unclear.
+    """
+    root = files.root
     depths = (root.glob("*"), root.glob("*/*"))
-    if not any(file.suffix in TABLE_SUFFIXES for files in depths for file in files):
-        raise InputError(
-            f"dataset={config.dataset}: holds neither class subfolders with images "
-            f"({' '.join(SUFFIXES)}) nor a data set in Hub format"
-        )
-    prepared = str(cache / "datasets")
+    has_tables = any(file.suffix in TABLE_SUFFIXES for found in depths for file in found)
+    if not has_tables or _boxes(files):
+        raise InputError(f"dataset={config.dataset}: {_what_it_holds(files)}")
+    prepared = str(Path(config.cache_dir) / "datasets")
     parts = _load(config, lambda: datasets.load_dataset(str(root), cache_dir=prepared))
     return _tabular(parts, config)
+
+
+def _boxes(files: Files) -> list[str]:
+    """Files that describe boxes of objects, as COCO calls them."""
+    names = ["/".join(table) for table in files.tables]
+    return [n for n in names if n.endswith(".json") and re.search("coco|instances_", n.lower())]
+
+
+def _what_it_holds(files: Files) -> str:
+    """Why a folder is not a labelled set of images, and what to do."""
+    names = ["/".join(table) for table in files.tables]
+    if boxes := _boxes(files):
+        return (
+            f"{boxes[0]} looks like boxes of objects (COCO); this project needs one label per image"
+        )
+    if archives := [kind for kind in files.others if kind in ARCHIVES]:
+        return f"holds archives ({', '.join(archives)}) and no labelled images; unpack them first"
+    images = files.counted(list(files.images)) or "no images"
+    return (
+        "holds neither class subfolders with images, nor a table with their names and labels, nor a "
+        f"data set in Hub format; found: {images}; tables: {some(names) or 'none'}"
+    )
 
 
 def _load(config: Config, load: Callable[[], Any], advice: str = "") -> dict[str, Any]:
@@ -61,18 +97,18 @@ def _tabular(parts: dict[str, Any], config: Config) -> Source:
     """Find the two columns and the class names of a data set."""
     features = parts["train" if "train" in parts else next(iter(parts))].features
     image = _column(features, "image_column", config.image_column, datasets.Image)
-    label = _column(features, "label_column", config.label_column, datasets.ClassLabel)
+    label, notes = _label_column(parts, config)
     parts = {name: part for name, part in parts.items() if {image, label} <= set(part.features)}
     if not re.search("Image|string|binary", repr(features[image])):
         raise InputError(f"image_column={image}: holds neither images nor paths of images")
     kind = features[label]
     if isinstance(kind, datasets.ClassLabel):
-        return _from_parts(parts, image, label, list(kind.names))
-    if not re.match("u?int|(large_)?string|bool", getattr(kind, "dtype", "")):
+        return _from_parts(parts, image, label, list(kind.names), notes)
+    if not _is_plain(kind):
         raise InputError(f"label_column={label}: holds neither class labels, integers nor strings")
     values = {value for part in parts.values() for value in _values(part, label)}
     names = [str(value) for value in sorted(values - {None, -1})]
-    return _from_parts(parts, image, label, names)
+    return _from_parts(parts, image, label, names, notes)
 
 
 def _column(features: Any, option: str, name: str, kind: type) -> str:
@@ -88,11 +124,41 @@ def _column(features: Any, option: str, name: str, kind: type) -> str:
     return found[0]
 
 
+def _label_column(parts: dict[str, Any], config: Config) -> tuple[str, list[str]]:
+    """The column of the labels, and lines about it.
+
+    That is the only one with class labels, else the only plain one that looks like labels.
+    """
+    first = parts["train" if "train" in parts else next(iter(parts))]
+    classes = [c for c, kind in first.features.items() if isinstance(kind, datasets.ClassLabel)]
+    named = [c for c in classes if c.lower() in LABEL_NAMES]
+    if config.label_column or len(classes) == 1:
+        given = config.label_column or classes[0]
+        return _column(first.features, "label_column", given, datasets.ClassLabel), []
+    if len(named) == 1:
+        others = ", ".join(c for c in classes if c not in named)
+        return named[0], [f"labels: column {named[0]}; --label_column takes another one ({others})"]
+    if not classes:
+        plain = [c for c, kind in first.features.items() if _is_plain(kind)]
+        frame = pd.DataFrame({c: list(map(str, _values(first, c))) for c in plain})
+        notes: list[str] = []
+        labels = choose_labels(frame, "the data set", config, notes)
+        if labels is not None and labels.name:
+            return str(labels.name), notes
+    return _column(first.features, "label_column", "", datasets.ClassLabel), []
+
+
+def _is_plain(kind: Any) -> bool:
+    return bool(re.match("u?int|(large_)?string|bool", getattr(kind, "dtype", "")))
+
+
 def _values(part: Any, column: str) -> list[Any]:
     return part.select_columns([column]).with_format("arrow")[:][column].to_pylist()
 
 
-def _from_parts(parts: dict[str, Any], image: str, label: str, names: list[str]) -> Source:
+def _from_parts(
+    parts: dict[str, Any], image: str, label: str, names: list[str], notes: list[str]
+) -> Source:
     """Join all parts; labels are matched by class name, images stay undecoded."""
     ids = {name: position for position, name in enumerate(names)}
     labels, images = [], []
@@ -117,6 +183,7 @@ def _from_parts(parts: dict[str, Any], image: str, label: str, names: list[str])
         np.repeat(np.array(list(parts), object), [len(part) for part in images]),
         lambda rows: [cell or empty for cell in merged[rows][image].to_pylist()],
         column=lambda name: _group_values(parts, name),
+        notes=tuple(notes),
     )
 
 

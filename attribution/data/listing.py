@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,17 @@ import pandas as pd
 
 from attribution.config import FIELDS, Config, nearest
 from attribution.data import sources
-from attribution.data.sources import Source
+from attribution.data.folders import class_folders, find_files
+from attribution.data.parts import by_role, role_of
+from attribution.data.sources import Source, some
 from attribution.data.splits import SPLITS, carve, units
+from attribution.data.tables import read_tables, with_table
 from attribution.errors import InputError
 from attribution.runtime.cache_folder import cache_folder
 from attribution.runtime.progress import say
+
+# Data sets of the Hub whose authors' test images are called validation there.
+TEST_CALLED_VALIDATION = ("ethz/food101", "food101")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +57,8 @@ def list_data(config: Config) -> Listing:
     """
     cache_folder(config, "pixels")
     source = find_source(config)
+    for note in (*source.notes, *_unused_parts(source, config)):
+        say(f"data: {note}")
     _check_labelled(source, config)
     chosen = _choose_classes(source, config)
     names = [source.class_names[label] for label in chosen]
@@ -59,8 +69,11 @@ def list_data(config: Config) -> Listing:
     table["unit"] = units(table, values, config)
     if config.split_by:
         say(f"data: {table['unit'].nunique()} units by split_by={config.split_by}")
+    dropped = len(listed) - len(table)
+    if config.small_classes == "leave_out" and not config.wanted_classes:
+        table, names = _leave_out_small(table, names, config)
     check_classes(table, names, config)
-    return Listing(source, names, table, len(listed) - len(table))
+    return Listing(source, names, table, dropped)
 
 
 def find_source(config: Config) -> Source:
@@ -69,19 +82,38 @@ def find_source(config: Config) -> Source:
     if text == "digits":
         return sources.digits()
     root = Path(os.path.abspath(os.path.expanduser(text)))
-    if root.is_dir() and (found := sources.class_folders(root, config)):
-        return found
-    # Imported here: it takes seconds, and neither digits nor class folders need it.
-    from attribution.data import hub_format
-
     if root.is_dir():
-        return hub_format.hub_folder(config, root, Path(config.cache_dir))
+        return _in_folder(root, config)
     if root.exists():
         raise InputError(f"dataset={text}: is a file; name the folder that holds the images")
     looks_like_path = text.startswith((".", "/", "~")) or "/" in text and root.parent.is_dir()
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
         raise InputError(f"dataset={text}: missing folder; name one that exists, or a Hub id")
-    return hub_format.hub_data(config, text)
+    return _hub_format().hub_data(config, text)
+
+
+def _in_folder(root: Path, config: Config) -> Source:
+    """The images in a folder, by the one reader whose kind of data set it holds.
+
+    Raises:
+        InputError: none of them fits, or several do.
+    """
+    if (root / "dataset_dict.json").is_file() or any(root.glob("**/state.json")):
+        return _hub_format().saved_folder(config, root)
+    files = find_files(root, config)
+    folders, table = class_folders(files, config), read_tables(files, config)
+    if table is not None and (found := with_table(files, table, folders, config)):
+        return found
+    if folders is None:
+        return _hub_format().hub_folder(config, files)
+    return replace(folders, notes=(*folders.notes, *files.notes()))
+
+
+def _hub_format() -> ModuleType:
+    """The reader of data sets in Hub format: to import it takes seconds, and image files do not need it."""
+    from attribution.data import hub_format
+
+    return hub_format
 
 
 def _check_labelled(source: Source, config: Config) -> None:
@@ -111,17 +143,30 @@ def _choose_classes(source: Source, config: Config) -> list[int]:
 def _roles(source: Source, config: Config) -> dict[str, str]:
     """The role of each part that is used: 'test', 'validation', or 'pool' (to be divided)."""
     present = list(dict.fromkeys(source.parts))
-    pool = "train" if "train" in present else present[0]
-    if pool != "train" and len(present) > 1:
-        raise InputError(f"dataset={config.dataset}: no part 'train' among {', '.join(present)}")
     labelled = set(source.parts[source.labels >= 0])
-    test = ["test"] if "test" in labelled else []
-    validation = [name for name in sources.VALIDATION_NAMES if name in labelled][:1]
-    # Without a labelled test part (ethz/food101 has none) the validation part becomes the test split.
-    official = dict(zip(test + validation, ("test", "validation")))
+    official = by_role([part for part in present if part in labelled or role_of(part) == "train"])
+    pool = official.pop("train", present[0])
+    if role_of(pool) != "train" and len(present) > 1:
+        raise InputError(f"dataset={config.dataset}: no part 'train' among {', '.join(present)}")
+    if config.dataset in TEST_CALLED_VALIDATION and "test" not in official:
+        official["test"] = official.pop("validation")
     if config.resplit == "yes":
-        official = dict.fromkeys(labelled & {"test", *sources.VALIDATION_NAMES}, "pool")
-    return {**official, pool: "pool"}
+        return {
+            **{part: "pool" for part in present if part in labelled and role_of(part)},
+            pool: "pool",
+        }
+    return {**{part: role for role, part in official.items() if part != pool}, pool: "pool"}
+
+
+def _unused_parts(source: Source, config: Config) -> list[str]:
+    """Lines about the parts that play no role."""
+    used, notes = _roles(source, config), []
+    for part, count in Counter(source.parts).items():
+        if part not in used:
+            has_labels = (source.labels[source.parts == part] >= 0).any()
+            why = "" if has_labels else "it holds no labels and "
+            notes.append(f"part {part} ({count:,} images): {why}is not used")
+    return notes
 
 
 def _list_images(source: Source, chosen: list[int], config: Config) -> pd.DataFrame:
@@ -157,6 +202,34 @@ def _drop_copies(table: pd.DataFrame) -> pd.DataFrame:
     return table[rank == rank.groupby(table["digest"]).transform("max")].reset_index(drop=True)
 
 
+def _own_images(table: pd.DataFrame, config: Config) -> pd.Series:
+    """Number of units that are left to divide for each label."""
+    pool = table[table["role"] == "pool"]
+    if config.split_by:
+        return pool.groupby("label")["unit"].nunique()
+    # An image in two classes counts for the first.
+    return pool.groupby("digest")["label"].first().value_counts()
+
+
+def _leave_out_small(
+    table: pd.DataFrame, names: list[str], config: Config
+) -> tuple[pd.DataFrame, list[str]]:
+    """Leave out the classes with too few images to divide, and say so."""
+    needed = len(SPLITS) + 1 - table["role"].nunique()
+    own = _own_images(table, config).reindex(range(len(names)), fill_value=0)
+    kept = [label for label, count in own.items() if count >= needed]
+    if len(kept) == len(names) or len(kept) < 2:
+        return table, names
+    small = [f"{names[label]} ({count})" for label, count in own.items() if count < needed]
+    say(
+        f"data: classes with fewer than {needed} different images to train on are left out: "
+        f"{some(small, 20)}; --small_classes stop refuses them"
+    )
+    table = table[table["label"].isin(kept)].reset_index(drop=True)
+    table["label"] = table["label"].map({label: i for i, label in enumerate(kept)})
+    return table, [names[label] for label in kept]
+
+
 def check_classes(table: pd.DataFrame, names: list[str], config: Config) -> None:
     """Refuse a class that would be missing from a split.
 
@@ -167,12 +240,10 @@ def check_classes(table: pd.DataFrame, names: list[str], config: Config) -> None
     official = sorted(set(table["role"]) - {"pool"})
     needed = len(SPLITS) - len(official)  # splits made from the pool
     roles = table.groupby("label")["role"].agg(set)
-    pool = table[table["role"] == "pool"]
-    if config.split_by:
-        own, kind = pool.groupby("label")["unit"].nunique(), f"units by split_by={config.split_by}"
-    else:  # an image in two classes counts for the first
-        own = pool.groupby("digest")["label"].first().value_counts()
-        kind = "different images of its own"
+    own = _own_images(table, config)
+    kind = (
+        f"units by split_by={config.split_by}" if config.split_by else "different images of its own"
+    )
     for label, name in enumerate(names):
         if label not in roles:
             raise InputError(f"{shown}: empty class {name!r}: it holds no images")

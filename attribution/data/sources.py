@@ -1,12 +1,13 @@
-"""Undecoded images with labels, and two places they come from: the embedded digits, class folders."""
+"""Undecoded images with labels: what every reader of data returns, and the embedded digits."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from stat import S_ISREG
@@ -15,18 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from attribution.config import Config
-from attribution.data.decoding import open_image
-from attribution.errors import InputError
+from attribution.data.decoding import FORMATS, open_image
 from attribution.runtime.progress import progress
 
 Result = TypeVar("Result")
+Row = tuple[str, str | None, str]
 
-VALIDATION_NAMES = ("validation", "valid", "val")
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif",
-)  # fmt: skip
 MOST_BYTES = 1 << 30  # a larger file is not read as an image
 CHUNK = 256  # images read at a time, which bounds memory
 PART = 32  # of them, images that a thread takes: to take one costs as much as to hash a small one
@@ -44,6 +39,7 @@ class Source:
         open: opens the bytes of an image.
         root: file names are relative to this folder.
         column: returns the values of another column for all rows, None if there is no such column.
+        notes: lines for the user: what was chosen, and what is not used.
     """
 
     class_names: list[str]
@@ -53,6 +49,7 @@ class Source:
     open: Callable[[io.BytesIO], Image.Image] = open_image
     root: Path | None = None
     column: Callable[[str], list[Any] | None] = lambda name: None
+    notes: tuple[str, ...] = ()
 
     def name(self, cell: dict[str, Any]) -> str:
         """The file name of a cell, empty if it has none."""
@@ -75,59 +72,36 @@ def digits() -> Source:
     )
 
 
-def class_folders(root: Path, config: Config) -> Source | None:
-    """Images in class subfolders, with or without official parts; None if there are none.
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of the formats that are decoded; HEIC files are listed even if they cannot be."""
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in known if kind in FORMATS) | {".heic", ".heif"}
 
-    Raises:
-        InputError: a file's name is not UTF-8.
+
+def from_files(root: Path, rows: list[Row], names: list[str], notes: list[str]) -> Source:
+    """Images in files.
+
+    Args:
+        rows: path, class name (None where unknown) and part of each.
+        names: class names in order.
     """
-    official = {
-        part: _classes(root / part, config) for part in ("train", "test", *VALIDATION_NAMES)
-    }
-    parts = {part: classes for part, classes in official.items() if any(classes.values())}
-    # A class may be called "train": that folder is a part only if its subfolders hold images.
-    if "train" not in parts:
-        parts = {"train": _classes(root, config)}
-    names = sorted({name for classes in parts.values() for name in classes})
     ids = {name: label for label, name in enumerate(names)}
-    rows = [
-        (ids[name], part, path)
-        for part, classes in parts.items()
-        for name, files in classes.items()
-        for path in files
-    ]
-    if not rows:
-        return None
-    labels, row_parts, paths = zip(*rows, strict=True)
+    paths = [path for path, _, _ in rows]
     return Source(
         names,
-        np.array(labels, np.int64),
-        np.array(row_parts, object),
+        np.array([-1 if name is None else ids[name] for _, name, _ in rows], np.int64),
+        np.array([part for _, _, part in rows], object),
         lambda rows: [{"bytes": None, "path": paths[row]} for row in rows],
         root=root,
+        notes=tuple(notes),
     )
 
 
-def _classes(folder: Path, config: Config) -> dict[str, list[str]]:
-    """The image files in each visible subfolder; an empty list where there is none."""
-    found: dict[str, list[str]] = {}
-    for child in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if child.is_dir() and not child.name.startswith("."):
-            shown = (entry for entry in os.scandir(child) if not entry.name.startswith("."))
-            images = (entry for entry in shown if entry.name.lower().endswith(SUFFIXES))
-            # A broken link is listed too: it is then reported as undecodable.
-            files = [e.path for e in images if os.path.isfile(e) or not os.path.exists(e)]
-            _check_names(files, config)
-            found[child.name] = sorted(files)
-    return found
-
-
-def _check_names(files: list[str], config: Config) -> None:
-    for file in files:
-        if file.encode(errors="replace") != os.fsencode(file):
-            raise InputError(
-                f"dataset={config.dataset}: {file} has a name that is not UTF-8; rename it"
-            )
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first names of a list, and how many there are if there are more."""
+    more = f", … ({len(names):,} in total)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def map_cells(

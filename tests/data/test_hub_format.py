@@ -16,8 +16,8 @@ def test_hub_format_with_train_and_validation(load, tmp_path) -> None:
         tmp_path / "hub", train=hub_dataset(0, [10, 5]), validation=hub_dataset(50, [3, 2])
     )
     loaded = load(folder)
-    assert loaded.class_names == ("pizza", "apple") and sizes(loaded) == [12, 3, 5]
-    assert set(loaded.table("test")["file_name"]) == {f"{i}.png" for i in range(50, 55)}
+    assert loaded.class_names == ("pizza", "apple") and sizes(loaded) == [12, 5, 3]
+    assert set(loaded.table("validation")["file_name"]) == {f"{i}.png" for i in range(50, 55)}
 
 
 def test_unlabelled_test_part_is_not_used(load, tmp_path) -> None:
@@ -27,7 +27,8 @@ def test_unlabelled_test_part_is_not_used(load, tmp_path) -> None:
         test=hub_dataset(30, [2, 2], labels=False),
         validation=hub_dataset(50, [3, 2]),
     )
-    assert set(load(folder).table("test")["file_name"]) == {f"{i}.png" for i in range(50, 55)}
+    found = load(folder).table("validation")
+    assert set(found["file_name"]) == {f"{i}.png" for i in range(50, 55)}
 
 
 def test_saved_to_disk_and_same_content_as_a_folder(load, tmp_path, root) -> None:
@@ -62,7 +63,9 @@ def test_columns_found_named_or_refused(load, tmp_path) -> None:
     loaded = load(folder, image_column="image", label_column="kind")
     assert loaded.class_names == ("a", "b")
     write_parquet(tmp_path / "plain", train=part.remove_columns(["label", "thumb"]))
-    fails(load, tmp_path / "plain", "label_column", "0 columns", "kind")
+    assert load(tmp_path / "plain").class_names == ("a", "b")  # kind: price is no label
+    write_parquet(tmp_path / "none", train=part.remove_columns(["label", "thumb", "kind"]))
+    fails(load, tmp_path / "none", "label_column", "0 columns", "price")
 
 
 def test_bad_image_and_unlabelled_part_of_a_hub_format(load, tmp_path) -> None:

@@ -1,0 +1,264 @@
+"""Find the files of a data set, and read class folders."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from attribution.config import Config
+from attribution.data.parts import by_role, role_of
+from attribution.data.sources import Source, from_files, image_suffixes, some
+from attribution.errors import InputError
+from attribution.runtime.progress import progress
+
+Path_ = tuple[str, ...]  # of a folder, below the data set's
+TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
+IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}  # hold images of any class
+MASK_FOLDERS = {"masks", "mask", "annotations", "labels", "segmentation", "segmentations"}
+
+
+@dataclass
+class Files:
+    """What a folder holds.
+
+    Attributes:
+        images: sorted names of the images in each folder that holds some.
+        tables: files that may hold labels.
+        others: number of other files by suffix.
+        empty: the topmost folders without images.
+        hidden: hidden files and folders.
+    """
+
+    root: Path
+    images: dict[Path_, list[str]] = field(default_factory=dict)
+    tables: list[Path_] = field(default_factory=list)
+    others: Counter = field(default_factory=Counter)
+    empty: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
+
+    def path(self, folder: Path_, name: str) -> str:
+        return os.path.join(self.root, *folder, name)
+
+    def counted(self, folders: list[Path_]) -> str:
+        """Some folders by name, with the number of their images."""
+        return some([f"{'/'.join(f) or '.'} ({len(self.images[f]):,} images)" for f in folders])
+
+    def notes(self, read: Sequence[Path_] = ()) -> list[str]:
+        """Lines about the files that are not used.
+
+        Args:
+            read: tables that are used.
+        """
+        others = self.others + Counter(_suffix(t[-1]) for t in self.tables if t not in read)
+        notes = []
+        if others:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(8))
+            notes.append(f"{others.total():,} files are not images and are not used: {kinds}")
+        if self.hidden:
+            notes.append(
+                f"{len(self.hidden)} hidden files or folders left out: {some(self.hidden)}"
+            )
+        if self.empty:
+            notes.append(f"folders without images left out: {some(self.empty)}")
+        if self.masks:
+            notes.append(f"folders of masks or annotations left out: {some(self.masks)}")
+        return notes
+
+
+def find_files(root: Path, config: Config) -> Files:
+    """Walk through a folder and the folders in it; links are followed.
+
+    Raises:
+        InputError: a folder cannot be read, or an image's name is not UTF-8.
+    """
+    files = Files(root)
+    with progress("data: finding files", 0) as advance:
+        try:
+            _walk(files, (), frozenset(), advance)
+        except OSError as error:
+            raise InputError(f"dataset={config.dataset}: cannot be read ({error})") from None
+    for folder, names in files.images.items():
+        for name in names:
+            path = files.path(folder, name)
+            if path.encode(errors="replace") != os.fsencode(path):
+                raise InputError(
+                    f"dataset={config.dataset}: {path} has a name that is not UTF-8; rename it"
+                )
+    _set_masks_aside(files)
+    return files
+
+
+def _walk(files: Files, folder: Path_, above: frozenset, advance: Callable[..., None]) -> int:
+    """Add what a folder holds; returns the number of images in it and below.
+
+    Args:
+        above: the folders above. A link to one of them would never end.
+    """
+    path = os.path.join(files.root, *folder)
+    info = os.stat(path)
+    if (info.st_dev, info.st_ino) in above:
+        return 0
+    above |= {(info.st_dev, info.st_ino)}
+    images, mark = [], len(files.empty)
+    with os.scandir(path) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    count = 0
+    for entry in entries:
+        name = entry.name
+        if name.startswith(".") or name == "__MACOSX":
+            files.hidden.append("/".join((*folder, name)))
+        elif os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+            count += _walk(files, (*folder, name), above, advance)
+        # A broken link is listed too: it is then reported as undecodable.
+        elif _suffix(name) in image_suffixes() and (entry.is_symlink() or entry.is_file()):
+            images.append(name)
+        elif _suffix(name) in TABLES:
+            files.tables.append((*folder, name))
+        else:
+            files.others[_suffix(name)] += 1
+    advance(len(entries))
+    count += len(images)
+    if images:
+        files.images[folder] = images
+    if folder and not count:
+        files.empty[mark:] = ["/".join(folder)]
+    return count
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without suffix"
+
+
+def _set_masks_aside(files: Files) -> None:
+    """Remove folders of masks that lie beside a folder of images."""
+    known = {folder[:i] for folder in files.images for i in range(1, len(folder) + 1)}
+    beside = {folder[:-1] for folder in known if folder[-1].lower() in IMAGE_FOLDERS}
+    masks = {f for f in known if f[-1].lower() in MASK_FOLDERS and f[:-1] in beside}
+    for folder in list(files.images):
+        if any(folder[:i] in masks for i in range(1, len(folder) + 1)):
+            count = len(files.images.pop(folder))
+            files.masks.append(f"{'/'.join(folder)} ({count:,} images)")
+
+
+def class_folders(files: Files, config: Config) -> Source | None:
+    """Images in class folders, with or without official parts; None if there are no classes.
+
+    A class is the topmost folder that holds images itself, or the folder at level `class_depth`.
+    """
+    notes: list[str] = []
+    folders = _without_image_folders(files.images)
+    parts = _official(folders) or {"train": folders}
+    used = {real for inside in parts.values() for reals in inside.values() for real in reals}
+    if unused := [real for real in files.images if real not in used]:
+        notes.append(f"folders next to {some(list(parts))} are not used: {files.counted(unused)}")
+    holders = {path for inside in parts.values() for path in inside if path}
+    classes = {part: _classes(inside, holders, config) for part, inside in parts.items()}
+    pool = by_role(list(parts)).get("train", next(iter(parts)))
+    train = classes[pool]
+    if not train:
+        return None
+    grouped = [real for found in classes.values() for reals in found.values() for real in reals]
+    if loose := sorted(used - set(grouped)):
+        notes.append(
+            f"images outside of class folders have no label and are not used: {files.counted(loose)}"
+        )
+    names = _names({c for found in classes.values() for c in found})
+    rows = []
+    for part, found in classes.items():
+        is_known = any(c in train for c in found)
+        for c, reals in found.items():
+            for real in reals:
+                label = names[c] if is_known else None
+                rows += [(files.path(real, n), label, part) for n in files.images[real]]
+    order = sorted({label for _, label, _ in rows if label is not None})
+    if all(name.isdecimal() for name in order) and order != sorted(order, key=int):
+        notes.append(f"class names are sorted as text: {some(order)}")
+    inside = parts[pool]
+    levels = max(map(len, inside))
+    if levels > 1:
+        deepest = sorted(train, key=len)[-1]
+        example = "/".join(deepest)
+        notes.append(
+            f"{len(train)} classes are folders such as {example}; --class_depth N takes the folders of "
+            f"level N (1 to {levels})"
+        )
+    lower = [real for path, reals in inside.items() if path not in train for real in reals]
+    if merged := [real for real in lower if real not in loose]:
+        notes.append(f"images below a class folder belong to its class: {files.counted(merged)}")
+    return from_files(files.root, rows, order, notes)
+
+
+Folders = dict[Path_, list[Path_]]  # folders of images by the path that counts
+
+
+def _without_image_folders(images: dict[Path_, list[str]]) -> Folders:
+    """Leave folders such as `images` out of the paths where they are alone."""
+    children: dict[Path_, set[str]] = {}
+    for folder in images:
+        for i in range(len(folder)):
+            children.setdefault(folder[:i], set()).add(folder[i])
+    found: Folders = {}
+    for folder in images:
+        path = tuple(
+            name
+            for i, name in enumerate(folder)
+            if name.lower() not in IMAGE_FOLDERS or len(children[folder[:i]]) > 1
+        )
+        found.setdefault(path, []).append(folder)
+    return found
+
+
+def _official(folders: Folders) -> dict[str, Folders] | None:
+    """The folders of each part by their paths below it, None if there are no parts.
+
+    A class may be called train: folders named like parts are parts if no other folder lies
+    next to them, or if the one for training holds folders itself.
+    """
+    tops = sorted({path[0] for path in folders if path})
+    named = [top for top in tops if role_of(top)]
+    nested = {path[0] for path in folders if path[1:]}
+    is_certain = any(
+        role_of(top) == "train" and top in nested and (named[1:] or top.lower() == "train")
+        for top in named
+    )
+    if named and (is_certain or named == tops):
+        return {top: _inside(folders, top) for top in named}
+    return _official(_below(folders, tops[0])) if len(tops) == 1 else None
+
+
+def _below(folders: Folders, top: str) -> Folders:
+    return {path[1:]: real for path, real in folders.items() if path and path[0] == top}
+
+
+def _inside(folders: Folders, top: str) -> Folders:
+    """The folders of a part, also where it is doubled: seg_train/seg_train."""
+    below = _below(folders, top)
+    tops = {path[0] for path in below if path}
+    if len(tops) == 1 and role_of(next(iter(tops))) == role_of(top):
+        return _inside(below, next(iter(tops)))
+    return below
+
+
+def _classes(folders: Folders, holders: set[Path_], config: Config) -> Folders:
+    """The folders of images that belong to each class.
+
+    Args:
+        holders: folders that hold images themselves, in any part.
+    """
+    found: Folders = {}
+    for path, reals in folders.items():
+        topmost = next((i for i in range(1, len(path) + 1) if path[:i] in holders), 0)
+        level = config.class_depth or topmost
+        if 0 < level <= len(path):
+            found.setdefault(path[:level], []).extend(reals)
+    return found
+
+
+def _names(classes: set[Path_]) -> dict[Path_, str]:
+    """A folder's own name, with the folders above it where several have that name."""
+    count = Counter(c[-1] for c in classes)
+    return {c: c[-1] if count[c[-1]] == 1 else "/".join(c) for c in classes}

@@ -1,0 +1,375 @@
+"""Labels in tables next to image files: metadata.csv, train.csv with ids, lists such as test.txt."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from attribution.config import Config
+from attribution.data.folders import TABLES, Files, Path_
+from attribution.data.parts import role_of
+from attribution.data.sources import Source, from_files, image_suffixes, some
+from attribution.errors import InputError
+
+LABEL_NAMES = (
+    "label", "labels", "class", "target", "category", "fine_label", "class_name", "label_name",
+)  # fmt: skip
+SAMPLE = 200  # rows that are looked at to find the column of the images
+MOST_TEXTS = 20  # more .txt files than this are annotations, one for each image
+
+
+@dataclass
+class Labelled:
+    """Rows of tables that name images.
+
+    Attributes:
+        rows: path, label ('' where unknown), part, table; one row per image.
+        other: the tables' other columns.
+        used: the tables.
+        notes: lines about what was chosen and left out.
+        has_labels: False for mere lists of images.
+    """
+
+    rows: pd.DataFrame
+    used: list[Path_]
+    notes: list[str]
+    has_labels: bool
+
+
+def read_tables(files: Files, config: Config) -> Labelled | None:
+    """The rows of all tables that name images; None if there is none.
+
+    Raises:
+        InputError: several columns may hold the labels, or an image has several labels.
+    """
+    texts = sum(table[-1].endswith(".txt") for table in files.tables)
+    shown = [
+        table
+        for table in files.tables
+        if "submission" not in table[-1].lower()
+        and not (texts > MOST_TEXTS and table[-1].endswith(".txt"))
+    ]
+    finder = _Finder(files)
+    found = [
+        (table, rows) for table in shown if (rows := _read_one(table, finder, config)) is not None
+    ]
+    labelled = [(table, rows) for table, rows in found if "label" in rows]
+    chosen = labelled or [(table, rows) for table, rows in found if role_of(_stem(table[-1]))]
+    if not chosen:
+        return None
+    return _joined(chosen, [t for t, _ in found if t not in dict(chosen)], files)
+
+
+def with_table(
+    files: Files, table: Labelled, folders: Source | None, config: Config
+) -> Source | None:
+    """The images as tables label them, or class folders with the parts that tables give.
+
+    None if the tables add nothing to the folders.
+
+    Raises:
+        InputError: tables and folders give different classes.
+    """
+    rows = table.rows
+    if folders is None or len(folders.class_names) < 2:
+        return _from_rows(files, table) if table.has_labels else None
+    cells = folders.cells(np.arange(len(folders.labels)))
+    own = dict(zip((cell["path"] for cell in cells), folders.labels))
+    pairs = pd.DataFrame({"own": rows["path"].map(own), "label": rows["label"]}).dropna()
+    is_partial = len(pairs) < len(own) / 2 and table.has_labels
+    if config.class_depth or is_partial and not config.label_column:
+        return None
+    pairs = pairs.drop_duplicates()
+    if table.has_labels and (pairs["own"].duplicated() | pairs["label"].duplicated()).any():
+        if config.label_column:
+            return _from_rows(files, table)
+        names = some(["/".join(t) for t in table.used])
+        raise InputError(
+            f"dataset={config.dataset}: the folders and {names} give different classes; add "
+            "--class_depth 1 for the folders, or --label_column COLUMN for the table"
+        )
+    roles = {role_of(part) for part in rows["part"]}
+    if len(roles) < 2 and table.has_labels or len(set(folders.parts)) > 1:
+        return None
+    part = dict(zip(rows["path"], rows["part"]))
+    other = "unlisted" if "train" in roles else "train"
+    return replace(
+        folders,
+        parts=np.array([part.get(path, other) for path in own], object),
+        notes=(
+            *folders.notes,
+            f"parts: from {some(['/'.join(t) for t in table.used])}",
+            *files.notes(table.used),
+        ),
+    )
+
+
+def _from_rows(files: Files, table: Labelled) -> Source:
+    rows = table.rows
+    known = rows["label"].where(~rows["label"].isin(["", "-1"]), None)
+    source = from_files(
+        files.root,
+        list(zip(rows["path"], known, rows["part"], strict=True)),
+        sorted_names(set(known.dropna())),
+        [*table.notes, *files.notes(table.used)],
+    )
+    return replace(source, column=lambda name: list(rows[name]) if name in rows else None)
+
+
+def _joined(
+    chosen: list[tuple[Path_, pd.DataFrame]], unlabelled: list[Path_], files: Files
+) -> Labelled:
+    """One row per image out of several tables."""
+    notes = [note for _, rows in chosen for note in rows.attrs["notes"]]
+    if unlabelled:
+        notes.append(
+            f"tables without labels are not used: {some(['/'.join(t) for t in unlabelled])}"
+        )
+    rows = pd.concat([rows for _, rows in chosen], ignore_index=True)
+    has_labels = "label" in rows
+    if not has_labels:
+        rows["label"] = ""
+    rows = rows.drop_duplicates(["path", "label"])
+    twice = rows[rows["path"].duplicated(keep=False)]
+    if len(twice):
+        first = twice[twice["path"] == twice["path"].iloc[0]]
+        raise InputError(
+            f"dataset={files.root}: {twice['path'].nunique():,} images have several labels, such as "
+            f"{os.path.basename(first['path'].iloc[0])} ({', '.join(first['label'].iloc[:2])}, in "
+            f"{' and '.join(dict.fromkeys(first['table']))}); leave one row for each image"
+        )
+    total = sum(len(names) for names in files.images.values())
+    if total > len(rows):
+        notes.append(f"{total - len(rows):,} images are in no table with labels and are not used")
+    return Labelled(rows.reset_index(drop=True), [t for t, _ in chosen], notes, has_labels)
+
+
+def _read_one(table: Path_, finder: _Finder, config: Config) -> pd.DataFrame | None:
+    """The rows of one table with columns path, part, table, perhaps label; None if it names no images."""
+    name = "/".join(table)
+    file = finder.files.path(table[:-1], table[-1])
+    frame = _load(file)
+    if frame is None or frame.empty:
+        return None
+    if any(finder.find(str(column), table) for column in frame):  # without a heading
+        frame = _load(file, header=None)
+        assert frame is not None  # it was read a moment ago
+    column = _image_column(frame, table, finder, config)
+    if column is None:
+        return None
+    paths = [finder.find(value, table, strict=True) for value in frame[column]]
+    is_found = np.array([path is not None for path in paths])
+    notes = []
+    if not is_found.all():
+        missing = frame[column][~is_found]
+        notes.append(f"{len(missing):,} rows of {name} name no image, such as {missing.iloc[0]!r}")
+    rest = frame.drop(columns=column)
+    parts = _parts(rest)
+    labels = choose_labels(rest.drop(columns=parts or []), name, config, notes)
+    rows = rest.assign(path=paths, table=name)
+    rows["part"] = rest[parts] if parts else [_part_of(path, table, finder.files) for path in paths]
+    if labels is not None:
+        rows["label"] = labels
+    else:
+        rows = rows.drop(columns="label", errors="ignore")
+    rows = rows[is_found]
+    rows.attrs = {"notes": notes}
+    return rows
+
+
+def _load(file: str, **options: Any) -> pd.DataFrame | None:
+    """A table of texts; None if the file holds something else."""
+    try:
+        frame = _any_table(file, options)
+    except (ValueError, OSError, KeyError, TypeError):  # pandas' own errors are ValueErrors
+        return None
+    if frame is None:
+        return None
+    frame.columns = [str(column).strip() for column in frame]
+    frame = frame.loc[
+        :, [not c.startswith("Unnamed:") for c in frame] & ~frame.columns.duplicated()
+    ]
+    return frame.convert_dtypes().astype("string").fillna("").astype(object)
+
+
+def _any_table(file: str, options: dict[str, Any]) -> pd.DataFrame | None:
+    if file.endswith(".parquet"):
+        return _parquet(file)
+    if file.endswith(".jsonl"):
+        return pd.read_json(file, lines=True, dtype=False, convert_dates=False)
+    if file.endswith(".json"):
+        with open(file, encoding="utf-8-sig") as text:
+            held = json.load(text)
+        if isinstance(held, dict) and all(isinstance(v, str | int) for v in held.values()):
+            return pd.DataFrame({"file": list(held), "label": list(held.values())})
+        is_rows = isinstance(held, list) and all(isinstance(row, dict) for row in held)
+        return pd.DataFrame(held) if is_rows else None
+    with open(file, encoding="utf-8-sig", errors="replace") as text:
+        first = text.readline()
+    delimiter = max(",;\t|", key=first.count)
+    if first.count(delimiter) == 0 and file.endswith(".txt"):
+        delimiter = " "
+    shape = {"sep": delimiter, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
+    return pd.read_csv(file, encoding="utf-8-sig", encoding_errors="replace", **shape, **options)
+
+
+def _parquet(file: str) -> pd.DataFrame | None:
+    """A parquet file without images in it: those are hub_format's."""
+    import pyarrow  # takes a third of a second, and few data sets need it
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_schema(file)
+    plain = all(not (pyarrow.types.is_nested(f.type) or "binary" in str(f.type)) for f in schema)
+    return pd.read_parquet(file) if plain else None
+
+
+def _image_column(frame: pd.DataFrame, table: Path_, finder: _Finder, config: Config) -> Any:
+    """The column that names most different images; None if none names half of its rows' images."""
+    if config.image_column:
+        return config.image_column if config.image_column in frame else None
+    sample = frame.iloc[:: max(1, len(frame) // SAMPLE)]
+    counts = {}
+    for column in sample:
+        values = set(sample[column])
+        counts[column] = len({finder.find(value, table) for value in values} - {None})
+        if counts[column] < len(values) / 2:
+            counts[column] = 0
+    best = max(counts, key=lambda column: counts[column], default=None)
+    return best if best is not None and counts[best] else None
+
+
+def _parts(frame: pd.DataFrame) -> str | None:
+    """The column that says of which part an image is."""
+    for column in frame:
+        values = frame[column].unique()
+        if 2 <= len(values) <= 10 and all(role_of(value) for value in values):
+            return column
+    return None
+
+
+def _part_of(path: str | None, table: Path_, files: Files) -> str:
+    """The part that the path of an image names, else its table's name."""
+    folders = os.path.relpath(path, files.root).split(os.sep)[:-1] if path else []
+    for name in (*folders, *table[:-1], _stem(table[-1])):
+        if role_of(name):
+            return name
+    return "train"
+
+
+def choose_labels(
+    frame: pd.DataFrame, where: str, config: Config, notes: list[str]
+) -> pd.Series | None:
+    """The labels in a table of texts; None if no column looks like labels.
+
+    Raises:
+        InputError: several columns do.
+    """
+    given = config.label_column
+    if given:
+        return frame.get(given)
+    named = [column for column in frame if column.lower() in LABEL_NAMES]
+    chosen = named if named else _like_labels(frame)
+    if len(chosen) > 1:
+        one_hot = _one_hot(frame)
+        if one_hot is not None:
+            notes.append(f"labels: the columns of {where} that hold one 1 per row")
+            return one_hot
+        chosen = _clearest(frame, chosen)
+    if len(chosen) > 1:
+        raise InputError(
+            f"label_column: {len(chosen)} columns of {where} may hold the labels; add --label_column "
+            f"and one of {', '.join(chosen)}"
+        )
+    if not chosen:
+        return None
+    notes.append(f"labels: column {chosen[0]} of {where}")
+    return frame[chosen[0]]
+
+
+def _like_labels(frame: pd.DataFrame) -> list[str]:
+    """Columns whose values repeat, and are not measured numbers."""
+    found = []
+    for column in frame:
+        values = frame[column].unique()
+        is_measured = all("." in v and v.replace(".", "").lstrip("-").isdigit() for v in values)
+        if 2 <= len(values) <= len(frame) / 2 and not is_measured:
+            found.append(column)
+    return found
+
+
+def _one_hot(frame: pd.DataFrame) -> pd.Series | None:
+    """The name of the column that holds the 1 of each row, as in one column per class."""
+    is_flag = {"0", "1", "0.0", "1.0"}
+    flags = frame[[column for column in frame if set(frame[column].unique()) <= is_flag]]
+    ones = flags.isin(["1", "1.0"])
+    return ones.idxmax(axis=1) if len(ones.columns) > 1 and (ones.sum(axis=1) == 1).all() else None
+
+
+def _clearest(frame: pd.DataFrame, columns: list[str]) -> list[str]:
+    """Of columns that name the same classes, the one with words; else all columns."""
+    pairs = frame[columns].drop_duplicates()
+    if any(pairs[column].duplicated().any() for column in columns):
+        return columns
+    words = [c for c in columns if not pairs[c].str.lstrip("-").str.isdigit().all()]
+    return (words or columns)[:1]
+
+
+def sorted_names(names: set[str]) -> list[str]:
+    """Class names in order: whole numbers by value, others as text."""
+    is_numbers = all(name.lstrip("-").isdigit() for name in names)
+    return sorted(names, key=int) if is_numbers else sorted(names)
+
+
+def _stem(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in image_suffixes() or suffix.lower() in TABLES else name
+
+
+class _Finder:
+    """Find the image that a table means: by path, with or without suffix and leading folders."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.by_stem: dict[str, list[Path_]] = {}
+        for folder, names in files.images.items():
+            for name in names:
+                self.by_stem.setdefault(_stem(name), []).append((*folder, name))
+
+    def find(self, value: str, table: Path_, strict: bool = False) -> str | None:
+        """The path of the image that a table names; None if no image fits, or several.
+
+        Raises:
+            InputError: several images fit, with `strict`.
+        """
+        parts = tuple(part for part in value.replace("\\", "/").split("/") if part not in ("", "."))
+        if not parts:
+            return None
+        found = [path for path in self.by_stem.get(_stem(parts[-1]), ()) if _agree(path, parts)]
+        if len(found) > 1:
+            beside = (*table[:-1], *parts[:-1])
+            near = [path for path in found if path[:-1] == beside]
+            role = role_of(_stem(table[-1]))
+            same = [path for path in found if role and role in map(role_of, path[:-1])]
+            found = near or same or found
+        if len(found) > 1 and strict:
+            raise InputError(
+                f"dataset={self.files.root}: {'/'.join(table)} names {value!r}, which may be "
+                f"{some(['/'.join(path) for path in found], 2)}; write the folder before the name"
+            )
+        if len(found) == 1:
+            return self.files.path(found[0][:-1], found[0][-1])
+        # Outside of the folder, such as ../images/1.png.
+        path = os.path.join(self.files.root, *table[:-1], value)
+        is_image = not found and os.path.splitext(value)[1].lower() in image_suffixes()
+        return os.path.normpath(path) if is_image and os.path.isfile(path) else None
+
+
+def _agree(path: Path_, named: Path_) -> bool:
+    """Whether one path is the end of the other; the name may lack its suffix."""
+    n = min(len(path), len(named))
+    return path[-n:-1] == named[-n:-1] and named[-1] in (path[-1], _stem(path[-1]))

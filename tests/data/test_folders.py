@@ -1,0 +1,122 @@
+"""Class folders as people have them: parts, levels, and what lies beside the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from image_folders import fails, png, sizes, write_classes
+
+from attribution.config import resolve
+from attribution.data.listing import list_data
+
+CLASSES = {"cat": 5, "dog": 5}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Validation", "Test"),
+        ("training", "dev", "testing"),
+        ("seg_train/seg_train", "seg_val/seg_val", "seg_test/seg_test"),
+        ("data/train", "data/valid", "data/test"),
+        ("images/train", "images/val", "images/eval"),
+        ("train/images", "val/images", "test/images"),
+    ],
+)
+def test_parts_are_found_under_the_names_that_people_give_them(load, tmp_path, names) -> None:
+    seed = 0
+    for name, count in zip(names, (6, 2, 3)):
+        seed = write_classes(tmp_path / "i" / name, dict.fromkeys(CLASSES, count), seed)
+    loaded = load(tmp_path / "i")
+    assert loaded.class_names == ("cat", "dog") and sizes(loaded) == [12, 4, 6]
+
+
+def test_a_test_part_without_labels_is_said_and_not_used(load, tmp_path, capsys) -> None:
+    write_classes(tmp_path / "i" / "train", CLASSES)
+    (tmp_path / "i" / "test").mkdir()
+    for i in range(4):
+        (tmp_path / "i" / "test" / f"{i}.png").write_bytes(png(100 + i))
+    assert sizes(load(tmp_path / "i")) == [6, 2, 2]
+    assert "test (4 images)" in capsys.readouterr().err
+
+
+def test_the_deepest_folders_with_images_are_classes_unless_a_level_is_given(
+    load, tmp_path, capsys
+) -> None:
+    fruit = {"Apple/Granny Smith": 4, "Apple/Jonagold": 4, "Citrus/Lime": 4}
+    write_classes(tmp_path / "i" / "Fruit", fruit)
+    loaded = load(tmp_path / "i")
+    assert loaded.class_names == ("Granny Smith", "Jonagold", "Lime")
+    assert "--class_depth N" in capsys.readouterr().err
+    upper = load(tmp_path / "i", class_depth=2)
+    assert upper.class_names == ("Apple", "Citrus") and sum(sizes(upper)) == 12
+
+
+def test_equal_names_on_different_shelves_are_told_apart(load, tmp_path) -> None:
+    write_classes(tmp_path / "i", {"Fruit/Red": 4, "Shoes/Red": 4})
+    assert load(tmp_path / "i").class_names == ("Fruit/Red", "Shoes/Red")
+
+
+def test_images_below_a_class_folder_belong_to_its_class_and_are_counted(
+    load, tmp_path, capsys
+) -> None:
+    seed = write_classes(tmp_path / "i", CLASSES)
+    write_classes(tmp_path / "i" / "cat", {"more": 3}, seed)
+    loaded = load(tmp_path / "i")
+    assert loaded.class_names == ("cat", "dog") and sum(sizes(loaded)) == 13
+    assert "cat/more (3 images)" in capsys.readouterr().err
+
+
+def test_what_is_not_used_is_counted_and_named(load, root, capsys) -> None:
+    for name in (".ipynb_checkpoints/x.png", "__MACOSX/cat/._1.png", "scripts/run.py", "README.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(1))
+    (root / "cat" / ".DS_Store").write_bytes(b"")
+    assert load(root).class_names == ("cat", "dog")
+    lines = capsys.readouterr().err
+    assert "2 files are not images and are not used: 1 .md, 1 .py" in lines
+    assert "3 hidden files or folders left out" in lines and "__MACOSX" in lines
+    assert "folders without images left out: scripts" in lines
+
+
+def test_masks_beside_images_are_no_class(load, tmp_path, capsys) -> None:
+    write_classes(
+        tmp_path / "i", {"images/cat": 5, "images/dog": 5, "masks/cat": 5, "masks/dog": 5}
+    )
+    loaded = load(tmp_path / "i")
+    assert loaded.class_names == ("cat", "dog") and sum(sizes(loaded)) == 10
+    assert "masks" in capsys.readouterr().err
+
+
+def test_a_tiny_class_is_left_out_in_a_line_or_refused(load, root, capsys) -> None:
+    write_classes(root, {"quince": 2}, 500)
+    assert load(root).class_names == ("cat", "dog")
+    assert "left out: quince (2); --small_classes stop" in capsys.readouterr().err
+    fails(load, root, "class 'quince'", "at least 3", small_classes="stop")
+
+
+def test_numbers_are_sorted_as_text_and_that_is_said(load, tmp_path, capsys) -> None:
+    write_classes(tmp_path / "i", {"10": 3, "2": 3})
+    assert load(tmp_path / "i").class_names == ("10", "2")
+    assert "sorted as text: 10, 2" in capsys.readouterr().err
+
+
+NAMES = st.text(st.sampled_from("ab,'\"%é #&<"), min_size=1, max_size=6).map(str.strip).filter(bool)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.dictionaries(NAMES, st.integers(3, 5), min_size=2, max_size=4))
+def test_classes_keep_their_names_and_images(tmp_path_factory, classes) -> None:
+    """Every image is listed once, under the name of its folder."""
+    folder = tmp_path_factory.mktemp("any")
+    write_classes(folder / "i", classes)
+    settings = {"dataset": str(folder / "i"), "image_size": 8, "cache_dir": str(folder / "cache")}
+    listing = list_data(resolve(settings))
+    assert listing.names == sorted(classes)
+    for label, name in enumerate(listing.names):
+        own = listing.table[listing.table["label"] == label]
+        assert len(own) == classes[name]
+        assert {Path(file).parent.name for file in own["file_name"]} == {name}
