@@ -25,6 +25,7 @@ from attribution.reporting import figures, html, terminal
 from attribution.scores import explanation
 from attribution.scores.explanation import Explanation
 from attribution.scores.stored_features import StoredFeatures, load_features
+from attribution.stages import STAGES
 from attribution.tracking.artifacts import address, artifact_names, artifact_path
 from attribution.tracking.job import Job, Upstream
 from attribution.tracking.names import file_name
@@ -71,7 +72,7 @@ def _stored_features(trak: Upstream) -> StoredFeatures:
 
 
 def record(job: Job, result: list[Explanation]) -> Record:
-    """A page, a table, and a figure for each prediction."""
+    """A page, a table, a note, and a figure for each prediction."""
 
     def write(folder: Path) -> None:
         for each in result:
@@ -81,7 +82,10 @@ def record(job: Job, result: list[Explanation]) -> Record:
         page = html.explanations(job.data, result, run_ids)
         (folder / "explanation.html").write_text(page, encoding="utf-8")
 
-    return Record(tables={"explanation": _table(result)}, write=write)
+    table = _table(result)
+    lines = [f"- `{line}`" for line in terminal.explanation_lines(table)]
+    note = "\n".join([STAGES["explain"].note, "", *lines])
+    return Record(tables={"explanation": table}, write=write, note=lambda _: note)
 
 
 def _table(result: list[Explanation]) -> pd.DataFrame:
@@ -90,7 +94,10 @@ def _table(result: list[Explanation]) -> pd.DataFrame:
 
 def load(run_id: str, config: Config, data: ImageData) -> pd.DataFrame:
     """The table of an earlier run."""
-    words = ("explained", "explained_label", "predicted", "file_name", "example_id", "label_name")
+    words = (
+        "explained", "explained_label", "predicted", "agreement", "warnings", "file_name",
+        "example_id", "label_name",
+    )  # fmt: skip
     file = artifact_path(run_id, "explanation.csv")
     return pd.read_csv(file, dtype=dict.fromkeys(words, str), keep_default_na=False)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -21,9 +21,15 @@ from attribution.experiments.comparison import BETTER, WORSE, verdict
 from attribution.scores.artifact import Scores
 from attribution.scores.explanation import Explanation
 
-DPI = 110
-HELPFUL, HARMFUL, NEUTRAL = "#1b7837", "#b2182b", "#4d4d4d"
-VERDICTS = {BETTER: "#0060a8", WORSE: "#b44a00"}  # blue and orange: told apart by nearly everybody
+# A figure is 5 inches wide, so that a phone, which shows it at half its size, shows legible text.
+DPI, WIDTH = 150, 5.2
+TILES = 4  # in a row of a gallery
+# Blue and orange: told apart by nearly everybody. A sign or a word always says the same.
+HELPFUL, HARMFUL, NEUTRAL = "#0060a8", "#b44a00", "#4d4d4d"
+VERDICTS = {BETTER: HELPFUL, WORSE: HARMFUL}
+# Okabe and Ito's colours for all kinds of colour vision; yellow is left out, it is faint on white.
+LINES = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
+MARKERS = "osD^vP*X"
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -33,18 +39,19 @@ def save(figure: Figure, path: Path) -> None:
 
 def training_curves(histories: Sequence[list[dict[str, float]]]) -> Figure:
     """Loss and validation accuracy of every checkpoint by epoch."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    lines = (("train_loss", NEUTRAL, "--"), ("validation_log_loss", HARMFUL, "-"))
     for history in histories:
         epochs = [epoch["epoch"] + 1 for epoch in history]
-        for name, colour in (("train_loss", NEUTRAL), ("validation_log_loss", HARMFUL)):
-            left.plot(epochs, [epoch[name] for epoch in history], color=colour, alpha=0.5)
+        for name, colour, style in lines:
+            loss = [epoch[name] for epoch in history]
+            upper.plot(epochs, loss, color=colour, linestyle=style, alpha=0.5)
         accuracy = [epoch["validation_accuracy"] for epoch in history]
-        right.plot(epochs, accuracy, color=HELPFUL, alpha=0.5)
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set(xlabel="epoch", ylabel="loss (nats)", title="training (grey), validation (red)")
-    right.set(xlabel="epoch", ylabel="accuracy", title="validation accuracy")
+        lower.plot(epochs, accuracy, color=HELPFUL, alpha=0.5)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    upper.set(ylabel="loss (nats)", title="loss: training (dashed), validation (solid)")
+    lower.set(xlabel="epoch", ylabel="accuracy", title="validation accuracy")
     return figure
 
 
@@ -60,28 +67,40 @@ class _Tile:
 def _gallery(lines: Sequence[Sequence[_Tile | None]], title: str) -> Figure:
     """Rows of tiles; None leaves a place empty."""
     # One pair of axes for all tiles: one for each tile takes four times as long.
-    width, height = 1.15 * max([6, *map(len, lines)]), 1.4 * max(1, len(lines))  # inches
-    figure = Figure(figsize=(width, height + 0.3))
-    axes = figure.add_axes((0, 0, 1, height / (height + 0.3)))
+    captions = [_wrapped(tile.caption) for line in lines for tile in line if tile]
+    above = 0.13 * max((text.count("\n") + 1 for text in captions), default=1) + 0.12
+    step, heading = above + 1.15, 0.17 * (title.count("\n") + 1) + 0.1  # inches
+    width, height = 1.3 * max([TILES, *map(len, lines)]), step * max(1, len(lines))
+    figure = Figure(figsize=(width, height + heading))
+    axes = figure.add_axes((0, 0, 1, height / (height + heading)))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     places = [(x, y, tile) for y, line in enumerate(lines) for x, tile in enumerate(line) if tile]
     for x, y, tile in places:
-        left, top = 1.15 * x + 0.1, 1.4 * y + 0.35
-        axes.imshow(tile.image, extent=(left, left + 0.95, top + 0.95, top))
+        left, top = 1.3 * x + 0.1, step * y + above
+        axes.imshow(tile.image, extent=(left, left + 1.1, top + 1.1, top))
         look: dict[str, Any] = {"color": tile.colour, "clip_on": False}
-        axes.add_patch(Rectangle((left, top), 0.95, 0.95, fill=False, linewidth=2, **look))
-        text = left + 0.475, top - 0.05, _plain(tile.caption)
-        axes.text(*text, fontsize=7, ha="center", va="bottom", **look)
-    figure.suptitle(_plain(title), fontsize=9)
+        axes.add_patch(Rectangle((left, top), 1.1, 1.1, fill=False, linewidth=2, **look))
+        text = left + 0.55, top - 0.05, _plain(_wrapped(tile.caption))
+        axes.text(*text, fontsize=8, ha="center", va="bottom", **look)
+    figure.text(0.1 / width, 1 - 0.07 / (height + heading), _plain(title), fontsize=9, va="top")
     return figure
 
 
+def _wrapped(caption: str) -> str:
+    """A caption in lines that a tile has room for."""
+    return "\n".join(part for line in caption.split("\n") for part in textwrap.wrap(line, 18))
+
+
+def _rows(tiles: Sequence[_Tile], most: int = TILES) -> list[list[_Tile | None]]:
+    return [list(tiles[i : i + most]) for i in range(0, len(tiles), most)]
+
+
 def _tiles(data: ImageData, table: pd.DataFrame, column: str, colour: str = "") -> list[_Tile]:
-    """Training examples with the values of a column; without a colour, flipped ones are red."""
+    """Training examples with the values of a column; without a colour, flipped ones are orange."""
     pixels, train, tiles = data.pixels(), data.rows("train"), []
     for row in table.itertuples():
-        flipped = " (flipped)" if row.is_flipped else ""
+        flipped = "\n(flipped)" if row.is_flipped else ""
         caption = f"{row.label_name}{flipped}\n{getattr(row, column):+.3g}"
         own = colour or (HARMFUL if flipped else NEUTRAL)
         tiles.append(_Tile(pixels[train[row.position]], caption, own))
@@ -93,18 +112,19 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def score_gallery(data: ImageData, scores: Scores, targets: int = 6, k: int = 4) -> Figure:
+def score_gallery(data: ImageData, scores: Scores, targets: int = 6, k: int = 3) -> Figure:
     """The most helpful and most harmful examples of some targets of different classes."""
     chosen = list(scores.targets.groupby("label").head(1).head(targets).index)
     shown = scores.select(chosen)
-    pixels, validation, lines = data.pixels(), data.rows("validation"), []
+    pixels, validation = data.pixels(), data.rows("validation")
+    lines: list[list[_Tile | None]] = []
     for i, target in enumerate(chosen):
         name = f"target\n{shown.targets['label_name'][i]}"
-        line: list[_Tile | None] = [_Tile(pixels[validation[target]], name, NEUTRAL)]
-        for rows, colour in ((shown.top(i, k), HELPFUL), (shown.bottom(i, k), HARMFUL)):
-            line += [*_tiles(data, rows, "score", colour), *[None] * (k - len(rows))]
-        lines.append(line)
-    return _gallery(lines, "green: raises the target's margin, red: lowers it")
+        own = _Tile(pixels[validation[target]], name, NEUTRAL)
+        lines.append([own, *_tiles(data, shown.top(i, k), "score", HELPFUL)])
+        lines.append([None, *_tiles(data, shown.bottom(i, k), "score", HARMFUL)])
+    title = "blue (highest scores): raise the target's margin most\norange (lowest): lower it most"
+    return _gallery(lines, title)
 
 
 def explanation(data: ImageData, found: Explanation) -> Figure:
@@ -113,79 +133,126 @@ def explanation(data: ImageData, found: Explanation) -> Figure:
     if not found.is_right:
         own += f"\n({found.label} {found.label_probability:.2f})"
     first = _Tile(found.pixels, own, HELPFUL if found.is_right else HARMFUL)
-    lines: list[list[_Tile | None]] = [
-        [first, *_tiles(data, found.helpful, "score", HELPFUL)],
-        [None, *_tiles(data, found.harmful, "score", HARMFUL)],
+    sides = [
+        _rows(_tiles(data, found.helpful, "score", HELPFUL), TILES - 1) or [[]],
+        _rows(_tiles(data, found.harmful, "score", HARMFUL), TILES - 1),
     ]
-    title = f"{found.name}: green raised the margin of {found.label}, red lowered it"
-    return _gallery(lines, title)
+    lines = [[None, *line] for side in sides for line in side]
+    lines[0][0] = first
+    about = [
+        f"{found.name}: {found.agreement}",
+        f"blue (+) raised the margin of {found.label}, orange (-) lowered it",
+        *(f"Warning: {line}" for line in found.warnings),
+    ]
+    return _gallery(lines, "\n".join(part for line in about for part in textwrap.wrap(line, 72)))
 
 
 def removed_gallery(
-    data: ImageData, removed: pd.DataFrame, title: str, order: tuple[str, bool], limit: int = 48
+    data: ImageData, removed: pd.DataFrame, title: str, order: tuple[str, bool], limit: int = 40
 ) -> Figure:
-    """The removed examples in the arm's own order; a red frame marks a known flip.
+    """The removed examples in the arm's own order; orange and a word mark a known flip.
 
     Args:
         order: the column that the arm ranks by, and whether the first is the lowest.
     """
     column, rises = order
     shown = removed.sort_values(column, ascending=rises, kind="stable").head(limit)
-    tiles = _tiles(data, shown, column)
-    lines = [tiles[i : i + 12] for i in range(0, len(tiles), 12)]
     more = f", the first {limit} of {len(removed)}" if len(removed) > limit else ""
-    return _gallery(lines, f"removed by {title}{more}; label and {column.replace('_', ' ')}")
+    about = f"removed by {title}{more}\nlabel and {column.replace('_', ' ')}"
+    return _gallery(_rows(_tiles(data, shown, column)), about)
 
 
 def comparison(table: pd.DataFrame) -> Figure:
-    """Left: mean test accuracy of each trial. Right: its paired difference from random removal."""
-    names = [trial_name(row.arm, row.action, row.frac) for row in table.itertuples()]
-    y = np.arange(len(table))[::-1]
-    # MLflow shows it in full size in a run's description, beside two panels of its own.
-    figure = Figure(figsize=(7.5, 1.3 + 0.38 * len(table)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    _intervals(left, table, y, "accuracy_mean", "accuracy")
-    _intervals(right, table, y, "accuracy_vs_random", "accuracy_vs_random")
-    right.axvline(0, color=NEUTRAL, linewidth=0.8)
-    left.set_yticks(y, [_plain(name) for name in names])
-    left.set(xlabel="test accuracy\n(mean, 95 % interval over seeds)")
-    words = "difference from random (paired, 95 %)\nblue: better, orange: worse"
-    right.set(xlabel=words)
+    """Above: each trial's paired difference from random removal. Below: its mean test accuracy.
+
+    Each random arm stands above the arms that are compared with it, on one band of grey or white.
+    """
+    blocks = _with_their_control(table)
+    rows = pd.concat(blocks)
+    y = np.arange(len(rows))
+    figure = Figure(figsize=(WIDTH, 1.7 + 0.5 * len(rows)), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    _intervals(upper, rows, "accuracy_vs_random", "accuracy_vs_random")
+    _intervals(lower, rows, "accuracy_mean", "accuracy")
+    names = []
+    for block in blocks:
+        for row in block.itertuples():
+            is_control = row.arm == "random" and len(block) > 1
+            name = trial_name(row.arm, row.action, row.frac)
+            names.append(f"{name}, control of:" if is_control else name)
+    for axes in (upper, lower):
+        axes.set_yticks(y, [_plain(name) for name in names])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        for i, block in enumerate(blocks):
+            if i % 2:
+                end = sum(map(len, blocks[: i + 1])) - 0.5
+                axes.axhspan(end - len(block), end, color=NEUTRAL, alpha=0.08, linewidth=0)
+    upper.axvline(0, color=NEUTRAL, linewidth=0.8)
+    upper.set_xlabel("vs random (paired, 95 % interval)\nblue ▲ better, orange ▼ worse")
+    lower.set_xlabel("test accuracy (mean, 95 % over seeds)")
     return figure
+
+
+def _with_their_control(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of a comparison in blocks: the same action on as many examples, random first."""
+    keys = list(zip(table["n_removed"], table["action"], strict=True))
+    blocks = [table[[each == key for each in keys]] for key in dict.fromkeys(keys)]
+    return [
+        pd.concat([block[block["arm"] == "random"], block[block["arm"] != "random"]])
+        for block in blocks
+    ]
 
 
 def removal_curves(table: pd.DataFrame) -> Figure:
     """Mean test accuracy of each arm by the share that it acts on, with 95 % intervals."""
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = figure.subplots()
     none = table[table["arm"] == "none"].iloc[0]
     axes.axhline(none["accuracy_mean"], color=NEUTRAL, linewidth=0.8, label="none")
     axes.axhspan(none["accuracy_ci_low"], none["accuracy_ci_high"], color=NEUTRAL, alpha=0.12)
-    colours = matplotlib.colormaps["tab20"](range(20))
     acted = table[table["n_removed"] > 0]
     lines = list(acted.groupby(["arm", "action"], sort=False))
-    apart = float(np.ptp(100 * acted["frac"])) / 200 if len(acted) else 0.0  # of error bars
+    shares = 100 * acted["frac"]
+    # Error bars stand side by side, also where all arms have one share.
+    apart = float(np.ptp(shares) or shares.max()) / 100 if len(acted) else 0.0
     for i, ((arm, action), rows) in enumerate(lines):
         rows = rows.sort_values("frac")
         mean = rows["accuracy_mean"]
         errors = mean - rows["accuracy_ci_low"], rows["accuracy_ci_high"] - mean
-        shares = 100 * rows["frac"] + (i - len(lines) / 2) * apart
         axes.errorbar(
-            shares, mean, errors, marker="o", markersize=4, capsize=2, linewidth=1.2,
-            color=colours[i % len(colours)], linestyle="--" if action == "relabel" else "-",
+            100 * rows["frac"] + (i - len(lines) / 2) * apart, mean, errors,
+            marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2, linewidth=1.2,
+            color=NEUTRAL if arm == "random" else LINES[i % len(LINES)],
+            linestyle="--" if action == "relabel" else "-",
             label=trial_name(arm, action),
         )  # fmt: skip
     axes.set(xlabel="% of the training set acted on", ylabel="test accuracy (mean, 95 % interval)")
-    axes.legend(fontsize=7, ncols=2)
+    about = {"title": _plain(_pairs(table)), "title_fontsize": 8}
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, **about)
     return figure
 
 
-def _intervals(axes: Axes, table: pd.DataFrame, y: np.ndarray, mean: str, stem: str) -> None:
-    low, high = table[f"{stem}_ci_low"], table[f"{stem}_ci_high"]
-    for i, (_, row) in enumerate(table.iterrows()):
-        colour = VERDICTS.get(verdict(row), NEUTRAL)
-        axes.plot([low.iloc[i], high.iloc[i]], [y[i], y[i]], color=colour, linewidth=2)
-        axes.plot(table[mean].iloc[i], y[i], "o", color=colour)
+def _pairs(table: pd.DataFrame) -> str:
+    """Which arms each random arm is the control of, a line for each set of arms."""
+    shares: dict[tuple[str, str], list[str]] = {}
+    for block in _with_their_control(table):
+        first, partners = block.iloc[0], ", ".join(block["arm"].iloc[1:])
+        if first["arm"] == "random" and partners:
+            shares.setdefault((first["action"], partners), []).append(f"{first['frac']:.3g}")
+    lines = [
+        f"{trial_name('random', action)} {', '.join(fracs)}: control of {partners}"
+        for (action, partners), fracs in shares.items()
+    ]
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, 60))
+
+
+def _intervals(axes: Axes, table: pd.DataFrame, mean: str, stem: str) -> None:
+    """A line from end to end and a marker in each row; the marker's shape says the verdict too."""
+    for y, (_, row) in enumerate(table.iterrows()):
+        found = verdict(row)
+        look: dict[str, Any] = {"color": VERDICTS.get(found, NEUTRAL)}
+        axes.plot([row[f"{stem}_ci_low"], row[f"{stem}_ci_high"]], [y, y], linewidth=2, **look)
+        axes.plot(row[mean], y, {BETTER: "^", WORSE: "v"}.get(found, "o"), markersize=7, **look)
 
 
 def evaluation(table: pd.DataFrame, brittle: pd.DataFrame | None) -> Figure:
@@ -194,17 +261,17 @@ def evaluation(table: pd.DataFrame, brittle: pd.DataFrame | None) -> Figure:
     if "auroc" in table:
         panels.append(("auroc", "AUROC for planted flips"))
     count = len(panels) + (brittle is not None)
-    figure = Figure(figsize=(4.6 * count, 1.4 + 0.32 * len(table)), layout="constrained")
-    grid = figure.subplots(1, count, squeeze=False)
-    for axes, (name, label) in zip(grid[0], panels, strict=False):
+    figure = Figure(figsize=(WIDTH, count * (1 + 0.28 * len(table))), layout="constrained")
+    grid = figure.subplots(count, 1, squeeze=False)[:, 0]
+    for axes, (name, label) in zip(grid, panels, strict=False):
         _bars(axes, table[table[name].notna()], "method", name, label)
     ceiling = table["noise_ceiling"].iloc[0]
     if np.isfinite(ceiling):
-        grid[0][0].axvline(ceiling, color=NEUTRAL, linestyle="--", linewidth=1)
-        grid[0][0].set_title("dashed: noise ceiling", fontsize=8)
+        grid[0].axvline(ceiling, color=NEUTRAL, linestyle="--", linewidth=1)
+        grid[0].set_title("dashed: noise ceiling", fontsize=8)
     if brittle is not None:
         label = f"change of the margin without {brittle['k'].iloc[0]} examples"
-        _bars(grid[0][-1], brittle, "removed", "margin_change", label)
+        _bars(grid[-1], brittle, "removed", "margin_change", label)
     return figure
 
 

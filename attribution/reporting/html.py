@@ -88,6 +88,8 @@ def explanations(data: ImageData, found: Iterable[Explanation], run_ids: dict[st
             "is_right": each.is_right,
             "probability": each.probability,
             "label_probability": each.label_probability,
+            "agreement": each.agreement,
+            "warnings": each.warnings,
             "helpful": tiles(data, each.helpful, "score", "helpful"),
             "harmful": tiles(data, each.harmful, "score", "harmful"),
         }

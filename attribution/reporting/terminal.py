@@ -157,6 +157,24 @@ def print_explanations(table: pd.DataFrame) -> None:
             ]
         )
     _print("Training examples that raised or lowered the margin of each label most", columns, rows)
+    console = _console()
+    for line in explanation_lines(table):
+        console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
+
+
+def explanation_lines(table: pd.DataFrame) -> list[str]:
+    """How many checkpoints agree on each prediction, and in what a picture is unlike the training data.
+
+    Args:
+        table: explanation.csv; of an earlier version it lacks both columns.
+    """
+    if "agreement" not in table:
+        return []
+    lines = []
+    for row in table.drop_duplicates("explained").itertuples():
+        lines.append(f"{row.explained}: {row.agreement}")
+        lines += [f"warning: {row.explained}: {each}" for each in row.warnings.splitlines()]
+    return lines
 
 
 def figure(row: pd.Series, name: str, form: str) -> str:

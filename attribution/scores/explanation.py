@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pandas as pd
 import torch
 
 from attribution.config import Config, nearest
+from attribution.data import looks
 from attribution.data.dataset import ImageData
-from attribution.data.decoding import read_image
+from attribution.data.decoding import open_image, read_image
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
@@ -23,6 +25,7 @@ from attribution.scores.artifact import Scores
 from attribution.scores.stored_features import StoredFeatures
 
 DEFAULT_ERRORS = 6  # mistakes explained if no image, target or number of errors is given
+LOW_CONFIDENCE = 0.95  # share of validation images of which the ensemble is more certain
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +38,11 @@ class Explanation:
         label: class of the target; for an image, the class asked about. Scores are of its margin.
         predicted: class predicted by the ensemble.
         probability: mean probability of `predicted` over checkpoints.
+        votes, num_models: checkpoints that predict `predicted`, and all checkpoints.
         label_probability: mean probability of `label` over checkpoints.
         helpful, harmful: training examples with a `score` column, above and below zero, the
             strongest first.
+        warnings: a line for each way in which an image is unlike the training data.
     """
 
     name: str
@@ -46,12 +51,20 @@ class Explanation:
     predicted: str
     probability: float
     label_probability: float
+    votes: int
+    num_models: int
     helpful: pd.DataFrame
     harmful: pd.DataFrame
+    warnings: tuple[str, ...] = ()
 
     @property
     def is_right(self) -> bool:
         return self.label == self.predicted
+
+    @property
+    def agreement(self) -> str:
+        """How many checkpoints predict the same, in words."""
+        return f"{self.votes} of {self.num_models} checkpoints say {self.predicted}"
 
     def table(self) -> pd.DataFrame:
         """One row per example shown: the prediction, side, rank from 1, score, and train columns."""
@@ -60,6 +73,8 @@ class Explanation:
             "explained_label": self.label,
             "predicted": self.predicted,
             "probability": self.probability,
+            "agreement": self.agreement,
+            "warnings": "\n".join(self.warnings),
         }
         parts = [
             part.assign(**own, side=side, rank=np.arange(1, len(part) + 1))
@@ -90,7 +105,7 @@ def explain(
     """
     found, targets = [], list(dict.fromkeys(config.target_numbers))
     if stored:
-        found.append(explain_picture(config, data, scores, stored, checkpoints))
+        found.append(explain_picture(config, data, scores, members, stored, checkpoints))
     errors = config.errors
     if not (errors or found or targets):
         errors = DEFAULT_ERRORS
@@ -101,7 +116,7 @@ def explain(
         raise InputError(
             f"errors={errors}: the ensemble makes no mistake on the targets; name one, e.g. target=0"
         )
-    return found + explain_targets(data, scores, probabilities, targets, config.num_examples)
+    return found + explain_targets(data, scores, members, targets, config.num_examples)
 
 
 def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
@@ -124,12 +139,11 @@ def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int
 
 
 def explain_targets(
-    data: ImageData, scores: Scores, probabilities: np.ndarray, targets: list[int], k: int
+    data: ImageData, scores: Scores, members: Ensemble, targets: list[int], k: int
 ) -> list[Explanation]:
     """Explain targets by their columns of the scores.
 
     Args:
-        probabilities: (n_targets, C) by the ensemble.
         k: training examples on each side.
 
     Raises:
@@ -137,13 +151,16 @@ def explain_targets(
     """
     _check_targets(targets, len(scores.targets))
     chosen, pixels, rows = scores.select(targets), data.pixels(), data.rows(TARGETS)
-    labels = data.labels(TARGETS)
+    labels, probabilities = data.labels(TARGETS), members.probabilities("validation")
+    votes = members.validation_logits.argmax(axis=2)
     return [
         _explain(
+            data,
             f"target {target}",
             np.array(pixels[rows[target]]),
-            data.class_names[labels[target]],
-            dict(zip(data.class_names, probabilities[target])),
+            labels[target],
+            probabilities[target],
+            votes[:, target],
             _sides(chosen, i, k),
         )
         for i, target in enumerate(targets)
@@ -154,6 +171,7 @@ def explain_picture(
     config: Config,
     data: ImageData,
     scores: Scores,
+    members: Ensemble,
     stored: StoredFeatures,
     checkpoints: Sequence[Path],
 ) -> Explanation:
@@ -162,21 +180,38 @@ def explain_picture(
     Raises:
         InputError: the image cannot be read, or the features do not fit the checkpoints.
     """
-    pixels = read_picture(config)[None]
+    size, pixels = read_picture(config)
     with _one_thread():
-        probabilities = stored_features.probabilities(config, checkpoints, pixels)[0]
+        each = stored_features.probabilities(config, checkpoints, pixels[None])[:, 0]
+        probabilities = each.mean(axis=0)
         label = int(probabilities.argmax())
         if config.label:
             label = data.class_names.index(config.label)
-        new = stored_features.new_features(config, checkpoints, pixels, np.array([label]))
+        new = stored_features.new_features(config, checkpoints, pixels[None], np.array([label]))
     column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
-    return _explain(
+    found = _explain(
+        data,
         Path(config.image).name,
-        pixels[0],
-        data.class_names[label],
-        dict(zip(data.class_names, probabilities)),
+        pixels,
+        label,
+        probabilities,
+        each.argmax(axis=1),
         _sides(column, 0, config.num_examples),
     )
+    warnings = looks.unlike(config, data, size, pixels) + _doubts(found, members)
+    return replace(found, warnings=tuple(warnings))
+
+
+def _doubts(found: Explanation, members: Ensemble) -> list[str]:
+    """A line if the ensemble is less certain than of nearly all validation examples."""
+    usual = members.probabilities("validation").max(axis=1)
+    surer = (usual > found.probability).mean()
+    if surer < LOW_CONFIDENCE:
+        return []
+    return [
+        f"low confidence: {found.probability:.2f}; the models are more certain of "
+        f"{100 * surer:.0f} % of the validation images"
+    ]
 
 
 @contextmanager
@@ -222,15 +257,18 @@ def _check_targets(targets: list[int], count: int) -> None:
             raise InputError(f"target={target}: must be from 0 to {count - 1}")
 
 
-def read_picture(config: Config) -> np.ndarray:
-    """The image of parameter `image`, uint8 (size, size, 3), prepared like the data set's images.
+def read_picture(config: Config) -> tuple[tuple[int, int], np.ndarray]:
+    """The image of parameter `image`: width and height in its file, and its pixels.
+
+    Pixels are uint8 (size, size, 3), prepared like the data set's images.
 
     Raises:
         InputError: the file is missing or cannot be decoded.
     """
     try:
-        file = regular(Path(config.image).expanduser())
-        return np.array(read_image(file.read_bytes(), config.image_size))
+        content = regular(Path(config.image).expanduser()).read_bytes()
+        pixels = np.array(read_image(content, config.image_size))
+        return open_image(io.BytesIO(content)).size, pixels
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"image={config.image}: cannot be read ({why})") from None
@@ -243,12 +281,24 @@ def _sides(scores: Scores, target: int, k: int) -> tuple[pd.DataFrame, pd.DataFr
 
 
 def _explain(
+    data: ImageData,
     name: str,
     pixels: np.ndarray,
-    label: str,
-    probabilities: dict[str, float],
+    label: int,
+    probabilities: np.ndarray,
+    votes: np.ndarray,
     sides: tuple[pd.DataFrame, pd.DataFrame],
 ) -> Explanation:
-    predicted = max(probabilities, key=probabilities.__getitem__)
-    probability, label_probability = float(probabilities[predicted]), float(probabilities[label])
-    return Explanation(name, pixels, label, predicted, probability, label_probability, *sides)
+    """Put an explanation together from probabilities (C,) and each checkpoint's prediction, (M,)."""
+    predicted = int(probabilities.argmax())
+    return Explanation(
+        name,
+        pixels,
+        data.class_names[label],
+        data.class_names[predicted],
+        float(probabilities[predicted]),
+        float(probabilities[label]),
+        int((votes == predicted).sum()),
+        len(votes),
+        *sides,
+    )

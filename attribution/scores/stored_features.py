@@ -144,14 +144,14 @@ def _check_matrix(folder: Path, name: str, hashes: dict, dtype: type) -> tuple[i
 
 
 def probabilities(config: Config, checkpoints: Sequence[Path], pixels: np.ndarray) -> np.ndarray:
-    """Mean probabilities over checkpoints, (b, C), for images uint8 (b, size, size, 3)."""
+    """Probabilities of each checkpoint, (M, b, C), for images uint8 (b, size, size, 3)."""
     images = _batch(config, pixels)
     with torch.inference_mode():
         each = [
             classifier.load(folder).to(images.device)(images).logits.float().softmax(1)
             for folder in checkpoints
         ]
-    return torch.stack(each).mean(0).cpu().numpy()
+    return torch.stack(each).cpu().numpy()
 
 
 def new_features(

@@ -23,7 +23,7 @@ from attribution.config import convert
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
-from attribution.reporting.terminal import print_explanations
+from attribution.reporting.terminal import explanation_lines, print_explanations
 from attribution.scores import explanation, stored_features
 from attribution.scores.explanation import Explanation, confident_mistakes, explain
 from attribution.scores.scored import Scored, score_training_set
@@ -493,6 +493,7 @@ def made_up(name: str = "target 0", **changes: Any) -> Explanation:
     values = {
         "pixels": np.full((16, 16, 3), 9, np.uint8), "label": "bright", "predicted": "dark",
         "probability": 0.75, "label_probability": 0.25, "helpful": train, "harmful": train[:1],
+        "votes": 7, "num_models": 9, "warnings": ("inverted: <b>swapped</b>",),
     }  # fmt: skip
     return Explanation(name, **values | changes)
 
@@ -509,6 +510,43 @@ def test_a_side_may_be_empty(tmp_path, empty) -> None:
     page = pages.explanations(data, [found], {"trak run": "0123"})
     assert page.count("<img") == 1 + 2 * ("helpful" not in empty) + ("harmful" not in empty)
     assert len(found.table()) == page.count("<img") - 1
+    assert "7 of 9 checkpoints say dark" in page
+    assert "inverted: &lt;b&gt;swapped&lt;/b&gt;" in page
+
+
+def test_agreement_and_warnings_are_lines_also_of_an_earlier_run() -> None:
+    table = pd.concat([made_up().table(), made_up("a.png", warnings=()).table()])
+    assert explanation_lines(table) == [
+        "target 0: 7 of 9 checkpoints say dark",
+        "warning: target 0: inverted: <b>swapped</b>",
+        "a.png: 7 of 9 checkpoints say dark",
+    ]
+    assert explanation_lines(explanation_table()) == []  # an earlier version had no such column
+
+
+def test_votes_are_those_of_the_checkpoints_and_doubt_is_relative_to_validation_images(
+    ensemble, scored, features, tmp_path
+) -> None:
+    data, finetuned = ensemble
+    given = TRAINED | {"image": str(picture_of(data, 4, tmp_path)), "target": "0,1,2,3,4"}
+    picture, *targets = explain(
+        toy_config(**given),
+        data,
+        scored.scores,
+        finetuned.members,
+        features,
+        finetuned.folders,
+    )
+    for target, each in enumerate(targets):
+        own = finetuned.members.validation_logits[:, target].argmax(1)
+        predicted = data.class_names.index(each.predicted)
+        assert (each.votes, each.num_models) == (list(own).count(predicted), 2)
+        assert each.warnings == ()
+    assert picture.agreement == targets[4].agreement
+    unsure = replace(picture, probability=0.4)
+    (line,) = explanation._doubts(unsure, finetuned.members)
+    assert line.startswith("low confidence: 0.40") and "100 % of the validation images" in line
+    assert not explanation._doubts(replace(picture, probability=0.9999999), finetuned.members)
 
 
 def test_right_and_wrong_predictions_are_told_apart() -> None:
