@@ -11,6 +11,7 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
+from attribution.data.thumbnails import embedded
 from attribution.experiments.arms import Trial, trial_name
 from attribution.experiments.comparison import BETTER, CONTROLS, JUDGED, WORSE, Comparison, verdict
 from attribution.experiments.names import ARM_SPECS
@@ -48,7 +49,7 @@ class Report:
 def page(report: Report) -> str:
     """The whole page as HTML."""
     data, table = report.data, report.comparison.table
-    embedded = {name: html.embedded(path.read_bytes()) for name, path in report.figures.items()}
+    figures = {name: embedded(path.read_bytes()) for name, path in report.figures.items()}
     return html.render(
         "report",
         dataset=Path(report.config.dataset).name,
@@ -56,8 +57,8 @@ def page(report: Report) -> str:
         sentences=_sentences(report.config, data, table),
         comparisons=[_comparison(table, m) for m in JUDGED if f"{m}_mean" in table],
         power=terminal.power(table),
-        figure=embedded["comparison"],
-        curves=embedded.get("curves"),
+        figure=figures["comparison"],
+        curves=figures.get("curves"),
         classes=_classes(report.comparison.per_class),
         arms=_arms(data, report.comparison),
         quality=_quality(report.quality) if report.quality is not None else None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
+from attribution.data.thumbnails import picture
 from attribution.scores.explanation import Explanation
 
 MOST_SUSPECTS = 2000  # on one page
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-SHOWN = 128  # pixels: images are embedded no larger, because a page holds a hundred of them
 TEMPLATES = Environment(
     loader=FileSystemLoader(TEMPLATE_FOLDER),
     autoescape=True,
@@ -33,26 +31,6 @@ TEMPLATES = Environment(
 def render(template: str, **values: Any) -> str:
     """Fill in templates/NAME.html."""
     return TEMPLATES.get_template(f"{template}.html").render(**values)
-
-
-def embedded(content: bytes, kind: str = "png") -> str:
-    """An image file as a data: address."""
-    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
-
-
-def picture(pixels: np.ndarray, is_one_of_many: bool = False) -> str:
-    """An image, uint8 (h, w, 3), as a data: address, at most SHOWN pixels wide and high.
-
-    Args:
-        is_one_of_many: whether a page has so many that they should be JPEGs.
-    """
-    file, image = io.BytesIO(), Image.fromarray(pixels)
-    image.thumbnail((SHOWN, SHOWN))
-    if is_one_of_many and min(image.size) > 32:  # a JPEG of a tiny image is hardly smaller
-        image.save(file, "JPEG", quality=85)
-        return embedded(file.getvalue(), "jpeg")
-    image.save(file, "PNG", optimize=True)
-    return embedded(file.getvalue())
 
 
 def tiles(data: ImageData, table: pd.DataFrame, value: str, tone: str = "") -> list[dict[str, Any]]:

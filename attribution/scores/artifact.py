@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from pyarrow.parquet import ParquetFile
 from attribution.errors import InputError, reason
 from attribution.runtime.npy_blocks import open_matrix, row_blocks, write_matrix
 from attribution.runtime.safe_files import read_json, sha256
+from attribution.scores.gallery import Gallery, gallery
 
 SCHEMA_VERSION = 2
 SIGN = "positive = helpful: the example's presence in training raises the target's margin"
@@ -84,6 +85,22 @@ class Scores:
             InputError: an unknown target, k below 1, or a score that is not finite.
         """
         return self._ranked(target, k, sign=1)
+
+    def show(self, examples: pd.DataFrame | Sequence[str]) -> Gallery:
+        """Pictures of examples in a notebook: `scores.show(scores.top(17))`, or by example_id.
+
+        Args:
+            examples: rows of `train`, `targets`, `top` or `bottom`, or a list of example_ids.
+
+        Raises:
+            InputError: an unknown id, or as gallery does.
+        """
+        if isinstance(examples, pd.DataFrame):
+            return gallery(examples, self.metadata)
+        known = pd.concat([self.train, self.targets]).set_index("example_id", drop=False)
+        if unknown := [name for name in examples if name not in known.index]:
+            raise InputError(f"example_id={unknown[0]}: was not scored, and is no target")
+        return gallery(known.loc[list(examples)], self.metadata)
 
     def select(self, targets: list[int]) -> Scores:
         """The scores of some targets, in memory, read in one pass over the file."""

@@ -294,7 +294,9 @@ def test_the_run_has_page_pictures_and_table_and_output_saves_them(place, tmp_pa
     }  # fmt: skip
     assert all(min(Image.open(artifacts / name).size) > 100 for name in pictures)
     lines = [line for line in result.out.splitlines() if line.split()[:1] == ["target"]]
-    assert [line.split()[1] for line in lines] == ["5:", "3:"]
+    # In the table, and before what its checkpoints say.
+    assert [line.split()[1] for line in lines] == ["5:", "3:", "5:", "3:"]
+    assert all("checkpoint" in line for line in lines[2:])
     assert f"explain run: {result.run_id}" in result.out
     assert {f.name for f in folder.iterdir()} == saved
     for name in saved:
@@ -411,7 +413,8 @@ def test_class_names_that_look_like_numbers_or_nothing(new_place, tmp_path) -> N
         (folder / old).rename(folder / new)
     given = {"dataset": folder, "epochs": 1, "num_models": 1, "num_examples": 1}
     result = place.done("explain", **given, target="0,1,2,3,4,5,6,7,8")
-    shown = [line.split()[2] for line in result.out.splitlines() if line.split()[:1] == ["target"]]
+    lines = [line for line in result.out.splitlines() if line.split()[:1] == ["target"]]
+    shown = [line.split()[2] for line in lines if "checkpoint" not in line]
     targets = pd.read_parquet(
         place.artifacts(result.tags["trak_run_id"]) / "scores" / "targets.parquet"
     )
