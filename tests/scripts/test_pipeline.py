@@ -823,8 +823,8 @@ def test_a_hub_format_folder_with_the_food_preset(new_place: NewPlace, tmp_path:
     assert params["preset"] == "food101" and params["patience"] == "3"
     assert params["augment"] == "flip,crop" and params["epochs"] == "1"
     examples = pd.read_parquet(place.artifacts(result.run_id) / "training" / "examples.parquet")
-    # The official validation part is the test split; validation is carved from train.
-    assert examples.groupby("split").size().to_dict() == {"train": 16, "validation": 4, "test": 20}
+    # The official validation part is used for validation; the test split is carved from train.
+    assert examples.groupby("split").size().to_dict() == {"train": 16, "validation": 20, "test": 4}
     assert set(examples["label_name"]) == {"pear", "quince"}
     checkpoint = place.checkpoints(result.run_id)[0]
     config = json.loads((checkpoint / "config.json").read_text())
