@@ -147,15 +147,11 @@ def test_the_command_line_tool_exits_with_2_and_one_line(place: Place) -> None:
 # -- data ------------------------------------------------------------------------------------------
 
 
-def test_an_empty_class(place: Place, folder: Path) -> None:
-    (folder / "violet").mkdir()
-    refused(place, "finetune", f"dataset={folder}", "empty class 'violet'", dataset=folder)
-
-
 def test_too_few_images(place: Place, folder: Path) -> None:
     for file in sorted((folder / "red").iterdir())[2:]:
         file.unlink()
-    refused(place, "finetune", f"dataset={folder}", "'red' has 2", "3", dataset=folder)
+    given = {"dataset": folder, "small_classes": "stop"}
+    refused(place, "finetune", f"dataset={folder}", "'red' has 2", "3", **given)
 
 
 def test_a_folder_without_images(place: Place, tmp_path: Path) -> None:
