@@ -227,7 +227,20 @@ def _official(folders: Folders) -> dict[str, Folders] | None:
     )
     if named and (is_certain or named == tops):
         return {top: _inside(folders, top) for top in named}
-    return _official(_below(folders, tops[0])) if len(tops) == 1 else None
+    if len(tops) == 1:  # data/train
+        return _official(_below(folders, tops[0]))
+    return _lowest(folders)
+
+
+def _lowest(folders: Folders) -> dict[str, Folders] | None:
+    """Parts below the classes: cat/train, cat/test; None if other folders hold images too."""
+    roles = {role_of(path[-1]) if path[1:] else None for path in folders}
+    if None in roles or len(roles) < 2:
+        return None
+    parts: dict[str, Folders] = {}
+    for path, reals in folders.items():
+        parts.setdefault(path[-1], {})[path[:-1]] = reals
+    return parts
 
 
 def _below(folders: Folders, top: str) -> Folders:

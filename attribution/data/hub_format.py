@@ -18,7 +18,8 @@ from attribution.data.tables import LABEL_NAMES, choose_labels
 from attribution.errors import InputError, reason
 
 ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")
-TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar")
+IMAGES_INSIDE = (".parquet", ".arrow", ".tar")  # files that may hold images themselves
+TABLE_SUFFIXES = (*IMAGES_INSIDE, ".csv", ".json", ".jsonl")
 
 
 def hub_data(config: Config, name: str) -> Source:
@@ -51,8 +52,10 @@ def hub_folder(config: Config, files: Files) -> Source:
         InputError: there are none, they cannot be loaded, or their columns are unclear.
     """
     root = files.root
+    # A text table whose rows name images was read before: see tables.py.
+    kinds = TABLE_SUFFIXES if config.image_column else IMAGES_INSIDE
     depths = (root.glob("*"), root.glob("*/*"))
-    has_tables = any(file.suffix in TABLE_SUFFIXES for found in depths for file in found)
+    has_tables = any(file.suffix in kinds for found in depths for file in found)
     if not has_tables or _boxes(files):
         raise InputError(f"dataset={config.dataset}: {_what_it_holds(files)}")
     prepared = str(Path(config.cache_dir) / "datasets")

@@ -19,6 +19,7 @@ from attribution.errors import InputError
 LABEL_NAMES = (
     "label", "labels", "class", "target", "category", "fine_label", "class_name", "label_name",
 )  # fmt: skip
+FLAGS = {"0", "1", "0.0", "1.0"}
 SAMPLE = 200  # rows that are looked at to find the column of the images
 MOST_TEXTS = 20  # more .txt files than this are annotations, one for each image
 
@@ -297,15 +298,14 @@ def _like_labels(frame: pd.DataFrame) -> list[str]:
     for column in frame:
         values = frame[column].unique()
         is_measured = all("." in v and v.replace(".", "").lstrip("-").isdigit() for v in values)
-        if 2 <= len(values) <= len(frame) / 2 and not is_measured:
+        if 2 <= len(values) <= len(frame) / 2 and (set(values) <= FLAGS or not is_measured):
             found.append(column)
     return found
 
 
 def _one_hot(frame: pd.DataFrame) -> pd.Series | None:
     """The name of the column that holds the 1 of each row, as in one column per class."""
-    is_flag = {"0", "1", "0.0", "1.0"}
-    flags = frame[[column for column in frame if set(frame[column].unique()) <= is_flag]]
+    flags = frame[[column for column in frame if set(frame[column].unique()) <= FLAGS]]
     ones = flags.isin(["1", "1.0"])
     return ones.idxmax(axis=1) if len(ones.columns) > 1 and (ones.sum(axis=1) == 1).all() else None
 

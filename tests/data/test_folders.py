@@ -34,6 +34,21 @@ def test_parts_are_found_under_the_names_that_people_give_them(load, tmp_path, n
     assert loaded.class_names == ("cat", "dog") and sizes(loaded) == [12, 4, 6]
 
 
+def test_parts_below_the_classes_are_not_classes(load, tmp_path) -> None:
+    counts = {
+        "cat/train": 6,
+        "cat/val": 2,
+        "cat/test": 3,
+        "dog/train": 5,
+        "dog/val": 1,
+        "dog/test": 2,
+    }
+    write_classes(tmp_path / "i" / "data", counts)
+    loaded = load(tmp_path / "i")
+    assert loaded.class_names == ("cat", "dog") and sizes(loaded) == [11, 3, 5]
+    assert {Path(file).parent.name for file in loaded.table("test")["file_name"]} == {"test"}
+
+
 def test_a_test_part_without_labels_is_said_and_not_used(load, tmp_path, capsys) -> None:
     write_classes(tmp_path / "i" / "train", CLASSES)
     (tmp_path / "i" / "test").mkdir()

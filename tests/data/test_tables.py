@@ -66,8 +66,9 @@ def test_other_kinds_of_tables(load, folder, tmp_path) -> None:
     assert labels_of(load(folder)) == expected
 
 
-def test_one_column_per_class_is_read_as_labels(load, folder) -> None:
-    flags = {name: [int(label == name) for label in LABELS] for name in ("cat", "dog", "emu")}
+@pytest.mark.parametrize("number", [int, float])
+def test_one_column_per_class_is_read_as_labels(load, folder, number) -> None:
+    flags = {name: [number(label == name) for label in LABELS] for name in ("cat", "dog", "emu")}
     pd.DataFrame({"image": NAMES} | flags).to_csv(folder / "truth.csv", index=False)
     assert labels_of(load(folder)) == dict(zip(NAMES, LABELS))
 
@@ -136,5 +137,7 @@ def test_lists_of_parts_divide_class_folders(load, tmp_path) -> None:
 
 def test_a_folder_without_labels_says_what_it_holds(load, folder) -> None:
     fails(load, folder, "neither class subfolders with images, nor a table", "images (12 images)")
+    (folder / "ages.csv").write_text("person,age\nx,1\n")
+    fails(load, folder, "neither class subfolders with images, nor a table", "tables: ages.csv")
     (folder / "instances_train.json").write_text("{}")
     fails(load, folder, "COCO", "one label per image")
