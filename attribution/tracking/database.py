@@ -46,7 +46,7 @@ def open_store(cache: Path) -> None:
     mlflow.config.enable_async_logging(False)  # what is logged is read back at once
     uri = mlflow.get_tracking_uri()
     shown = f"MLFLOW_TRACKING_URI={uri}"
-    if server := re.fullmatch(r"(https?:)?/*([\w.-]+:\d+(/.*)?)", uri):
+    if server := re.fullmatch(r"(?!https?://\w)(https?:)?/*([\w.-]+:\d+(/.*)?)", uri):
         raise InputError(
             f"{shown}: the address of a server starts with http://; type "
             f"MLFLOW_TRACKING_URI=http://{server[2]}"
