@@ -14,7 +14,7 @@ from attribution.data.sources import Source, from_files, image_suffixes, some
 from attribution.errors import InputError
 from attribution.runtime.progress import progress
 
-Path_ = tuple[str, ...]  # of a folder, below the data set's
+FolderPath = tuple[str, ...]  # names of folders, from the data set's own downwards
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}  # hold images of any class
 MASK_FOLDERS = {"masks", "mask", "annotations", "labels", "segmentation", "segmentations"}
@@ -30,24 +30,25 @@ class Files:
         others: number of other files by suffix.
         empty: the topmost folders without images.
         hidden: hidden files and folders.
+        masks: folders of masks or annotations beside the images, with their numbers of images.
     """
 
     root: Path
-    images: dict[Path_, list[str]] = field(default_factory=dict)
-    tables: list[Path_] = field(default_factory=list)
+    images: dict[FolderPath, list[str]] = field(default_factory=dict)
+    tables: list[FolderPath] = field(default_factory=list)
     others: Counter = field(default_factory=Counter)
     empty: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
 
-    def path(self, folder: Path_, name: str) -> str:
+    def path(self, folder: FolderPath, name: str) -> str:
         return os.path.join(self.root, *folder, name)
 
-    def counted(self, folders: list[Path_]) -> str:
+    def counted(self, folders: list[FolderPath]) -> str:
         """Some folders by name, with the number of their images."""
         return some([f"{'/'.join(f) or '.'} ({len(self.images[f]):,} images)" for f in folders])
 
-    def notes(self, read: Sequence[Path_] = ()) -> list[str]:
+    def notes(self, read: Sequence[FolderPath] = ()) -> list[str]:
         """Lines about the files that are not used.
 
         Args:
@@ -92,7 +93,7 @@ def find_files(root: Path, config: Config) -> Files:
     return files
 
 
-def _walk(files: Files, folder: Path_, above: frozenset, advance: Callable[..., None]) -> int:
+def _walk(files: Files, folder: FolderPath, above: frozenset, advance: Callable[..., None]) -> int:
     """Add what a folder holds; returns the number of images in it and below.
 
     Args:
@@ -192,12 +193,12 @@ def class_folders(files: Files, config: Config) -> Source | None:
     return from_files(files.root, rows, order, notes)
 
 
-Folders = dict[Path_, list[Path_]]  # folders of images by the path that counts
+Folders = dict[FolderPath, list[FolderPath]]  # folders of images by the path that counts
 
 
-def _without_image_folders(images: dict[Path_, list[str]]) -> Folders:
+def _without_image_folders(images: dict[FolderPath, list[str]]) -> Folders:
     """Leave folders such as `images` out of the paths where they are alone."""
-    children: dict[Path_, set[str]] = {}
+    children: dict[FolderPath, set[str]] = {}
     for folder in images:
         for i in range(len(folder)):
             children.setdefault(folder[:i], set()).add(folder[i])
@@ -256,7 +257,7 @@ def _inside(folders: Folders, top: str) -> Folders:
     return below
 
 
-def _classes(folders: Folders, holders: set[Path_], config: Config) -> Folders:
+def _classes(folders: Folders, holders: set[FolderPath], config: Config) -> Folders:
     """The folders of images that belong to each class.
 
     Args:
@@ -271,7 +272,7 @@ def _classes(folders: Folders, holders: set[Path_], config: Config) -> Folders:
     return found
 
 
-def _names(classes: set[Path_]) -> dict[Path_, str]:
+def _names(classes: set[FolderPath]) -> dict[FolderPath, str]:
     """A folder's own name, with the folders above it where several have that name."""
     count = Counter(c[-1] for c in classes)
     return {c: c[-1] if count[c[-1]] == 1 else "/".join(c) for c in classes}

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config
-from attribution.data.folders import TABLES, Files, Path_
+from attribution.data.folders import TABLES, Files, FolderPath
 from attribution.data.parts import role_of
 from attribution.data.sources import Source, from_files, image_suffixes, some
 from attribution.errors import InputError
@@ -37,7 +37,7 @@ class Labelled:
     """
 
     rows: pd.DataFrame
-    used: list[Path_]
+    used: list[FolderPath]
     notes: list[str]
     has_labels: bool
 
@@ -123,7 +123,7 @@ def _from_rows(files: Files, table: Labelled) -> Source:
 
 
 def _joined(
-    chosen: list[tuple[Path_, pd.DataFrame]], unlabelled: list[Path_], files: Files
+    chosen: list[tuple[FolderPath, pd.DataFrame]], unlabelled: list[FolderPath], files: Files
 ) -> Labelled:
     """One row per image out of several tables."""
     notes = [note for _, rows in chosen for note in rows.attrs["notes"]]
@@ -150,7 +150,7 @@ def _joined(
     return Labelled(rows.reset_index(drop=True), [t for t, _ in chosen], notes, has_labels)
 
 
-def _read_one(table: Path_, finder: _Finder, config: Config) -> pd.DataFrame | None:
+def _read_one(table: FolderPath, finder: _Finder, config: Config) -> pd.DataFrame | None:
     """The rows of one table with columns path, part, table, perhaps label; None if it names no images."""
     name = "/".join(table)
     file = finder.files.path(table[:-1], table[-1])
@@ -229,7 +229,7 @@ def _parquet(file: str) -> pd.DataFrame | None:
     return pd.read_parquet(file) if plain else None
 
 
-def _image_column(frame: pd.DataFrame, table: Path_, finder: _Finder, config: Config) -> Any:
+def _image_column(frame: pd.DataFrame, table: FolderPath, finder: _Finder, config: Config) -> Any:
     """The column that names most different images; None if none names half of its rows' images."""
     if config.image_column:
         return config.image_column if config.image_column in frame else None
@@ -253,7 +253,7 @@ def _parts(frame: pd.DataFrame) -> str | None:
     return None
 
 
-def _part_of(path: str | None, table: Path_, files: Files) -> str:
+def _part_of(path: str | None, table: FolderPath, files: Files) -> str:
     """The part that the path of an image names, else its table's name."""
     folders = os.path.relpath(path, files.root).split(os.sep)[:-1] if path else []
     for name in (*folders, *table[:-1], _stem(table[-1])):
@@ -335,12 +335,12 @@ class _Finder:
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        self.by_stem: dict[str, list[Path_]] = {}
+        self.by_stem: dict[str, list[FolderPath]] = {}
         for folder, names in files.images.items():
             for name in names:
                 self.by_stem.setdefault(_stem(name), []).append((*folder, name))
 
-    def find(self, value: str, table: Path_, strict: bool = False) -> str | None:
+    def find(self, value: str, table: FolderPath, strict: bool = False) -> str | None:
         """The path of the image that a table names; None if no image fits, or several.
 
         Raises:
@@ -369,7 +369,7 @@ class _Finder:
         return os.path.normpath(path) if is_image and os.path.isfile(path) else None
 
 
-def _agree(path: Path_, named: Path_) -> bool:
+def _agree(path: FolderPath, named: FolderPath) -> bool:
     """Whether one path is the end of the other; the name may lack its suffix."""
     n = min(len(path), len(named))
     return path[-n:-1] == named[-n:-1] and named[-1] in (path[-1], _stem(path[-1]))
