@@ -76,14 +76,20 @@ def list_data(config: Config) -> Listing:
     return Listing(source, names, table, dropped)
 
 
+def folder_of(dataset: str) -> Path | None:
+    """The folder that a data set's name stands for; None for the embedded digits and the Hub's."""
+    folder = Path(os.path.abspath(os.path.expanduser(dataset)))
+    return folder if dataset != "digits" and folder.is_dir() else None
+
+
 def find_source(config: Config) -> Source:
     """The images that `dataset` names: the embedded digits, a folder, or a data set of the Hub."""
     text = config.dataset
     if text == "digits":
         return sources.digits()
+    if folder := folder_of(text):
+        return _in_folder(folder, config)
     root = Path(os.path.abspath(os.path.expanduser(text)))
-    if root.is_dir():
-        return _in_folder(root, config)
     if root.exists():
         raise InputError(f"dataset={text}: is a file; name the folder that holds the images")
     looks_like_path = text.startswith((".", "/", "~")) or "/" in text and root.parent.is_dir()

@@ -13,6 +13,7 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
+from attribution.data.listing import folder_of
 from attribution.data.splits import SPLITS, TARGETS
 from attribution.models.checkpoints import Finetuned
 from attribution.models.ensemble import Ensemble, label_quality
@@ -152,7 +153,8 @@ def score_training_set(
         "estimator": config.group("trak") | {"num_models": config.num_models},
         "alignment": {"groups": "label", "group_weights": "exp_loss"},
         "loss_is_out_of_sample": members.is_out_of_sample,
-        "data": config.group("data") | {"dataset": _absolute(config.dataset)},
+        "data": config.group("data")
+        | {"dataset": str(folder_of(config.dataset) or config.dataset)},
         "data_fingerprint": data.fingerprint,
         **origin,
     }
@@ -165,12 +167,6 @@ def score_training_set(
     listed = suspects(data, pd.concat(examined, ignore_index=True), np.concatenate(probabilities))
     scores = Scores(found.values, train, targets, metadata)
     return Scored(scores, listed, found.file, stores, features, seconds)
-
-
-def _absolute(dataset: str) -> str:
-    """The data set's name, or where its folder lies, for a notebook in another folder."""
-    folder = Path(dataset).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else dataset
 
 
 def _train_table(

@@ -18,6 +18,7 @@ from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
 from attribution.config import Config, convert
 from attribution.data.dataset import ImageData
+from attribution.data.listing import folder_of
 from attribution.errors import InputError, reason
 from attribution.runtime import machine
 from attribution.runtime.cache_folder import alone
@@ -144,8 +145,8 @@ def _source(dataset: str) -> DatasetSource | str:
     """Where the images come from, as MLflow describes it: code, a folder, or the Hub."""
     if dataset == "digits":
         return CodeDatasetSource({"mlflow.source.name": "sklearn.datasets.load_digits"})
-    folder = Path(dataset).expanduser().absolute()
-    return str(folder) if folder.is_dir() else HuggingFaceDatasetSource(dataset)
+    folder = folder_of(dataset)
+    return str(folder) if folder else HuggingFaceDatasetSource(dataset)
 
 
 def _name_of(stage: str, config: Config, key: str) -> str:
