@@ -104,9 +104,10 @@ def _in_folder(root: Path, config: Config) -> Source:
     Raises:
         InputError: none of them fits, or several do.
     """
-    if (root / "dataset_dict.json").is_file() or any(root.glob("**/state.json")):
-        return _hub_format().saved_folder(config, root)
     files = find_files(root, config)
+    names = {table[-1] for table in files.tables}
+    if ("dataset_dict.json",) in files.tables or "state.json" in names:
+        return _hub_format().saved_folder(config, root)
     folders, table = class_folders(files, config), read_tables(files, config)
     if table is not None and (found := with_table(files, table, folders, config)):
         return found
