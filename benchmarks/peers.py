@@ -192,7 +192,7 @@ class Judge:
         loss = ensemble.loss("validation", data.labels("validation"))
         self.weights = group_weights(loss, self.groups, "exp_loss")
         self.flipped = data.table("train")["is_flipped"].to_numpy()
-        self.train_loss = ensemble.train_loss(data.labels("train"))
+        self.train_loss = ensemble.loss("train", data.labels("train"))
         self.masks, self.margins = bank.masks, bank.margins.mean(axis=1)
 
     def __call__(self, outcome: Outcome, ours: np.ndarray | None) -> dict[str, float]:

@@ -75,26 +75,33 @@ class Ensemble:
         """Whether every training example was left out by at least one checkpoint."""
         return not self.masks.all(axis=0).any()
 
-    def train_loss(self, labels: np.ndarray) -> np.ndarray:
-        """Return the mean loss in nats of each training example, (n_train,).
+    def loss(self, split: str, labels: np.ndarray) -> np.ndarray:
+        """Return the mean loss in nats of each example of a split, (n,).
 
-        The mean is over the checkpoints that did not see the example. If some example was seen by
-        all, it is over those that saw the example, for all examples: a mean over both kinds would
-        rank examples by how often they were left out.
+        For training examples the mean is over the checkpoints that did not see the example. If some
+        example was seen by all, it is over those that saw the example, for all examples: a mean over
+        both kinds would rank examples by how often they were left out.
         """
-        self._check_labels(labels, self.train_logits)
-        each = np.stack([losses(logits, labels) for logits in self.train_logits])
-        counted = self._counted()
+        logits, counted = self._logits(split)
+        self._check_labels(labels, logits)
+        each = np.stack([losses(own, labels) for own in logits])
         return np.where(counted, each, 0).sum(axis=0) / counted.sum(axis=0)
 
-    def train_probabilities(self) -> np.ndarray:
-        """Return the mean probabilities (n_train, C) over the checkpoints that train_loss averages."""
-        counted = self._counted()
+    def probabilities(self, split: str) -> np.ndarray:
+        """Return the mean probabilities (n, C) of a split's examples, over the same checkpoints."""
+        logits, counted = self._logits(split)
         total = sum(
-            softmax(logits.astype(np.float64), axis=1) * used[:, None]
-            for logits, used in zip(self.train_logits, counted, strict=True)
+            softmax(own.astype(np.float64), axis=1) * used[:, None]
+            for own, used in zip(logits, counted, strict=True)
         )
         return total / counted.sum(axis=0)[:, None]
+
+    def _logits(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a split's logits (M, n, C), and which checkpoints count for each example, (M, n)."""
+        if split == "train":
+            return self.train_logits, self._counted()
+        logits = {"validation": self.validation_logits, "test": self.test_logits}[split]
+        return logits, np.ones(logits.shape[:2], bool)
 
     def _counted(self) -> np.ndarray:
         """Return which checkpoints count for each training example, (M, n_train) bool."""
@@ -102,26 +109,6 @@ class Ensemble:
         if not counted.any(axis=0).all():  # too few checkpoints: some example has none
             counted = np.ones_like(self.masks)
         return counted
-
-    def probabilities(self, split: str) -> np.ndarray:
-        """Return the mean probabilities (n, C) of a split's examples.
-
-        The mean is over all checkpoints, for training examples over those that train_loss averages.
-        """
-        if split == "train":
-            return self.train_probabilities()
-        return np.exp(_mean_log_probability(self._unseen(split)))
-
-    def loss(self, split: str, labels: np.ndarray) -> np.ndarray:
-        """Return the mean loss in nats (n,) of a split's examples, over the same checkpoints."""
-        if split == "train":
-            return self.train_loss(labels)
-        self._check_labels(labels, self._unseen(split))
-        return np.mean([losses(logits, labels) for logits in self._unseen(split)], axis=0)
-
-    def _unseen(self, split: str) -> np.ndarray:
-        """Return the logits (M, n, C) of a split that no checkpoint was trained on."""
-        return {"validation": self.validation_logits, "test": self.test_logits}[split]
 
     def best(self, labels: np.ndarray) -> int:
         """Return the number of the checkpoint with the lowest mean loss on the targets."""

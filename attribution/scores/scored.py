@@ -158,13 +158,14 @@ def score_training_set(
         "data_fingerprint": data.fingerprint,
         **origin,
     }
-    examined, probabilities = [train], [members.train_probabilities()]
+    examined = [train]
     if held_out is not None:  # else losses in sample and out of it would be compared
         for split in SPLITS[1:]:
             trust = trust_of_unseen(config, stores, held_out, split)
             examined.append(_predictions(data, members, split).assign(trust=trust))
-            probabilities.append(members.probabilities(split))
-    listed = suspects(data, pd.concat(examined, ignore_index=True), np.concatenate(probabilities))
+    probabilities = map(members.probabilities, SPLITS[: len(examined)])
+    table = pd.concat(examined, ignore_index=True)
+    listed = suspects(data, table, np.concatenate(list(probabilities)))
     scores = Scores(found.values, train, targets, metadata)
     return Scored(scores, listed, found.file, stores, features, seconds)
 

@@ -37,7 +37,7 @@ def loss_by_loops(logits: np.ndarray, label: int) -> float:
 def test_train_loss_is_the_mean_over_checkpoints_that_did_not_see_the_example() -> None:
     joint = made(subset_masks(12, 4, 0.5, 0))
     labels = np.arange(12) % 3
-    for i, found in enumerate(joint.train_loss(labels)):
+    for i, found in enumerate(joint.loss("train", labels)):
         unseen = [m for m in range(4) if not joint.masks[m, i]]
         each = [loss_by_loops(joint.train_logits[m, i], labels[i]) for m in unseen]
         assert found == pytest.approx(sum(each) / len(each))
@@ -53,7 +53,7 @@ def test_where_an_example_was_seen_by_all_the_loss_is_over_those_that_saw_it() -
         np.mean([loss_by_loops(joint.train_logits[m, i], labels[i]) for m in np.flatnonzero(s)])
         for i, s in enumerate(masks.T)
     ]
-    np.testing.assert_allclose(joint.train_loss(labels), expected)
+    np.testing.assert_allclose(joint.loss("train", labels), expected)
     assert not joint.is_out_of_sample
 
 
@@ -75,7 +75,7 @@ def test_train_probabilities_are_means_over_the_checkpoints_whose_loss_counts(na
         counted = masks
     else:
         counted = np.ones_like(masks)
-    found = joint.train_probabilities()
+    found = joint.probabilities("train")
     for i in range(12):
         rows = [
             [math.exp(-loss_by_loops(joint.train_logits[m, i], label)) for label in range(3)]
@@ -87,7 +87,7 @@ def test_train_probabilities_are_means_over_the_checkpoints_whose_loss_counts(na
 
 
 def test_label_quality_is_the_probability_of_the_given_label() -> None:
-    probabilities = made(MASKS["each left out by some"]).train_probabilities()
+    probabilities = made(MASKS["each left out by some"]).probabilities("train")
     labels = np.arange(12) % 3
     expected = [probabilities[i, label] for i, label in enumerate(labels)]
     np.testing.assert_allclose(label_quality(labels, probabilities), expected, rtol=1e-9)
@@ -181,7 +181,7 @@ def test_labels_of_other_data_are_refused() -> None:
     joint = made(subset_masks(12, 4, 0.5, 0))
     for labels in (np.zeros(11, int), np.full(12, 7)):
         with pytest.raises(InputError, match="^logits: are of 12 examples and 3 classes"):
-            joint.train_loss(labels)
+            joint.loss("train", labels)
     with pytest.raises(InputError, match="^logits: are of"):
         joint.loss("validation", np.zeros(12, int))
 
@@ -203,7 +203,7 @@ def test_the_joint_prediction_is_the_mean_of_probabilities(tmp_path: Path) -> No
 def test_an_ensemble_that_is_certain_has_finite_losses_and_probabilities() -> None:
     logits = np.array([[[1e4, 0], [0, 1e4]]], np.float32)
     joint = Ensemble(np.array([[False, False]]), logits, logits, logits)
-    assert joint.train_loss(np.array([0, 0])).tolist() == [0, 1e4]
+    assert joint.loss("train", np.array([0, 0])).tolist() == [0, 1e4]
     assert joint.loss("validation", np.array([1, 1])).tolist() == [1e4, 0]
-    assert joint.train_probabilities().tolist() == [[1, 0], [0, 1]]
-    assert label_quality(np.array([0, 0]), joint.train_probabilities()).tolist() == [1, 0]
+    assert joint.probabilities("train").tolist() == [[1, 0], [0, 1]]
+    assert label_quality(np.array([0, 0]), joint.probabilities("train")).tolist() == [1, 0]

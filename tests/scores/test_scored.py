@@ -36,11 +36,11 @@ def test_the_tables_say_what_the_ensemble_says(ensemble, scored) -> None:
     train, targets = scored.scores.train, scored.scores.targets
     members, labels = finetuned.members, data.labels("train")
     assert scored.scores.values.shape == (32, 16) == (len(train), len(targets))
-    np.testing.assert_array_equal(train["loss"], members.train_loss(labels))
+    np.testing.assert_array_equal(train["loss"], members.loss("train", labels))
     np.testing.assert_array_equal(
         targets["loss"], members.loss("validation", data.labels("validation"))
     )
-    probabilities = members.train_probabilities()
+    probabilities = members.probabilities("train")
     np.testing.assert_array_equal(train["predicted_label"], probabilities.argmax(1))
     # Alignment: the mean score by class, classes weighted by exp of their mean loss.
     by_class = [(targets["label"] == label).to_numpy() for label in (0, 1)]
