@@ -95,7 +95,7 @@ def _table(result: list[Explanation]) -> pd.DataFrame:
 def load(run_id: str, config: Config, data: ImageData) -> pd.DataFrame:
     """The table of an earlier run."""
     words = (
-        "explained", "explained_label", "predicted", "agreement", "warnings", "file_name",
+        "explained", "explained_label", "predicted", "agreement", "effect", "warnings", "file_name",
         "example_id", "label_name",
     )  # fmt: skip
     file = artifact_path(run_id, "explanation.csv")

@@ -67,6 +67,7 @@ def explanations(data: ImageData, found: Iterable[Explanation], run_ids: dict[st
             "probability": each.probability,
             "label_probability": each.label_probability,
             "agreement": each.agreement,
+            "effect": each.effect,
             "warnings": each.warnings,
             "helpful": tiles(data, each.helpful, "score", "helpful"),
             "harmful": tiles(data, each.harmful, "score", "harmful"),

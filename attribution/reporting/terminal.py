@@ -163,7 +163,7 @@ def print_explanations(table: pd.DataFrame) -> None:
 
 
 def explanation_lines(table: pd.DataFrame) -> list[str]:
-    """How many checkpoints agree on each prediction, and in what a picture is unlike the training data.
+    """What stands beside each prediction: agreement, the strongest effect, and warnings.
 
     Args:
         table: explanation.csv; of an earlier version it lacks both columns.
@@ -172,7 +172,8 @@ def explanation_lines(table: pd.DataFrame) -> list[str]:
         return []
     lines = []
     for row in table.drop_duplicates("explained").itertuples():
-        lines.append(f"{row.explained}: {row.agreement}")
+        own = (row.agreement, getattr(row, "effect", ""))
+        lines += [f"{row.explained}: {each}" for each in own if each]
         lines += [f"warning: {row.explained}: {each}" for each in row.warnings.splitlines()]
     return lines
 

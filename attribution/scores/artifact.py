@@ -158,7 +158,6 @@ def write_scores(
     document = {
         "schema_version": SCHEMA_VERSION,
         "sign": SIGN,
-        "unit": "margin (log-odds of the target's label)",
         "shape": list(matrix.shape),
         "sha256": sha256(file),
         "sha256_tables": {name: sha256(folder / name) for name in REQUIRED_COLUMNS},

@@ -42,6 +42,7 @@ class Explanation:
         label_probability: mean probability of `label` over checkpoints.
         helpful, harmful: training examples with a `score` column, above and below zero, the
             strongest first.
+        in_margins: whether scores are changes of the margin, see calibration.calibrate.
         warnings: a line for each way in which an image is unlike the training data.
     """
 
@@ -55,6 +56,7 @@ class Explanation:
     num_models: int
     helpful: pd.DataFrame
     harmful: pd.DataFrame
+    in_margins: bool
     warnings: tuple[str, ...] = ()
 
     @property
@@ -66,6 +68,19 @@ class Explanation:
         """How many checkpoints predict the same, in words."""
         return f"{self.votes} of {self.num_models} checkpoints say {self.predicted}"
 
+    @property
+    def effect(self) -> str:
+        """What the strongest score says, in words; empty where the scores have no unit."""
+        shown = pd.concat([self.helpful, self.harmful], ignore_index=True)
+        if not self.in_margins or shown.empty:
+            return ""
+        first = shown.loc[shown["score"].abs().idxmax()]
+        side = "fall" if first["score"] > 0 else "rise"
+        return (
+            f"without training image {first['example_id']}, the margin (log-odds) of {self.label} "
+            f"would {side} by about {abs(first['score']):.2g}"
+        )
+
     def table(self) -> pd.DataFrame:
         """One row per example shown: the prediction, side, rank from 1, score, and train columns."""
         own = {
@@ -74,6 +89,7 @@ class Explanation:
             "predicted": self.predicted,
             "probability": self.probability,
             "agreement": self.agreement,
+            "effect": self.effect,
             "warnings": "\n".join(self.warnings),
         }
         parts = [
@@ -161,7 +177,9 @@ def explain_targets(
             labels[target],
             probabilities[target],
             votes[:, target],
-            _sides(chosen, i, k),
+            chosen,
+            i,
+            k,
         )
         for i, target in enumerate(targets)
     ]
@@ -196,7 +214,9 @@ def explain_picture(
         label,
         probabilities,
         each.argmax(axis=1),
-        _sides(column, 0, config.num_examples),
+        column,
+        0,
+        config.num_examples,
     )
     warnings = looks.unlike(config, data, size, pixels) + _doubts(found, members)
     return replace(found, warnings=tuple(warnings))
@@ -274,12 +294,6 @@ def read_picture(config: Config) -> tuple[tuple[int, int], np.ndarray]:
         raise InputError(f"image={config.image}: cannot be read ({why})") from None
 
 
-def _sides(scores: Scores, target: int, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Up to k most helpful examples with a score above zero, and k most harmful below zero."""
-    top, bottom = scores.top(target, k), scores.bottom(target, k)
-    return top[top["score"] > 0], bottom[bottom["score"] < 0]
-
-
 def _explain(
     data: ImageData,
     name: str,
@@ -287,10 +301,16 @@ def _explain(
     label: int,
     probabilities: np.ndarray,
     votes: np.ndarray,
-    sides: tuple[pd.DataFrame, pd.DataFrame],
+    scores: Scores,
+    target: int,
+    k: int,
 ) -> Explanation:
-    """Put an explanation together from probabilities (C,) and each checkpoint's prediction, (M,)."""
+    """Put an explanation together from probabilities (C,), votes (M,) and a column of the scores.
+
+    Each side shows up to k examples: the most helpful with a score above zero, the most harmful below.
+    """
     predicted = int(probabilities.argmax())
+    top, bottom = scores.top(target, k), scores.bottom(target, k)
     return Explanation(
         name,
         pixels,
@@ -300,5 +320,7 @@ def _explain(
         float(probabilities[label]),
         int((votes == predicted).sum()),
         len(votes),
-        *sides,
+        top[top["score"] > 0],
+        bottom[bottom["score"] < 0],
+        in_margins=bool(scores.metadata.get("calibration")),
     )

@@ -17,10 +17,12 @@ from attribution.data.listing import folder_of
 from attribution.data.splits import SPLITS, TARGETS
 from attribution.models.checkpoints import Finetuned
 from attribution.models.ensemble import Ensemble, label_quality
+from attribution.models.predict import margins
 from attribution.runtime.npy_blocks import open_matrix
 from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
+from attribution.scores.calibration import Calibration, calibrate, describe
 from attribution.scores.features import Store, featurize
 from attribution.scores.stored_features import StoredFeatures
 from attribution.scores.suspects import suspects
@@ -28,6 +30,7 @@ from attribution.scores.trak import (
     TrakScores,
     check_gradients,
     check_proj_dim,
+    predicted_margins,
     score,
     trust_of_unseen,
 )
@@ -142,15 +145,18 @@ def score_training_set(
         say("trak: some examples were seen by every checkpoint: losses are in-sample")
     start = time.monotonic()
     stores = featurize(config, data, finetuned.folders, work)
-    found = score(config, stores, work / "scores.npy", held_out)
+    calibration = _calibrate(config, data, members, stores)
+    scale = calibration.scale if calibration else 1.0
+    found = score(config, stores, work / "scores.npy", held_out, scale)
     seconds = time.monotonic() - start
     features = None
     if stored_features.are_wanted(config, stores):
-        features = stored_features.write_features(work / "stored", stores, config)
+        features = stored_features.write_features(work / "stored", stores, config, scale)
     targets = data.table(TARGETS).assign(loss=members.loss(TARGETS, data.labels(TARGETS)))
     train = _train_table(data, members, found, targets)
     metadata = {
         "estimator": config.group("trak") | {"num_models": config.num_models},
+        **describe(calibration),
         "alignment": {"groups": "label", "group_weights": "exp_loss"},
         "loss_is_out_of_sample": members.is_out_of_sample,
         "data": config.group("data")
@@ -168,6 +174,21 @@ def score_training_set(
     listed = suspects(data, table, np.concatenate(list(probabilities)))
     scores = Scores(found.values, train, targets, metadata)
     return Scored(scores, listed, found.file, stores, features, seconds)
+
+
+def _calibrate(
+    config: Config, data: ImageData, members: Ensemble, stores: list[Store]
+) -> Calibration | None:
+    """Bring the scores into margins, as far as the checkpoints tell how; say so."""
+    labels = data.labels(TARGETS)
+    measured = np.stack([margins(logits, labels) for logits in members.validation_logits])
+    found = calibrate(predicted_margins(config, stores, members.masks), measured)
+    if found:
+        interval = f"95 % interval {found.low:.3g} to {found.high:.3g}"
+        say(f"trak: scores are in margins, by the factor {found.scale:.3g} ({interval})")
+    else:
+        say("trak: scores rank, but have no unit: these checkpoints do not tell it")
+    return found
 
 
 def _train_table(

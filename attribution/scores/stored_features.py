@@ -33,12 +33,17 @@ def are_wanted(config: Config, stores: Sequence[Store]) -> bool:
     return sum(2 * part.size for store in stores for part in store.features("train")) <= AUTO_BYTES
 
 
-def write_features(folder: Path, stores: Sequence[Store], config: Config) -> StoredFeatures:
+def write_features(
+    folder: Path, stores: Sequence[Store], config: Config, scale: float = 1.0
+) -> StoredFeatures:
     """Write what load_features reads, from stores that combine() has factorised.
 
     The files of each checkpoint are the Cholesky factors L of its blocks, (blocks k, k) float32, and
     the whitened training features X L^-T, (n_train, blocks k) float16. No entry of the latter is
     above 1: their squares add up to leverages.
+
+    Args:
+        scale: as of combine().
     """
     for m, store in enumerate(stores):
         own = folder / f"{m:03d}"
@@ -48,8 +53,8 @@ def write_features(folder: Path, stores: Sequence[Store], config: Config) -> Sto
         blocks = _whitened(np.array(factors), row_blocks(*store.features("train")))
         shape = store.count("train"), len(factors)
         write_matrix(own / "train.npy", ahead(blocks), shape, "<f2")
-    scale = row_scale(stores, config.loss_gradient_weight)
-    write_matrix(folder / "scale.npy", [scale], scale.shape)
+    row_scales = scale * row_scale(stores, config.loss_gradient_weight)
+    write_matrix(folder / "scale.npy", [row_scales], row_scales.shape)
     document = {
         "schema_version": SCHEMA_VERSION,
         "num_models": len(stores),

@@ -82,7 +82,11 @@ def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
 
 
 def score(
-    config: Config, stores: list[Store], file: Path, held_out: np.ndarray | None = None
+    config: Config,
+    stores: list[Store],
+    file: Path,
+    held_out: np.ndarray | None = None,
+    scale: float = 1.0,
 ) -> TrakScores:
     """Score every training example against every validation example, as the config says.
 
@@ -94,12 +98,13 @@ def score(
 
     Args:
         stores: from featurize.
-        file, held_out: as in combine.
+        file, held_out, scale: as in combine.
 
     Raises:
         InputError: a Gram matrix that is singular, or a value that is not finite.
     """
-    return combine(stores, file, _ridge(config, stores), config.loss_gradient_weight, held_out)
+    ridge = _ridge(config, stores)
+    return combine(stores, file, ridge, config.loss_gradient_weight, held_out, scale)
 
 
 def _ridge(config: Config, stores: list[Store]) -> Ridge:
@@ -113,6 +118,7 @@ def combine(
     ridge: Ridge,
     weight: str = "mean",
     held_out: np.ndarray | None = None,
+    scale: float = 1.0,
 ) -> TrakScores:
     """Scores from the features of every checkpoint, written to a file block by block.
 
@@ -126,23 +132,23 @@ def combine(
         weight: parameter `loss_gradient_weight`.
         held_out: (M, n_train) weights of the training examples as targets under each checkpoint;
             0 for examples that the checkpoint saw.
+        scale: factor of all scores, see calibration.calibrate. It changes neither self_influence nor
+            held_out.
 
     Raises:
         InputError: a Gram matrix that is singular, or a value that is not finite.
     """
     keep_freed_memory()  # or the system would clear the memory of every block
-    with progress("trak: checkpoints factorised", len(stores)) as advance:
-        for store in stores:
-            if not store.whitened_targets_file.exists():
-                _factorise(store, ridge)
-            advance()
+    _factorise_all(stores, ridge)
     done = file.with_name("per_example.npy")
     if not (file.exists() and done.exists()):
         n = stores[0].count("train")
         weights = np.zeros((len(stores), n)) if held_out is None else held_out
         # One array: a small one kept for each block would leave gaps that no later block fits in.
         per_example = np.zeros((n, 2))
-        blocks = _score_blocks(stores, ridge, row_scale(stores, weight), weights, per_example)
+        blocks = _score_blocks(
+            stores, ridge, scale * row_scale(stores, weight), weights, per_example
+        )
         write_matrix(file, ahead(blocks), (n, stores[0].count(TARGETS)))
         write_matrix(done, [per_example], (n, 2))
     self_influence, found = np.array(open_matrix(done)).T
@@ -166,10 +172,50 @@ def trust_of_unseen(
     total = torch.zeros(stores[0].count(split), device=ridge.device)
     for store, weights in zip(stores, held_out, strict=True):
         factor = torch.from_numpy(np.array(open_matrix(store.factor_file))).to(ridge.device)
-        target = ridge.whiten(torch.from_numpy(_weighted_sum(store, weights)), factor)[0]
+        target = ridge.whiten(torch.from_numpy(_weighted_sums(store, weights[None])), factor)[0]
         rows = map(torch.from_numpy, row_blocks(*store.features(split)))
         total += torch.cat([ridge.whiten(block, factor) @ target for block in rows])
     return (total / len(stores)).cpu().numpy()
+
+
+def predicted_margins(config: Config, stores: list[Store], subsets: np.ndarray) -> np.ndarray:
+    """The margins of the targets under models that are trained on subsets, up to a constant.
+
+    They are sums of the scores of each subset's examples, computed without the score matrix.
+
+    Args:
+        stores: from featurize.
+        subsets: (S, n_train) bool, the examples that each model sees.
+
+    Returns:
+        (S, n_targets) float64, in the unit of score() with scale 1.
+
+    Raises:
+        InputError: as score().
+    """
+    ridge = _ridge(config, stores)
+    _factorise_all(stores, ridge)
+    weights = subsets * row_scale(stores, config.loss_gradient_weight)[:, 0]
+    total = np.zeros((len(subsets), stores[0].count(TARGETS)))
+    for store in stores:
+        factor, targets = (
+            torch.from_numpy(np.array(open_matrix(file))).to(ridge.device)
+            for file in (store.factor_file, store.whitened_targets_file)
+        )
+        white = ridge.whiten(torch.from_numpy(_weighted_sums(store, weights)), factor)
+        total += (white @ targets.T).double().cpu().numpy()
+    return total
+
+
+def _factorise_all(stores: list[Store], ridge: Ridge) -> None:
+    """Factorise the checkpoints that are not yet."""
+    missing = [store for store in stores if not store.whitened_targets_file.exists()]
+    with progress(
+        "trak: checkpoints factorised", len(stores), len(stores) - len(missing)
+    ) as advance:
+        for store in missing:
+            _factorise(store, ridge)
+            advance()
 
 
 def _factorise(store: Store, ridge: Ridge) -> None:
@@ -219,7 +265,7 @@ def _score_blocks(
 
     m, start = len(open_matrix(stores[0].whitened_targets_file)), 0
     held_out_sums = [
-        whitened(store, _weighted_sum(store, weight))[0]
+        whitened(store, _weighted_sums(store, weight[None]))[0]
         for store, weight in zip(stores, weights, strict=True)
     ]
     features = [row_blocks(*store.features("train"), columns=m) for store in stores]
@@ -256,11 +302,11 @@ def _loader(stores: list[Store], device: torch.device | str) -> Callable[[Path],
     return load
 
 
-def _weighted_sum(store: Store, weights: np.ndarray) -> np.ndarray:
-    """Sum of the training features by weights (n_train,), (1, blocks k) float32."""
-    total, start = 0.0, 0
+def _weighted_sums(store: Store, weights: np.ndarray) -> np.ndarray:
+    """Sums of the training features by weights (S, n_train), (S, blocks k) float32."""
+    total, start = np.zeros((len(weights), len(open_matrix(store.factor_file)))), 0
     if weights.any():
         for block in row_blocks(*store.features("train")):
-            total = total + weights[start : start + len(block)] @ block
+            total += weights[:, start : start + len(block)] @ block
             start += len(block)
-    return np.broadcast_to(total, (1, len(open_matrix(store.factor_file)))).astype(np.float32)
+    return total.astype(np.float32)

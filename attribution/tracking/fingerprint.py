@@ -17,7 +17,7 @@ from attribution.stages import STAGES
 
 # Raise it when the same parameters and data would give other scores, or another result made from
 # scores. TRAINING_VERSION in attribution/models does the same for trained models.
-ESTIMATOR_VERSION = 6
+ESTIMATOR_VERSION = 7
 
 
 def fingerprint(stage: str, config: Config, data: ImageData) -> str:

@@ -17,7 +17,7 @@ def test_any_text_is_escaped(text: str) -> None:
     each = {
         "name": text, "image": "data:image/png;base64,", "label": text, "predicted": text,
         "is_right": False, "probability": 0.5, "label_probability": 0.5, "helpful": [tile],
-        "agreement": text, "warnings": [text],
+        "agreement": text, "effect": text, "warnings": [text],
         "harmful": [],
     }  # fmt: skip
     tree = parsed(pages.render("explanation", explanations=[each], run_ids={text: text}))

@@ -497,6 +497,7 @@ def made_up(name: str = "target 0", **changes: Any) -> Explanation:
         "pixels": np.full((16, 16, 3), 9, np.uint8), "label": "bright", "predicted": "dark",
         "probability": 0.75, "label_probability": 0.25, "helpful": train, "harmful": train[:1],
         "votes": 7, "num_models": 9, "warnings": ("inverted: <b>swapped</b>",),
+        "in_margins": True,
     }  # fmt: skip
     return Explanation(name, **values | changes)
 
@@ -517,10 +518,21 @@ def test_a_side_may_be_empty(tmp_path, empty) -> None:
     assert "inverted: &lt;b&gt;swapped&lt;/b&gt;" in page
 
 
+def test_the_strongest_score_is_an_effect_on_the_margin_in_words() -> None:
+    helpful, harmful = made_up().helpful, made_up().harmful
+    assert made_up().effect.startswith("without training image id3, ")
+    against = made_up(harmful=harmful.assign(score=-1.25, example_id="id9")).effect
+    assert "id9" in against and against.endswith("would rise by about 1.2")
+    assert made_up(helpful=helpful[:0], harmful=harmful[:0]).effect == ""
+    assert made_up(in_margins=False).effect == ""
+
+
 def test_agreement_and_warnings_are_lines_also_of_an_earlier_run() -> None:
-    table = pd.concat([made_up().table(), made_up("a.png", warnings=()).table()])
+    other = made_up("a.png", warnings=(), in_margins=False)
+    table = pd.concat([made_up().table(), other.table()])
     assert explanation_lines(table) == [
         "target 0: 7 of 9 checkpoints say dark",
+        "target 0: without training image id3, the margin (log-odds) of bright would fall by about 0.5",
         "warning: target 0: inverted: <b>swapped</b>",
         "a.png: 7 of 9 checkpoints say dark",
     ]

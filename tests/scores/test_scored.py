@@ -11,10 +11,12 @@ import pytest
 from toy import toy_config
 
 from attribution.errors import InputError
+from attribution.models.ensemble import Ensemble
 from attribution.runtime import safe_files
 from attribution.scores import artifact, features
 from attribution.scores.scored import Scored, score_training_set
 from attribution.scores.stored_features import load_features
+from attribution.scores.trak import predicted_margins
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ORIGIN = {"fingerprint": "abc", "finetune_run_id": "0123", "estimator_version": 5}
@@ -49,6 +51,30 @@ def test_the_tables_say_what_the_ensemble_says(ensemble, scored) -> None:
     np.testing.assert_allclose(train["alignment"], weights @ means / weights.sum(), rtol=1e-5)
     assert scored.scores.metadata["finetune_run_id"] == "0123"
     assert scored.scores.metadata["estimator"]["num_models"] == 2
+
+
+def test_scores_and_stored_features_are_in_the_margins_that_the_checkpoints_have(
+    ensemble, scored, tmp_path
+) -> None:
+    """Four checkpoints whose margins move three times as far as the scores predict."""
+    assert scored.scores.metadata["calibration"] is None  # of two checkpoints
+    data, finetuned = ensemble
+    values, own = scored.scores.values, finetuned.members
+    masks = np.random.default_rng(0).random((4, 32)) < 0.5
+    margins = 3 * masks @ values.astype(float)
+    sign = np.where(data.labels("validation") == 1, 1, -1)
+    logits = np.stack([np.zeros_like(margins), sign * margins], axis=2).astype(np.float32)
+    members = Ensemble(masks, np.tile(own.train_logits, (2, 1, 1)), logits, logits)
+    finetuned = replace(finetuned, members=members, folders=2 * finetuned.folders)
+    found = score_training_set(configured(keep_features="yes"), data, finetuned, tmp_path, ORIGIN)
+    one = predicted_margins(configured(), list(found.stores), np.eye(32, dtype=bool))
+    scale = found.scores.metadata["calibration"]["scale"]
+    np.testing.assert_allclose(found.scores.values, scale * one, rtol=1e-3, atol=1e-5)
+    slope = np.polyfit((masks @ found.scores.values).ravel(), margins.ravel(), 1)[0]
+    assert 0.5 < slope < 2  # the four features are random projections anew
+    stored = found.features.scores([np.concatenate(s.features("validation")) for s in found.stores])
+    bound = 2e-3 * np.abs(found.scores.values).max()
+    np.testing.assert_allclose(stored, found.scores.values, rtol=0, atol=bound)
 
 
 def test_metrics_and_rankings(scored) -> None:

@@ -24,7 +24,13 @@ from attribution.scores import trak
 from attribution.scores.alignment import group_alignment
 from attribution.scores.features import Store, featurize
 from attribution.scores.ridge import Ridge
-from attribution.scores.trak import check_proj_dim, combine, trust_of_unseen
+from attribution.scores.trak import (
+    check_proj_dim,
+    combine,
+    predicted_margins,
+    score,
+    trust_of_unseen,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,6 +136,29 @@ def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
                 expected[i] += sum(own[j] * pairs[i, j] for j in range(50) if j != i) / 3
     np.testing.assert_allclose(found.held_out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
     assert combine(stores, tmp_path / "other.npy", solve).held_out is None
+
+
+@pytest.mark.parametrize("weight", ["mean", "none"])
+def test_predicted_margins_of_subsets_are_sums_of_scores(tmp_path: Path, weight: str) -> None:
+    stores = [store_features(tmp_path, m, 50, 9, 16, shard=20) for m in range(3)]
+    settings = {"proj_dim": 8, "num_blocks": 2, "lambda_reg": 0.1, "loss_gradient_weight": weight}
+    subsets = np.random.default_rng(0).random((5, 50)) < 0.5
+    with blocks_of(16):
+        found = predicted_margins(toy_config(**settings), stores, subsets)
+        scores = score(toy_config(**settings), stores, tmp_path / "scores.npy").values
+    np.testing.assert_allclose(found, subsets @ scores.astype(float), rtol=2e-5, atol=1e-6)
+
+
+def test_the_scale_multiplies_scores_alone(tmp_path: Path) -> None:
+    stores = [store_features(tmp_path, m, 50, 9, 16) for m in range(2)]
+    weights, ridge = np.full((2, 50), 0.02), Ridge(0.1)
+    one, four = (
+        combine(stores, tmp_path / f"{scale}.npy", ridge, "mean", weights, scale)
+        for scale in (1, 4)
+    )
+    np.testing.assert_allclose(four.values, 4 * one.values, rtol=1e-6)
+    for name in ("self_influence", "held_out", "row_weight"):
+        np.testing.assert_array_equal(getattr(four, name), getattr(one, name))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 4])
