@@ -118,6 +118,7 @@ class Config:
     arms: str = option("ablation", "comma list of removal strategies (README.md explains them)", "none,random,helpful,harmful,negative,loss")
     action: str = option("ablation", "what happens to the examples that an arm chooses: remove them, relabel them as the ensemble predicts, or both, one after the other", "remove", choices=("remove", "relabel", "both"))
     num_seeds: int = option("ablation", "paired retrainings of each arm", at_least=2)
+    num_splits: int = option("splits", "repeat the whole experiment on so many splits of the data, from data_seed on, and compare with the split as the unit", 1, at_least=1)
     groups: str = option("ablation", "groups of targets: label, a column of the data set (group with shortcut=patch), or auto (splits each label in two by its scores)", "label")
     group_weights: str = option("ablation", "weight of each group in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
     num_subsets: int = option("evaluate", "random subsets of the training set that models are retrained on", at_least=10)

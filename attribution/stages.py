@@ -102,7 +102,7 @@ How much each training example helps (positive) or hurts (negative) each validat
         examples=("--dataset path/to/images --frac 0.05", "--dataset path/to/images --arms harmful,loss --frac 0.02,0.05 --num_seeds 20"),
         groups=("ablation",),
         upstream=("trak",),
-        outputs=("export", "output"),
+        outputs=("splits", "export", "output"),
         artifacts=("comparison.csv", "report.html"),
         results=("comparison.csv", "per_class.csv"),
         note="The arms are being retrained. The comparison appears here when the run is finished.",

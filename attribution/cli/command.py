@@ -187,9 +187,31 @@ def run(stage: Stage, given: dict[str, Any]) -> int:
         InputError: the parameters or the data cannot work.
         StoreFailure: the tracking store or a disk failed.
     """
+    commands: list[Command] = []
+    with ended_well(given):
+        with own_run(stage, given, commands) as run:
+            config, data = prepare(stage, given)
+            script = stage.script()
+            refuse_existing(script.outputs(config), config)
+            commands.append(Command(stage, config, data))
+            done = commands[0].find_or_make(run)
+        commands[0].tidy(done)
+        script.show(done, config, data)
+        if config.replay and not report_replay(config.replay, done.run_id):
+            return 1
+    return 0
+
+
+@contextmanager
+def ended_well(given: dict[str, Any]) -> Iterator[None]:
+    """Raise an error of the store or of a disk as one; end worker processes in any case.
+
+    Raises:
+        StoreFailure: the tracking store or a disk failed.
+    """
     _quiet()
     try:
-        return _run(stage, given)
+        yield
     except Exception as error:
         reason = failure(error)
         if not reason:
@@ -200,30 +222,25 @@ def run(stage: Stage, given: dict[str, Any]) -> int:
         end_workers()
 
 
-def _run(stage: Stage, given: dict[str, Any]) -> int:
-    run, command, is_mlflows = None, None, "MLFLOW_RUN_ID" in os.environ  # set by `mlflow run`
+@contextmanager
+def own_run(stage: Stage, given: dict[str, Any], commands: list[Command]) -> Iterator[Any]:
+    """The run of the command itself, in an open tracking store.
+
+    A typing error is not a result: where bad input ended the block before one of the commands began to
+    compute, the FAILED run goes to MLflow's bin.
+    """
+    run, is_mlflows = None, "MLFLOW_RUN_ID" in os.environ  # set by `mlflow run`
     try:
-        with _own_run(stage, given) as run:
-            config, data = prepare(stage, given)
-            script = stage.script()
-            refuse_existing(script.outputs(config), config)
-            command = Command(stage, config, data)
-            done = command.find_or_make(run)
+        with _open_run(stage, given) as run:
+            yield run
     except InputError:
-        if run and not is_mlflows and not (command and command.has_begun):
-            # A typing error is not a result: the FAILED run goes to MLflow's bin.
+        if run and not is_mlflows and not any(each.has_begun for each in commands):
             mlflow.MlflowClient().delete_run(run.info.run_id)
         raise
-    command.tidy(done)
-    script.show(done, config, data)
-    if config.replay and not report_replay(config.replay, done.run_id):
-        return 1
-    return 0
 
 
 @contextmanager
-def _own_run(stage: Stage, given: dict[str, Any]) -> Iterator[Any]:
-    """The run of the command itself, in an open tracking store."""
+def _open_run(stage: Stage, given: dict[str, Any]) -> Iterator[Any]:
     cache = cache_of(given)
     open_store(cache)
     with open_run(tags={"stage": stage.name, **signature(cache)}) as run:

@@ -41,6 +41,27 @@ def print_comparison(table: pd.DataFrame) -> None:
     console.print()
 
 
+def print_splits(table: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """Print the summary of several splits, each split's difference from random, and the answer in words.
+
+    Args:
+        table, rows: of replication.summary and by_split.
+    """
+    console = _console()
+    splits = int(table["n_splits"].iloc[0])
+    for metric in JUDGED:
+        if f"{metric}_mean" in table:
+            title = (
+                f"Test {metric.replace('_', ' ')} over {splits} splits of the data, 95 % intervals"
+            )
+            _print_verdicts(console, title, metric, table)
+    wide = rows.pivot(index="data_seed", columns="trial", values="accuracy_vs_random")
+    names = [name for name in rows["trial"].unique() if wide[name].notna().all()]
+    texts = [[str(seed), *(f"{x:+.4f}" for x in row)] for seed, row in wide[names].T.items()]
+    _print("Accuracy against random removal on each split", ["data_seed", *names], texts)
+    console.print(answer.sentences(table)[0], soft_wrap=not console.is_terminal, highlight=False)
+
+
 def _print_verdicts(console: Console, title: str, metric: str, table: pd.DataFrame) -> None:
     """Print a comparison; a narrow terminal shows fewer columns, and at last the verdict below its row."""
     headers = [

@@ -1,0 +1,86 @@
+"""The same comparison on several splits of the data: the split is the unit, not the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from attribution.errors import InputError
+from attribution.experiments.arms import trial_name
+from attribution.experiments.comparison import CONTROLS, JUDGED, verdict
+from attribution.experiments.names import ARM_SPECS
+from attribution.experiments.statistics import holm, mean_estimate
+
+
+def check(data_fingerprints: Sequence[str]) -> None:
+    """Refuse splits that are one and the same, before anything is trained.
+
+    Raises:
+        InputError: two fingerprints are equal.
+    """
+    if len(set(data_fingerprints)) < len(data_fingerprints):
+        raise InputError(
+            f"num_splits={len(data_fingerprints)}: every data seed gives the same splits, because the "
+            "data set has its own validation and test part; add --resplit"
+        )
+
+
+def by_split(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    """The rows of several comparisons for the trials that all of them have.
+
+    Random removals that control an arm whose size does not depend on frac differ between the splits,
+    and are left out.
+
+    Args:
+        tables: comparison.csv by data seed.
+
+    Returns:
+        The tables below one another, with the columns `trial` and `data_seed`.
+    """
+    rows = pd.concat([table.assign(data_seed=seed) for seed, table in tables.items()])
+    rows["trial"] = [_trial(row) for _, row in rows.iterrows()]
+    counts = rows.groupby("trial")["data_seed"].transform("nunique")
+    return rows[counts == len(tables)].reset_index(drop=True)
+
+
+def _trial(row: pd.Series) -> str:
+    """A name under which a trial has the same meaning on every split."""
+    is_free = ARM_SPECS[row["arm"]].is_frac_free
+    return trial_name(row["arm"], row["action"], None if is_free else row["frac"])
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per trial, with the columns of comparison.csv: means over splits, not over seeds.
+
+    Intervals and p-values are Student's t over splits, of each split's mean over its seeds. P-values
+    are Holm-adjusted over the trials with the same control and metric.
+
+    Args:
+        rows: from by_split, of at least two splits.
+    """
+    found = []
+    for _, own in rows.groupby("trial", sort=False):
+        row = {name: own[name].iloc[0] for name in ("arm", "action", "n_seeds")}
+        row |= {"frac": own["frac"].mean(), "n_removed": round(own["n_removed"].mean())}
+        row["n_splits"] = len(own)
+        for name in own:
+            versus = name.rpartition("_vs_")[2] in CONTROLS
+            if own[name].notna().all() and (versus or name.endswith("_mean")):
+                metric = name.removesuffix("_mean")
+                estimate = mean_estimate(own[name].to_numpy())
+                row |= estimate.columns(metric, "" if versus else "_mean")
+                row |= {f"{metric}_p": estimate.p} if versus else {}
+        found.append(row)
+    table = pd.DataFrame(found).reindex(columns=_columns(rows, found))
+    for name in [name for name in table if name.endswith("_p")]:
+        known = table[name].notna()
+        table.loc[known, f"{name}_holm"] = holm(table.loc[known, name].tolist())
+    return table.assign(verdict=[verdict(row) for _, row in table.iterrows()])
+
+
+def _columns(rows: pd.DataFrame, found: list[dict]) -> list[str]:
+    """The columns of the summary; those of a difference from random exist even if there is none."""
+    versus = [f"{metric}_vs_random" for metric in JUDGED if f"{metric}_mean" in rows]
+    ends = [f"{name}{end}" for name in versus for end in ("", "_ci_low", "_ci_high", "_p")]
+    return list(dict.fromkeys([*(name for row in found for name in row), *ends]))
