@@ -141,6 +141,7 @@ def test_the_bounds_are_the_documented_ones() -> None:
         "num_blocks": {"at_least": 1},
         "lambda_reg": {"at_least": 0},
         "num_seeds": {"at_least": 2},
+        "num_splits": {"at_least": 1},
         "num_subsets": {"at_least": 10},
         "num_repeats": {"at_least": 1},
         "alpha": {"above": 0, "below": 1},
