@@ -103,6 +103,7 @@ class Config:
     precision: str = option("training", "precision of training; auto is bfloat16 autocast if the hardware supports it", choices=("auto", "float32", "bfloat16"))
     num_models: int = option("finetune", "checkpoints in the ensemble", at_least=1)
     subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn separately for each", 0.5, above=0, at_most=1)
+    checkpoints: str = option("finetune", "comma list of folders with your own trained models, in place of training: save_pretrained folders (safetensors), or folders of them such as a Trainer's output", "")
     seed: int = option("training", "root of every seed except data_seed", 0, at_least=0)
     finetune_run_id: str = option("lineage", "id of the finetune run whose checkpoints are scored; empty finds or makes one", "")
     proj_dim: int = option("trak", "length of the projected gradient of each block", at_least=1)
@@ -165,6 +166,15 @@ class Config:
             return [int(part) for part in split_list(self.target)]
         except ValueError:
             raise InputError(f"target={self.target}: not a comma list of whole numbers") from None
+
+    @property
+    def given_folders(self) -> list[str]:
+        return split_list(self.checkpoints)
+
+    @property
+    def has_no_start(self) -> bool:
+        """Whether the only models known are already trained on the data."""
+        return self.model in self.given_folders
 
     @property
     def wanted_classes(self) -> list[str]:

@@ -22,6 +22,7 @@ from attribution.experiments.arms import export_files
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.evidence import gather_evidence
 from attribution.experiments.names import ARM_SPECS
+from attribution.models import given
 from attribution.reporting import ablation_record, answer, terminal
 from attribution.reporting.ablation_record import EarlierComparison
 from attribution.tracking.artifacts import address
@@ -33,6 +34,7 @@ from attribution.tracking.stage_runs import experiment_of, lineage
 
 def check(config: Config, data: ImageData) -> None:
     """Refuse arms, shares and groups that cannot be compared, before anything is trained."""
+    given.check_start(config)
     comparison.check(config, data)
 
 

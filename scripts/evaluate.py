@@ -23,6 +23,7 @@ from attribution.experiments.evaluation import Evaluation
 from attribution.experiments.methods import FEATURISING, Subject
 from attribution.experiments.names import METHOD_WORDS
 from attribution.experiments.subset_bank import Bank, load_bank
+from attribution.models import given
 from attribution.reporting import figures, terminal
 from attribution.runtime.progress import say
 from attribution.tracking.artifacts import artifact_path, has_artifact
@@ -34,6 +35,7 @@ from scripts.finetune import warn_of_other_checkpoints
 
 def check(config: Config, data: ImageData) -> None:
     """Refuse methods, subsets and banks that cannot be judged by, before anything is trained."""
+    given.check_start(config)
     evaluation.check(config, data)
     _named_bank(config, data)
 

@@ -10,6 +10,7 @@ from attribution.cli.main import main
 if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
     main("finetune")
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,11 @@ from attribution.tracking.stage_runs import NOTE, run_metrics
 LOGITS = "training/logits.npz"
 BEST = {"best": "validation loss", NOTE: "The lowest validation loss of this run's checkpoints."}
 
+GIVEN_NOTE = """\
+Checkpoints that were trained elsewhere (parameter `checkpoints`), as they were found: each one is a model
+of this run. What they were trained on is not known; every training example counts as seen.
+"""
+
 
 def check(config: Config, data: ImageData) -> None:
     """Refuse what cannot be trained, before anything is."""
@@ -54,6 +60,10 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     weights = 4 * parameter_count(config.model, len(data.class_names))
     logits = 8 * (n + targets + test) * len(data.class_names)
     size = config.num_models * (weights + logits)
+    if config.checkpoints:
+        images = config.num_models * (n + targets + test)
+        what = f"{config.num_models} checkpoints as they are given, {images:,} predictions"
+        return Estimate(what, images / 3, tasks=config.num_models, work=size, kept=size)
     repeats, also = 1, ""
     if cleaning.is_measured(config):
         repeats, also = 2, ", twice: with keep and labels, and without"
@@ -84,8 +94,17 @@ def record(job: Job, result: Finetuned) -> Record:
         training.mkdir()
         np.savez(training / "logits.npz", allow_pickle=False, **result.members.arrays())
         job.data.examples.to_parquet(training / "examples.parquet", index=False)
-        figures.save(figures.training_curves(result.histories), training / "curves.png")
+        if any(result.histories):
+            figures.save(figures.training_curves(result.histories), training / "curves.png")
 
+    if job.config.checkpoints:
+        return Record(
+            tags={"source": "given"},
+            metrics=result.members.metrics(job.data),
+            models=_models(job.data, result, job.config.given_folders),
+            write=write,
+            note=lambda _: GIVEN_NOTE,
+        )
     name, view = mlflow_notes.curves_view(
         job.run_id,
         f"Curves of {job.run_name}",
@@ -117,8 +136,10 @@ def _note(job: Job, _: list[str]) -> str:
     return f"{first}\n\n{STAGES['finetune'].note}"
 
 
-def _models(data: ImageData, result: Finetuned) -> dict[str, TrainedModel]:
-    """The checkpoints by name, the best on validation with a tag."""
+def _models(
+    data: ImageData, result: Finetuned, origins: Sequence[str] = ()
+) -> dict[str, TrainedModel]:
+    """The checkpoints by name, with the folders they came from and a tag for the best on validation."""
     labels = data.labels("validation")
     best, found = result.members.best(labels), {}
     for m, metrics in enumerate(result.members.metrics_of_each(labels)):
@@ -126,7 +147,8 @@ def _models(data: ImageData, result: Finetuned) -> dict[str, TrainedModel]:
         shown = {f"validation_{key}": value for key, value in metrics.items()}
         if f"{name}/test_accuracy" in result.test:
             shown["test_accuracy"] = result.test[f"{name}/test_accuracy"]
-        found[name] = TrainedModel(result.folders[m], shown, BEST if m == best else {})
+        tags = {"folder": origins[m]} if origins else {}
+        found[name] = TrainedModel(result.folders[m], shown, tags | (BEST if m == best else {}))
     return found
 
 

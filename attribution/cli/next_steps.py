@@ -31,12 +31,19 @@ def command(stage: str, config: Config, **given: Any) -> str:
     """
     builds_on_a_run = any(name.endswith("_run_id") for name in given)
     groups = STAGES[stage].groups if builds_on_a_run else STAGES[stage].all_groups
+    trains = config.checkpoints and stage in ("finetune", "ablation", "evaluate")
+    if trains:  # a run that was given its checkpoints has no settings of training
+        groups = (*groups, "training")
     values = {
         name: value
         for name, value in config.group(*groups).items()
         if value != PRESETS[config.preset].get(name, default_of(FIELDS[name]))
         and not (name == "preset" and value != "food101")  # the others follow from the data set
     }
+    if trains and config.has_no_start:
+        values["model"] = "MODEL"
+    if stage == "finetune":
+        values.pop("checkpoints", "")
     if config.cache_dir != default_of(FIELDS["cache_dir"]):
         values["cache_dir"] = config.cache_dir
     flags = [(f"--{name}", f"{value}") for name, value in {**values, **given}.items()]

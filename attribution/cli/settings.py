@@ -16,6 +16,7 @@ from attribution.data.dataset import ImageData, load_data
 from attribution.data.decisions import LEFT_OUT
 from attribution.data.listing import Listing, list_data
 from attribution.errors import InputError
+from attribution.models import given as given_checkpoints
 from attribution.runtime.device import resolve_device, resolve_precision
 from attribution.runtime.progress import say
 from attribution.stages import STAGES, Stage
@@ -43,6 +44,8 @@ def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
         InputError: a parameter contradicts a run built on, or the data cannot be read.
     """
     inherited = _inherit_all(stage, given)
+    if given.get("checkpoints") or inherited.get("checkpoints"):
+        given = given | given_checkpoints.implied(given, inherited)
     # "auto" cannot contradict the run built on.
     asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
     config = _resolve_hardware(stage, resolve(asked, inherited))
@@ -97,11 +100,16 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
         other = run.data.tags.get("reused_run_id")
         raise InputError(f"{shown}: only points to run {other}; name that one")
     groups = (*stage.all_groups, *more_groups)
-    return {
+    values = {
         name: convert(name, text)
         for name, text in params_of(run).items()
         if name in FIELDS and name != "cache_dir" and FIELDS[name].metadata["group"] in groups
     }
+    if values.get("checkpoints") and parameter != "replay":  # how to retrain is still open
+        training = [name for name in values if FIELDS[name].metadata["group"] == "training"]
+        for name in set(training).difference(given_checkpoints.SETTINGS):
+            del values[name]
+    return values
 
 
 def _resolve_hardware(stage: Stage, config: Config) -> Config:
@@ -124,7 +132,7 @@ def _resolve_hardware(stage: Stage, config: Config) -> Config:
 def _choose_by_data(stage: Stage, config: Config, listing: Listing, known: Set[str]) -> Config:
     """Choose the settings that neither the caller nor a run built on has given, and print them."""
     names = [n for n in AUTO if n not in known and FIELDS[n].metadata["group"] in stage.all_groups]
-    if not names:
+    if not names or config.has_no_start:  # nothing will be trained
         return config
     facts = auto_settings.gather(config, listing)
     given = {n: getattr(config, n) for n in AUTO if n not in names}

@@ -21,7 +21,8 @@ CHANGE = "test_accuracy_change"
 
 def is_measured(config: Config) -> bool:
     """Whether checkpoints are trained on a whole training set that somebody has cleaned."""
-    return bool(config.keep or config.labels) and config.subset_fraction == 1
+    is_cleaned = bool(config.keep or config.labels)
+    return is_cleaned and config.subset_fraction == 1 and not config.checkpoints
 
 
 def test_metrics(

@@ -6,8 +6,10 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
 from attribution.errors import InputError
-from attribution.models import classifier, model_facts
+from attribution.models import classifier, given, memory_layout, model_facts
 from attribution.models.ensemble import Ensemble
 from attribution.models.predict import predict
 from attribution.models.train import noting_epochs, train
@@ -24,6 +26,9 @@ from attribution.runtime.hashing import derive_seed
 from attribution.runtime.parallel import parallel_map, resolve_jobs
 from attribution.runtime.progress import progress
 from attribution.runtime.safe_files import Files, read_arrays, read_folder, read_json, write_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def checkpoint_name(m: int) -> str:
@@ -38,6 +43,8 @@ def check(config: Config, data: ImageData) -> None:
         InputError: the model cannot be built, does not take images of this size, or a checkpoint
             would see fewer than two training examples.
     """
+    if config.checkpoints:
+        given.check(config, data.class_names)
     classifier.check(config.model, data.class_names, config.image_size)
     check_subset_fraction(config, len(data.rows("train")))
 
@@ -128,7 +135,7 @@ class Finetuned:
 
 
 def finetune(config: Config, data: ImageData, work: Path) -> Finetuned:
-    """Train num_models checkpoints, each on its own random share of the training set.
+    """Train num_models checkpoints, each on its own random share of the training set, or take those given.
 
     Args:
         work: as of train_checkpoints.
@@ -141,7 +148,7 @@ def finetune(config: Config, data: ImageData, work: Path) -> Finetuned:
 def train_checkpoints(
     config: Config, data: ImageData, masks: np.ndarray, work: Path
 ) -> list[Checkpoint]:
-    """Train a checkpoint for each row of masks (num_models, n_train).
+    """Train a checkpoint for each row of masks (num_models, n_train), or take those that are given.
 
     Args:
         work: holds a folder for each finished checkpoint; those of an earlier call are not trained
@@ -156,11 +163,14 @@ def train_checkpoints(
         tempfile.TemporaryDirectory() as notes,
         progress("finetune: checkpoints", len(folders), finished, notes) as advance,
     ):
-        tasks = [
+        function: Callable[..., Files] = _train_checkpoint
+        tasks: list[tuple] = [
             (derive_seed(config.seed, "checkpoint", m), masks[m], f"{notes}/{name}")
             for m, name in zip(missing, names, strict=True)
         ]
-        results = parallel_map(_train_checkpoint, tasks, jobs, (config, data), config, names)
+        if config.checkpoints:
+            function, tasks = _take_checkpoint, [(Path(config.given_folders[m]),) for m in missing]
+        results = parallel_map(function, tasks, jobs, (config, data), config, names)
         for index, files in results:
             write_folder(folders[missing[index]], files)
             advance()
@@ -173,12 +183,25 @@ def _train_checkpoint(
     """Train one checkpoint; return its files as bytes, because workers may not share a disk."""
     with noting_epochs(config, notes) as on_epoch:
         trained = train(config, data, seed, keep, on_epoch)
+    return _files(config, data, trained.model, trained.history)
+
+
+def _take_checkpoint(config: Config, data: ImageData, folder: Path) -> Files:
+    """Return the files of a checkpoint that was trained elsewhere."""
+    model = given.load(folder, data.class_names)
+    memory_layout.place(model, resolve_device(config.device), config.image_size)
+    return _files(config, data, model, [])
+
+
+def _files(
+    config: Config, data: ImageData, model: PreTrainedModel, history: list[dict[str, float]]
+) -> Files:
     normalisation = model_facts.normalisation(config.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        classifier.save(trained.model, folder / "model", config.image_size, *normalisation)
-        (folder / "history.json").write_text(json.dumps(trained.history))
-        logits = {split: predict(config, trained.model, data, split) for split in SPLITS}
+        classifier.save(model, folder / "model", config.image_size, *normalisation)
+        (folder / "history.json").write_text(json.dumps(history))
+        logits = {split: predict(config, model, data, split) for split in SPLITS}
         np.savez(folder / "logits.npz", allow_pickle=False, **logits)
         return read_folder(folder)
 

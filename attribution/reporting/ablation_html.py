@@ -76,11 +76,12 @@ def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str
     """Two sentences: how the scores were made, and how the arms were compared."""
     n = {split: f"{len(data.rows(split)):,}" for split in ("train", "validation", "test")}
     share = f"{100 * config.subset_fraction:.3g} %"
+    how = "given, and count as trained on" if config.checkpoints else "trained, each on"
     flips = int(data.table("train")["is_flipped"].sum())
     planted = f" ({flips} labels were flipped on purpose)" if flips else ""
     seeds = int(table["n_seeds"].iloc[0])
     return [
-        f"{config.num_models} models ({Path(config.model).name}) were trained, each on {share} of "
+        f"{config.num_models} models ({Path(config.model).name}) were {how} {share} of "
         f"{n['train']} training images of {len(data.class_names)} classes{planted}. TRAK then scored "
         f"the effect of every training image on {n['validation']} validation images.",
         f"Each arm chose examples, which were {ACTED[config.action]}. The model was then retrained "

@@ -142,7 +142,10 @@ def score_training_set(
     if members.is_out_of_sample:
         held_out = alignment.held_out_weights(members.masks, data.labels("train"))
     else:
-        say("trak: some examples were seen by every checkpoint: losses are in-sample")
+        say(
+            "trak: some examples were seen by every checkpoint: losses are in-sample, and suspects are "
+            "sought in the training split alone"
+        )
     start = time.monotonic()
     stores = featurize(config, data, finetuned.folders, work)
     calibration = _calibrate(config, data, members, stores)

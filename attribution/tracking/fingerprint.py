@@ -9,6 +9,7 @@ from typing import Any
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
+from attribution.models import given
 from attribution.models.train import training_key
 from attribution.runtime.cache_folder import cache_folder
 from attribution.runtime.hashing import digest
@@ -31,10 +32,14 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     """
     if not STAGES[stage].upstream:
         replay = [config.replay] if config.replay else []
-        return digest(stage, training_key(config, data), config.group(stage), *replay)
+        settings = config.group(stage)
+        key = given.key if settings.pop("checkpoints") else training_key
+        return digest(stage, key(config, data), settings, *replay)
     upstream = fingerprint(STAGES[stage].upstream[0], config, data)
     settings = config.group(stage)
     settings |= _contents(settings, data)
+    if config.checkpoints and stage in ("ablation", "evaluate"):  # they train other models
+        settings["training"] = training_key(config, data)
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
 
 
