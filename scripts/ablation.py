@@ -21,6 +21,7 @@ from attribution.experiments import comparison
 from attribution.experiments.arms import export_files
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.evidence import gather_evidence
+from attribution.experiments.metrics import headline
 from attribution.experiments.names import ARM_SPECS
 from attribution.models import given
 from attribution.reporting import ablation_record, answer, terminal
@@ -77,7 +78,8 @@ def outputs(config: Config) -> list[Path]:
 
 def show(done: Upstream, config: Config, data: ImageData) -> None:
     """Print the comparison, save what was asked for, and say where to look at the rest."""
-    terminal.print_comparison(done.result.table)
+    _, about_metric = headline(config, data.labels("train"), data.class_names)
+    terminal.print_comparison(done.result.table, about_metric)
     for file, frac in _exports(config).items():
         save_table(done.result.kept(config.export_arm, frac), file)
         train = next_steps.command("finetune", config, **next_steps.ONE_MODEL, keep=file)

@@ -40,13 +40,15 @@ MORE = {
 }
 
 
-def table_of(more: dict, groups: np.ndarray | None = None) -> pd.DataFrame:
+def table_of(
+    more: dict, groups: np.ndarray | None = None, metric: str = "accuracy"
+) -> pd.DataFrame:
     rows = tuple((*key, tuple(added)) for key, added in more.items())
-    return _table_of(rows, None if groups is None else tuple(groups)).copy()
+    return _table_of(rows, None if groups is None else tuple(groups), metric).copy()
 
 
 @cache  # a comparison takes a second
-def _table_of(rows: tuple, groups: tuple | None) -> pd.DataFrame:
+def _table_of(rows: tuple, groups: tuple | None, metric: str) -> pd.DataFrame:
     trials, logits = [], []
     for arm, size, action, added in rows:
         trial = Trial(arm, size / 40, (np.arange(size),) * N_SEEDS)
@@ -57,7 +59,7 @@ def _table_of(rows: tuple, groups: tuple | None) -> pd.DataFrame:
         shown = np.where(right, LABELS, 1 - LABELS)
         logits.append(3 * np.eye(2)[shown])
     given = None if groups is None else np.array(groups)
-    return comparison_table(compare(trials, logits, LABELS, given))
+    return comparison_table(compare(trials, logits, LABELS, given, metric))
 
 
 def only(*arms: str) -> dict:

@@ -1,7 +1,7 @@
 """The arms: each is one way to choose which training examples to remove.
 
-The function of an arm returns `count` positions in the training set, or its own number if frac does
-not apply to it. names.ARM_SPECS says what each arm is.
+The function of an arm returns `count` positions in the training set, the first choice first, or its
+own number if frac does not apply to it. names.ARM_SPECS says what each arm is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from attribution.experiments.names import ARM_SPECS, check_known
 from attribution.runtime.hashing import derive_seed
 
 Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
+
+STAY = 2  # training examples of each class that no arm takes
 
 
 def _lowest(values: np.ndarray, count: int) -> np.ndarray:
@@ -60,7 +62,7 @@ def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndar
 
 
 def negative(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return np.flatnonzero(evidence.alignment < 0)
+    return _lowest(evidence.alignment, int((evidence.alignment < 0).sum()))
 
 
 def loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -169,12 +171,18 @@ def check_arms(arms: Sequence[str], missing: Sequence[str] = ()) -> None:
             raise InputError(f"arms={arm}: {reason}, or leave out the arm")
 
 
-def check_fracs(fracs: Sequence[float], n_train: int) -> None:
-    """Refuse a share that rounds to no training example.
+def check_fracs(fracs: Sequence[float], labels: np.ndarray) -> None:
+    """Refuse a share that rounds to no training example, or does not leave STAY of each class.
 
     Raises:
-        InputError: with the smallest share that removes one.
+        InputError: with the smallest or the largest share that can be removed.
     """
+    n_train, most = len(labels), int(_takeable(labels).sum())
+    if round(max(fracs) * n_train) > most:
+        raise InputError(
+            f"frac={max(fracs):g}: no arm takes the last {STAY} training examples of a class, here "
+            f"{n_train - most} of {n_train}; use at most {int(1000 * most / n_train) / 1000:g}"
+        )
     if round(min(fracs) * n_train) < 1:
         raise InputError(
             f"frac={min(fracs):g}: removes none of the {n_train} training examples; "
@@ -207,7 +215,6 @@ def plan_trials(
     evidence: Evidence,
     seeds: Sequence[int],
     actions: Sequence[str] = ("remove",),
-    class_names: Sequence[str] = (),
 ) -> list[Trial]:
     """List every (arm, frac, action) to retrain, with `none` and a `random` of each size and action.
 
@@ -215,8 +222,7 @@ def plan_trials(
     arm whose size does not depend on frac appears once, under the share that it removes.
 
     Raises:
-        InputError: an unknown arm, an arm whose evidence is missing, or a removal that removes
-            nothing or a whole class.
+        InputError: an unknown arm, an arm whose evidence is missing, or a share that cannot be removed.
     """
     check_arms(arms, [name for name, value in vars(evidence).items() if value is None])
     for arm in arms:
@@ -226,7 +232,7 @@ def plan_trials(
                 "or use action=remove"
             )
     n = len(evidence.labels)
-    check_fracs(fracs, n)
+    check_fracs(fracs, evidence.labels)
     frac_of = {round(frac * n): frac for frac in sorted(fracs)}  # by number of examples
     chosen = _chosen(arms, frac_of, evidence, seeds)
     sizes = {trial.size: trial.frac for trial in chosen if trial.size} | frac_of
@@ -235,8 +241,6 @@ def plan_trials(
     for action in actions:
         for trial in controls + chosen:
             planned.append(trial if action == "remove" else _relabelled(trial, evidence))
-    for trial in planned:
-        _check_classes(trial, evidence.labels, class_names)
     return planned
 
 
@@ -258,11 +262,32 @@ def _trial(
 ) -> Trial:
     # The arm's name is part of the seed, so that no two arms draw from one stream.
     generators = [np.random.default_rng(derive_seed(seed, arm, count)) for seed in seeds]
-    removed = tuple(np.sort(ARMS[arm](evidence, count, rng)) for rng in generators)
+    removed = tuple(np.sort(_sparing(arm, evidence, count, rng)) for rng in generators)
     size = len(removed[0])
     if frac is None or size != count:  # the arm decides, or has fewer examples than asked for
         frac = size / len(evidence.labels)
     return Trial(arm, frac, removed)
+
+
+def _sparing(arm: str, evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """What an arm chooses; where STAY examples of a class are left, its next choices of other classes."""
+    labels, most, wanted = evidence.labels, _takeable(evidence.labels), count
+    while True:
+        found = ARMS[arm](evidence, wanted, rng)
+        own = labels[found]
+        number = rankdata(own, "ordinal") - rankdata(own, "min")  # within its class, from 0
+        spared = found[number < most[own]]
+        if ARM_SPECS[arm].is_frac_free:
+            return spared
+        missing = count - len(spared)
+        if missing <= 0 or len(found) < wanted:
+            return spared[:count]
+        wanted += missing
+
+
+def _takeable(labels: np.ndarray) -> np.ndarray:
+    """How many training examples of each class an arm may take."""
+    return np.maximum(np.bincount(labels) - STAY, 0)
 
 
 def _labels_for(arm: str, evidence: Evidence) -> np.ndarray | None:
@@ -273,25 +298,6 @@ def _labels_for(arm: str, evidence: Evidence) -> np.ndarray | None:
 def _relabelled(trial: Trial, evidence: Evidence) -> Trial:
     labels = _given(_labels_for(trial.arm, evidence))
     return replace(trial, new_labels=tuple(labels[removed] for removed in trial.removed))
-
-
-def _check_classes(trial: Trial, labels: np.ndarray, class_names: Sequence[str]) -> None:
-    """Refuse a trial that leaves a class without training examples under any seed."""
-    before = np.bincount(labels)
-    for s, removed in enumerate(trial.removed):
-        after = labels.copy()
-        if trial.new_labels is None:
-            after = np.delete(after, removed)
-        else:
-            after[removed] = trial.new_labels[s]
-        emptied = np.setdiff1d(labels, after)
-        if len(emptied):
-            label = int(emptied[0])
-            name = class_names[label] if class_names else label
-            raise InputError(
-                f"frac={trial.frac:.3g}: arm {trial.arm} would {trial.action} all {before[label]} "
-                f"training examples of class {name}; use a smaller frac or leave out the arm"
-            )
 
 
 def removed_table(trial: Trial, train: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,9 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.experiments import arms
-from attribution.experiments.arms import Trial
+from attribution.experiments.arms import Trial, trial_name
 from attribution.experiments.evidence import Evidence
+from attribution.experiments.metrics import class_metrics, headline, image_worth
 from attribution.experiments.statistics import (
     bootstrap_interval,
     detectable_effect,
@@ -30,10 +32,7 @@ from attribution.scores.artifact import Scores
 
 CONTROLS = ("random", "none")
 BETTER, WORSE = "better than random", "worse than random"
-# Metrics with p-values; worst_group_accuracy exists if `groups` is a column.
-JUDGED = ("accuracy", "worst_group_accuracy")
-# The columns that MLflow's table view shows without scrolling.
-FIRST_COLUMNS = ["arm", "frac", "accuracy_mean", "accuracy_vs_random", "verdict"]
+ACTED = {"remove": "removed", "relabel": "relabelled"}
 CLASS_COLUMNS = [
     "arm", "action", "frac", "label_name", "n_test",
     "accuracy_vs_random", "accuracy_vs_random_ci_low", "accuracy_vs_random_ci_high",
@@ -49,29 +48,44 @@ class Outcome:
         per_class: (n_classes, n_seeds) accuracy of each class.
         summary: the figures that MLflow and comparison.csv show, by name. METRIC_mean is the mean
             over seeds and METRIC_vs_CONTROL the mean paired difference, each with its interval
-            (_ci_low, _ci_high). The differences of JUDGED metrics also have _p, _p_holm (adjusted
+            (_ci_low, _ci_high). The differences of judged metrics also have _p, _p_holm (adjusted
             over all trials with that control), a bootstrap interval (_bootstrap_low,
             _bootstrap_high), and _detectable (the smallest difference found with 80 % power).
+        metric: the headline: verdicts are of it.
+        n_test: test examples.
+        worth: what one of them can change each metric that is a share by (see image_worth).
+        warning: a sentence, if the trial takes most of a class.
     """
 
     trial: Trial
     per_seed: dict[str, np.ndarray]
     per_class: np.ndarray
     summary: dict[str, float] = field(default_factory=dict)
+    metric: str = "accuracy"
+    n_test: int = 0
+    worth: dict[str, float] = field(default_factory=dict)
+    warning: str | None = None
 
     @property
     def judged(self) -> list[str]:
-        return [name for name in JUDGED if name in self.per_seed]
+        """Metrics with p-values; worst_group_accuracy exists if `groups` is a column."""
+        return [name for name in judged_metrics(self.metric) if name in self.per_seed]
+
+    def limits(self, metric: str, least: float) -> dict[str, Any]:
+        """What mean_estimate should know of a metric that is a share, or of its differences."""
+        is_share = metric in self.worth
+        return {"step": self.worth[metric], "within": (least, 1.0)} if is_share else {}
 
     def summarise(self) -> None:
         """Add the mean of every metric."""
         for metric, values in self.per_seed.items():
-            self.summary |= mean_estimate(values).columns(metric, "_mean")
+            estimate = mean_estimate(values, **self.limits(metric, 0))
+            self.summary |= estimate.columns(metric, "_mean")
 
     def compare_with(self, name: str, control: Outcome) -> None:
         """Add the differences from a control, paired seed by seed; _p_holm stays open."""
         found = {
-            metric: paired_difference(values, control.per_seed[metric])
+            metric: paired_difference(values, control.per_seed[metric], **self.limits(metric, -1))
             for metric, values in self.per_seed.items()
         }
         for metric, difference in found.items():
@@ -142,7 +156,7 @@ def check(config: Config, data: ImageData) -> None:
     if not train["is_flipped"].any():
         missing.append("is_flipped")
     arms.check_arms(config.arm_names, missing)
-    arms.check_fracs(config.fracs, len(train))
+    arms.check_fracs(config.fracs, data.labels("train"))
     check_groups(data.examples, config.groups)
 
 
@@ -161,11 +175,13 @@ def compare_arms(
     """
     seeds = [derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
     trials = arms.plan_trials(
-        config.arm_names, config.fracs, evidence, seeds, arms.actions_of(config), data.class_names
+        config.arm_names, config.fracs, evidence, seeds, arms.actions_of(config)
     )
     logits = retrain(config, data, trials, seeds, work)
-    labels = data.labels("test")
-    outcomes = compare(trials, logits, labels, _test_groups(config, data))
+    labels, train_labels = data.labels("test"), data.labels("train")
+    metric, _ = headline(config, train_labels, data.class_names)
+    outcomes = compare(trials, logits, labels, _test_groups(config, data), metric)
+    warn(outcomes, train_labels, data.class_names)
     classes = class_effects(outcomes, labels, data.class_names)
     return Comparison(outcomes, comparison_table(outcomes), classes, scores.train, evidence)
 
@@ -203,15 +219,17 @@ def compare(
     test_logits: Sequence[np.ndarray],
     test_labels: np.ndarray,
     test_groups: np.ndarray | None = None,
+    metric: str = "accuracy",
 ) -> list[Outcome]:
     """Compare every trial with `none` and with the `random` trial of the same size and action.
 
     Args:
         test_logits: one array per trial, (n_seeds, n_test, C); seeds in the same order.
         test_groups: (n_test,) whole numbers, if the worst group's accuracy is wanted.
+        metric: the headline.
     """
     outcomes = [
-        _outcome(trial, logits, test_labels, test_groups)
+        _outcome(trial, logits, test_labels, test_groups, metric)
         for trial, logits in zip(trials, test_logits, strict=True)
     ]
     (none,) = (each for each in outcomes if each.trial.arm == "none")
@@ -222,8 +240,8 @@ def compare(
             if outcome.trial.arm != "random":
                 outcome.compare_with("random", _random_control(outcome, outcomes))
     for control in CONTROLS:
-        for metric in none.judged:
-            name = f"{metric}_vs_{control}_p"
+        for judged in none.judged:
+            name = f"{judged}_vs_{control}_p"
             family = [each for each in outcomes if name in each.summary]
             adjusted = holm([each.summary[name] for each in family])
             for outcome, p in zip(family, adjusted, strict=True):
@@ -232,15 +250,41 @@ def compare(
 
 
 def _outcome(
-    trial: Trial, logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None
+    trial: Trial, logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, metric: str
 ) -> Outcome:
-    rows = [classification_metrics(each, labels, groups=groups) for each in logits]
+    rows = [
+        classification_metrics(each, labels, groups=groups) | class_metrics(labels, each)
+        for each in logits
+    ]
     is_right = logits.argmax(axis=2) == labels
     return Outcome(
         trial,
         {name: np.array([row[name] for row in rows]) for name in rows[0]},
         np.array([is_right[:, labels == c].mean(axis=1) for c in range(logits.shape[2])]),
+        metric=metric,
+        n_test=len(labels),
+        worth=image_worth(labels, groups),
     )
+
+
+def warn(outcomes: Sequence[Outcome], train_labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Set the warning of each trial that takes at least half of a class, and twice its share of all."""
+    (none,) = (each for each in outcomes if each.trial.arm == "none")
+    sizes = np.bincount(train_labels, minlength=len(class_names))
+    for outcome in outcomes:
+        trial = outcome.trial
+        chosen = train_labels[np.concatenate(trial.removed)]
+        taken = np.bincount(chosen, minlength=len(sizes)) / len(trial.removed)
+        worst = int((taken / np.maximum(sizes, 1)).argmax())
+        if taken[worst] < sizes[worst] * max(0.5, 2 * trial.size / len(train_labels)):
+            continue
+        before, after = (each.per_class[worst].mean() for each in (none, outcome))
+        change = "fell" if after < before else "rose"
+        outcome.warning = (
+            f"{trial_name(trial.arm, 'remove', trial.frac)} {ACTED[trial.action]} {taken[worst]:.3g} "
+            f"of the {sizes[worst]} training examples of '{class_names[worst]}'; the test accuracy of "
+            f"that class {change} from {before:.2f} to {after:.2f}."
+        )
 
 
 def _random_control(outcome: Outcome, outcomes: Sequence[Outcome]) -> Outcome:
@@ -276,7 +320,11 @@ def class_effects(
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """One row per trial: arm, frac, action, n_removed, every figure of its summary (or NaN), verdict."""
+    """One row per trial: arm, frac, action, n_removed, every figure of its summary (or NaN), verdict.
+
+    The last columns are the headline metric, the test examples, what one of them can change that
+    metric by, and the warning.
+    """
     table = pd.DataFrame(
         [
             {
@@ -286,6 +334,10 @@ def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
                 "n_removed": each.trial.size,
                 "n_seeds": len(each.trial.removed),
                 **each.summary,
+                "metric": each.metric,
+                "n_test": each.n_test,
+                "image_worth": each.worth.get(each.metric),
+                "warning": each.warning,
             }
             for each in outcomes
         ]
@@ -294,15 +346,29 @@ def comparison_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     versus_random = [name.replace("_vs_none", "_vs_random") for name in table]
     table = table.reindex(columns=list(dict.fromkeys([*table, *versus_random])))
     table["verdict"] = [verdict(row) for _, row in table.iterrows()]
-    return table[FIRST_COLUMNS + [name for name in table if name not in FIRST_COLUMNS]]
+    # The columns that MLflow's table view shows without scrolling.
+    metric = headline_of(table)
+    first = ["arm", "frac", f"{metric}_mean", f"{metric}_vs_random", "verdict"]
+    return table[first + [name for name in table if name not in first]]
 
 
-def verdict(row: pd.Series, metric: str = "accuracy") -> str:
+def headline_of(table: pd.DataFrame) -> str:
+    """The headline metric of a comparison table."""
+    return str(table["metric"].iloc[0])
+
+
+def judged_metrics(headline: str) -> tuple[str, ...]:
+    """Metrics that have p-values and a table of verdicts."""
+    return tuple(dict.fromkeys((headline, "worst_group_accuracy")))
+
+
+def verdict(row: pd.Series, metric: str = "") -> str:
     """Verdict on a row of the comparison table, against random removal of the same size.
 
     With many arms, an interval that excludes zero is not enough: the p-value after Holm's
     adjustment also has to be below 0.05.
     """
+    metric = metric or row["metric"]
     if row["arm"] in CONTROLS:
         return "baseline"
     if not row["n_removed"]:

@@ -32,11 +32,19 @@ class Estimate:
         return {f"{name}{suffix}": self.mean, **ends}
 
 
-def mean_estimate(values: np.ndarray) -> Estimate:
+def mean_estimate(
+    values: np.ndarray, step: float = 0.0, within: tuple[float, float] = (-np.inf, np.inf)
+) -> Estimate:
     """Student's t interval and test of the mean of (n_seeds,) values, n_seeds at least 2.
 
-    Student's t is undefined if the values have no spread. The interval then has no width, and p is
-    1 if they are zero, else that of the sign-flip test, 2^(1 - n_seeds).
+    Student's t is undefined if the values have no spread. Equal values are then taken for rounded
+    ones: their standard deviation is that of rounding to multiples of `step`, step / sqrt(12) (JCGM
+    100:2008, "Guide to the expression of uncertainty in measurement", F.2.2.1), and p is 1 if they
+    are zero, else that of the sign-flip test, 2^(1 - n_seeds).
+
+    Args:
+        step: what one test image changes a value by; 0 gives equal values an interval of no width.
+        within: the least and the largest value there can be; the interval is cut off there.
 
     Raises:
         ValueError: fewer than two values, or one that is not finite.
@@ -45,17 +53,24 @@ def mean_estimate(values: np.ndarray) -> Estimate:
     if len(values) < 2 or not np.isfinite(values).all():
         raise ValueError("an interval needs at least two finite values")
     mean, spread = float(values.mean()), float(values.std(ddof=1))
-    if spread <= 1e-12 * max(1.0, abs(mean)):
-        p = 1.0 if abs(mean) <= 1e-12 else 2.0 ** (1 - len(values))
-        return Estimate(mean, mean, mean, p)
-    standard_error = spread / np.sqrt(len(values))
+    is_equal = spread <= 1e-12 * max(1.0, abs(mean))
+    standard_error = (step / np.sqrt(12) if is_equal else spread) / np.sqrt(len(values))
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * standard_error
-    p = 2 * stats.t.sf(abs(mean) / standard_error, len(values) - 1)
-    return Estimate(mean, mean - half, mean + half, float(p))
+    low, high = max(mean - half, within[0]), min(mean + half, within[1])
+    if is_equal:
+        p = 1.0 if abs(mean) <= 1e-12 else 2.0 ** (1 - len(values))
+    else:
+        p = 2 * stats.t.sf(abs(mean) / standard_error, len(values) - 1)
+    return Estimate(mean, float(low), float(high), float(p))
 
 
-def paired_difference(treated: np.ndarray, control: np.ndarray) -> Estimate:
-    """Mean of treated - control, paired seed by seed.
+def paired_difference(
+    treated: np.ndarray,
+    control: np.ndarray,
+    step: float = 0.0,
+    within: tuple[float, float] = (-np.inf, np.inf),
+) -> Estimate:
+    """Mean of treated - control, paired seed by seed; `step` and `within` as in mean_estimate.
 
     Raises:
         ValueError: the two do not have the same seeds.
@@ -63,7 +78,7 @@ def paired_difference(treated: np.ndarray, control: np.ndarray) -> Estimate:
     treated, control = np.asarray(treated, float), np.asarray(control, float)
     if treated.shape != control.shape:
         raise ValueError("paired values must have the same seeds")
-    return mean_estimate(treated - control)
+    return mean_estimate(treated - control, step, within)
 
 
 def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, float]:

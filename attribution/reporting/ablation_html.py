@@ -13,14 +13,23 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.thumbnails import embedded
 from attribution.experiments.arms import Trial, trial_name
-from attribution.experiments.comparison import BETTER, CONTROLS, JUDGED, WORSE, Comparison, verdict
+from attribution.experiments.comparison import (
+    ACTED,
+    BETTER,
+    CONTROLS,
+    WORSE,
+    Comparison,
+    headline_of,
+    judged_metrics,
+    verdict,
+)
+from attribution.experiments.metrics import METRICS, headline
 from attribution.experiments.names import ARM_SPECS
 from attribution.reporting import answer, html, terminal
 
 GALLERY = 24  # examples shown for each arm
 CLASSES = 30  # classes shown: those with the largest differences
 TONES = {BETTER: "good", WORSE: "bad"}
-ACTED = {"remove": "removed", "relabel": "relabelled", "both": "removed or relabelled"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,19 @@ class Report:
 def page(report: Report) -> str:
     """The whole page as HTML."""
     data, table = report.data, report.comparison.table
+    metric = headline_of(table)
+    others, means = terminal.other_metrics(table)
     figures = {name: embedded(path.read_bytes()) for name, path in report.figures.items()}
     return html.render(
         "report",
         dataset=Path(report.config.dataset).name,
         answer=answer.sentences(table),
         sentences=_sentences(report.config, data, table),
-        comparisons=[_comparison(table, m) for m in JUDGED if f"{m}_mean" in table],
+        about_metric=headline(report.config, data.labels("train"), data.class_names)[1],
+        warnings=answer.warnings(table),
+        comparisons=[_comparison(table, m) for m in judged_metrics(metric) if f"{m}_mean" in table],
+        other_metrics=others,
+        means=means,
         power=terminal.power(table),
         figure=figures["comparison"],
         curves=figures.get("curves"),
@@ -80,11 +95,12 @@ def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str
     flips = int(data.table("train")["is_flipped"].sum())
     planted = f" ({flips} labels were flipped on purpose)" if flips else ""
     seeds = int(table["n_seeds"].iloc[0])
+    acted = ACTED.get(config.action, "removed or relabelled")
     return [
         f"{config.num_models} models ({Path(config.model).name}) were {how} {share} of "
         f"{n['train']} training images of {len(data.class_names)} classes{planted}. TRAK then scored "
         f"the effect of every training image on {n['validation']} validation images.",
-        f"Each arm chose examples, which were {ACTED[config.action]}. The model was then retrained "
+        f"Each arm chose examples, which were {acted}. The model was then retrained "
         f"with {seeds} paired seeds and tested on {n['test']} test images that no choice depended on.",
     ]
 
@@ -105,7 +121,7 @@ def _comparison(table: pd.DataFrame, metric: str) -> dict[str, Any]:
         for _, row in table.iterrows()
     ]
     scale = float(ends) if ends > 0 else 1.0
-    return {"metric": metric.replace("_", " "), "rows": rows, "scale": scale}
+    return {"metric": METRICS[metric].words, "rows": rows, "scale": scale}
 
 
 def _classes(table: pd.DataFrame) -> dict[str, Any]:

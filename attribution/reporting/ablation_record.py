@@ -12,7 +12,14 @@ import pandas as pd
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.experiments.arms import kept_table, trial_name
-from attribution.experiments.comparison import BETTER, Comparison, Outcome, verdict
+from attribution.experiments.comparison import (
+    BETTER,
+    CONTROLS,
+    Comparison,
+    Outcome,
+    headline_of,
+    verdict,
+)
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import detection_metrics
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
@@ -24,17 +31,19 @@ from attribution.tracking.links import arms_link, artifact_link, compare_link, r
 from attribution.tracking.record import Record
 from attribution.tracking.stage_runs import NOTE, experiment_of, newest
 
-# Metrics of an arm that stand first; accuracy is the mean over seeds.
+# The figures of an arm that stand first: of the accuracy those without random, of the headline all.
 HEADLINE = (
-    "accuracy_mean", "accuracy_ci_low", "accuracy_ci_high", "accuracy_vs_random",
-    "accuracy_vs_random_ci_low", "accuracy_vs_random_ci_high", "accuracy_vs_random_p_holm",
+    "_mean", "_ci_low", "_ci_high",
+    "_vs_random", "_vs_random_ci_low", "_vs_random_ci_high", "_vs_random_p_holm",
 )  # fmt: skip
 MOST_ARMS = 40  # in a note: MLflow cuts off what is longer than 8,000 characters
 
 
 def make(job: Job, result: Comparison) -> Record:
     """Everything that the comparison leaves in its run."""
-    name, view = mlflow_notes.arms_view(job.run_id, f"Arms of {job.run_name}")
+    name, view = mlflow_notes.arms_view(
+        job.run_id, f"Arms of {job.run_name}", headline_of(result.table)
+    )
     rankings = job.result("trak").rankings()
     flips = detection_metrics(
         result.train["is_flipped"].to_numpy(), {name: rankings[name] for name in ("trust", "loss")}
@@ -106,7 +115,7 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
         gallery = figures.removed_gallery(data, removed, trial.name, spec.order)
         figures.save(gallery, folder / "removed.png")
 
-    note = f"{spec.about}\n\nVerdict: {words}. {mlflow_notes.ARM}"
+    note = f"{spec.about}\n\nVerdict: {words}. {outcome.warning or ''} {mlflow_notes.ARM}"
     return Record(
         name=trial.name,
         tags={"stage": "ablation_arm", "arm": trial.arm, "verdict": words, NOTE: note},
@@ -121,21 +130,22 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
             for name, values in outcome.per_seed.items()
             for seed, value in enumerate(values)
         ],
-        metrics=headline(outcome.summary) | result.removal_metrics(trial),
+        metrics=headline(outcome.summary, outcome.metric) | result.removal_metrics(trial),
         write=write,
     )
 
 
-def headline(summary: dict[str, float]) -> dict[str, float]:
+def headline(summary: dict[str, float], metric: str = "accuracy") -> dict[str, float]:
     """A trial's summary as metrics: a few that everybody compares, rounded; the rest below `more/`.
 
     MLflow's tables and its comparison show every digit, and fold names with a slash away.
     """
+    first = {f"accuracy{end}" for end in HEADLINE[:3]} | {f"{metric}{end}" for end in HEADLINE}
     found = {}
     for name, value in summary.items():
-        if name in HEADLINE:
+        if name in first:
             digits = ".2g" if name.endswith("_p_holm") else ".4f"
-            found["accuracy" if name == "accuracy_mean" else name] = float(f"{value:{digits}}")
+            found[name.removesuffix("_mean")] = float(f"{value:{digits}}")
         else:
             found[f"more/{name}"] = value
     return found
@@ -143,24 +153,25 @@ def headline(summary: dict[str, float]) -> dict[str, float]:
 
 def _overall(result: Comparison) -> dict[str, float]:
     """Metrics of the comparison as a whole: its baseline, its arms, and the best one's gain."""
-    table = result.table
+    table, metric = result.table, headline_of(result.table)
     none, judged = table[table["arm"] == "none"].iloc[0], answer.judged(table)
     found = {
         "accuracy_none": none["accuracy_mean"],
+        f"{metric}_none": none[f"{metric}_mean"],
         "n_arms": len(judged),
         "n_better_than_random": (judged["verdict"] == BETTER).sum(),
     }
     top = answer.best(table)
     if top is not None:
-        found["best_vs_random"] = top["accuracy_vs_random"]
-        found["best_vs_none"] = top["accuracy_vs_none"]
+        best = "best" if metric == "accuracy" else f"best_{metric}"
+        found |= {f"{best}_vs_{name}": top[f"{metric}_vs_{name}"] for name in CONTROLS}
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
 def _note(job: Job, result: Comparison, children: list[str]) -> str:
     """The note on the run's page: where to look, then the arms, the best first."""
-    here, accuracy = job.experiment_id, result.table["accuracy_mean"]
-    order = (-accuracy).argsort(kind="stable")[:MOST_ARMS]
+    here, mean = job.experiment_id, f"{headline_of(result.table)}_mean"
+    order = (-result.table[mean]).argsort(kind="stable")[:MOST_ARMS]
     links = {
         "Report": run_link(here, job.run_id, "report.html"),
         "arms, best first": arms_link(here, job.run_id),
@@ -170,11 +181,11 @@ def _note(job: Job, result: Comparison, children: list[str]) -> str:
     arms = []
     for _, row in result.table.iloc[order].iterrows():
         name = trial_name(row["arm"], row["action"], row["frac"])
-        arms.append(f"- **{name}** {row['accuracy_mean']:.4f}, {verdict(row)}")
+        arms.append(f"- **{name}** {row[mean]:.4f}, {verdict(row)}")
     if len(result.table) > MOST_ARMS:
         arms.append(f"- and {len(result.table) - MOST_ARMS} more: arms, best first")
     first = " · ".join(f"[{text}]({to})" for text, to in links.items())
-    figure = f"![Test accuracy of each arm]({artifact_link(job.run_id, 'comparison.png')})"
+    figure = f"![Test result of each arm]({artifact_link(job.run_id, 'comparison.png')})"
     # The links come first: MLflow folds the rest of a long note away.
     return "\n".join([first, "", answer.sentences(result.table)[0], "", *arms, "", figure])
 

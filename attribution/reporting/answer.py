@@ -1,11 +1,12 @@
-"""The answer of a comparison in plain sentences: which arm changed test accuracy, and by how much."""
+"""The answer of a comparison in plain sentences: which arm changed the test metric, and by how much."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import BETTER, CONTROLS, WORSE
+from attribution.experiments.comparison import BETTER, CONTROLS, WORSE, headline_of
+from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
 
 VERBS = {"remove": "removing", "relabel": "relabelling"}
@@ -20,7 +21,7 @@ def best(table: pd.DataFrame) -> pd.Series | None:
     """The row of the arm with the largest gain over random among those that are better; None if none is."""
     rows = judged(table)
     rows = rows[rows["verdict"] == BETTER]
-    return None if rows.empty else rows.loc[rows["accuracy_vs_random"].idxmax()]
+    return None if rows.empty else rows.loc[rows[f"{headline_of(table)}_vs_random"].idxmax()]
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
@@ -29,14 +30,14 @@ def sentences(table: pd.DataFrame) -> list[str]:
     if rows.empty:
         return ["No arm was compared with random removal."]
     found = []
-    top = best(table)
+    top, metric = best(table), headline_of(table)
     if top is None:
-        found.append("No arm raised test accuracy more than random removal did.")
+        found.append(f"No arm raised test {METRICS[metric].words} more than random removal did.")
     else:
         found.append(_effect(top, "raised"))
     worse = rows[rows["verdict"] == WORSE]
     if not worse.empty:
-        found.append(_effect(worse.loc[worse["accuracy_vs_random"].idxmin()], "lowered"))
+        found.append(_effect(worse.loc[worse[f"{metric}_vs_random"].idxmin()], "lowered"))
     shown = [] if top is None else [top.name]
     others = rows[(rows["verdict"] == BETTER) & ~rows.index.isin(shown)]
     if not others.empty:
@@ -52,21 +53,21 @@ def _effect(row: pd.Series, verb: str) -> str:
     n = int(row["n_removed"])
     words = ARM_SPECS[row["arm"]].chosen.format(n=n)
     acting = VERBS[row["action"]]
-    sign = 1 if verb == "raised" else -1
+    sign, metric = 1 if verb == "raised" else -1, row["metric"]
     text = (
-        f"{acting.capitalize()} {words} {verb} test accuracy by "
-        f"{sign * 100 * row['accuracy_vs_random']:.1f} points ({_interval(row, 'random', sign)}) "
+        f"{acting.capitalize()} {words} {verb} test {METRICS[metric].words} by "
+        f"{sign * 100 * row[f'{metric}_vs_random']:.1f} points ({_interval(row, 'random', sign)}) "
         f"compared with {acting} {n} at random."
     )
-    if pd.notna(row.get("accuracy_vs_none")):
-        change = 100 * row["accuracy_vs_none"]
+    if pd.notna(row.get(f"{metric}_vs_none")):
+        change = 100 * row[f"{metric}_vs_none"]
         text += f" Compared with all examples: {change:+.1f} points ({_interval(row, 'none')})."
     return text
 
 
 def _interval(row: pd.Series, control: str, sign: int = 1) -> str:
     """The 95 % interval in points, of the difference times `sign`."""
-    ends = (sign * 100 * row[f"accuracy_vs_{control}_ci_{end}"] for end in ("low", "high"))
+    ends = (sign * 100 * row[f"{row['metric']}_vs_{control}_ci_{end}"] for end in ("low", "high"))
     low, high = sorted(ends)
     return f"95 % interval {low:.1f} to {high:.1f}"
 
@@ -74,6 +75,31 @@ def _interval(row: pd.Series, control: str, sign: int = 1) -> str:
 def _list(rows: pd.DataFrame) -> str:
     return ", ".join(
         f"{trial_name(row['arm'], row['action'], row['frac'])} "
-        f"({round(100 * row['accuracy_vs_random'], 1) + 0.0:+.1f} points)"
+        f"({round(100 * row[row['metric'] + '_vs_random'], 1) + 0.0:+.1f} points)"
         for _, row in rows.iterrows()
     )
+
+
+def warnings(table: pd.DataFrame) -> list[str]:
+    """The arms that took most of a class; then what a small test part cannot show."""
+    return [*table["warning"].dropna(), *_small_test(table)]
+
+
+def _small_test(table: pd.DataFrame) -> list[str]:
+    """A sentence if one test image is worth a point, or if only changes above 3 points can be seen."""
+    row, metric = table.iloc[0], headline_of(table)
+    detectable = table.get(f"{metric}_vs_random_detectable", pd.Series(dtype=float)).median()
+    visible = max(row["image_worth"], detectable if detectable > 0 else 0)
+    if row["image_worth"] < 0.01 and visible <= 0.03:
+        return []
+    seen = (
+        f"With {row['n_test']} test images and {row['n_seeds']} seeds only changes above "
+        f"{100 * visible:.2g} points can be seen"
+    )
+    if row["image_worth"] < 0.05:
+        return [f"{seen}; --num_seeds, --test_fraction and other --data_seed values show more."]
+    return [
+        f"{seen}. This test part decides nothing: one image changes {METRICS[metric].words} by up to "
+        f"{100 * row['image_worth']:.2g} points. Use a larger --test_fraction, or repeat with other "
+        "--data_seed values."
+    ]

@@ -17,7 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from attribution.data.dataset import ImageData
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import BETTER, WORSE, verdict
+from attribution.experiments.comparison import BETTER, WORSE, headline_of, verdict
+from attribution.experiments.metrics import METRICS
 from attribution.scores.artifact import Scores
 from attribution.scores.explanation import Explanation
 
@@ -163,17 +164,17 @@ def removed_gallery(
 
 
 def comparison(table: pd.DataFrame) -> Figure:
-    """Above: each trial's paired difference from random removal. Below: its mean test accuracy.
+    """Above: each trial's paired difference from random removal. Below: its mean test metric.
 
     Each random arm stands above the arms that are compared with it, on one band of grey or white.
     """
-    blocks = _with_their_control(table)
+    blocks, metric = _with_their_control(table), headline_of(table)
     rows = pd.concat(blocks)
     y = np.arange(len(rows))
     figure = Figure(figsize=(WIDTH, 1.7 + 0.5 * len(rows)), layout="constrained")
     upper, lower = figure.subplots(2, 1)
-    _intervals(upper, rows, "accuracy_vs_random", "accuracy_vs_random")
-    _intervals(lower, rows, "accuracy_mean", "accuracy")
+    _intervals(upper, rows, f"{metric}_vs_random", f"{metric}_vs_random")
+    _intervals(lower, rows, f"{metric}_mean", metric)
     names = []
     for block in blocks:
         for row in block.itertuples():
@@ -189,7 +190,7 @@ def comparison(table: pd.DataFrame) -> Figure:
                 axes.axhspan(end - len(block), end, color=NEUTRAL, alpha=0.08, linewidth=0)
     upper.axvline(0, color=NEUTRAL, linewidth=0.8)
     upper.set_xlabel("vs random (paired, 95 % interval)\nblue ▲ better, orange ▼ worse")
-    lower.set_xlabel("test accuracy (mean, 95 % over seeds)")
+    lower.set_xlabel(f"test {METRICS[metric].words} (mean, 95 % over seeds)")
     return figure
 
 
@@ -204,12 +205,13 @@ def _with_their_control(table: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def removal_curves(table: pd.DataFrame) -> Figure:
-    """Mean test accuracy of each arm by the share that it acts on, with 95 % intervals."""
+    """Mean test metric of each arm by the share that it acts on, with 95 % intervals."""
+    metric = headline_of(table)
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = figure.subplots()
     none = table[table["arm"] == "none"].iloc[0]
-    axes.axhline(none["accuracy_mean"], color=NEUTRAL, linewidth=0.8, label="none")
-    axes.axhspan(none["accuracy_ci_low"], none["accuracy_ci_high"], color=NEUTRAL, alpha=0.12)
+    axes.axhline(none[f"{metric}_mean"], color=NEUTRAL, linewidth=0.8, label="none")
+    axes.axhspan(none[f"{metric}_ci_low"], none[f"{metric}_ci_high"], color=NEUTRAL, alpha=0.12)
     acted = table[table["n_removed"] > 0]
     lines = list(acted.groupby(["arm", "action"], sort=False))
     shares = 100 * acted["frac"]
@@ -217,8 +219,8 @@ def removal_curves(table: pd.DataFrame) -> Figure:
     apart = float(np.ptp(shares) or shares.max()) / 100 if len(acted) else 0.0
     for i, ((arm, action), rows) in enumerate(lines):
         rows = rows.sort_values("frac")
-        mean = rows["accuracy_mean"]
-        errors = mean - rows["accuracy_ci_low"], rows["accuracy_ci_high"] - mean
+        mean = rows[f"{metric}_mean"]
+        errors = mean - rows[f"{metric}_ci_low"], rows[f"{metric}_ci_high"] - mean
         axes.errorbar(
             100 * rows["frac"] + (i - len(lines) / 2) * apart, mean, errors,
             marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2, linewidth=1.2,
@@ -226,7 +228,8 @@ def removal_curves(table: pd.DataFrame) -> Figure:
             linestyle="--" if action == "relabel" else "-",
             label=trial_name(arm, action),
         )  # fmt: skip
-    axes.set(xlabel="% of the training set acted on", ylabel="test accuracy (mean, 95 % interval)")
+    label = f"test {METRICS[metric].words} (mean, 95 % interval)"
+    axes.set(xlabel="% of the training set acted on", ylabel=label)
     about = {"title": _plain(_pairs(table)), "title_fontsize": 8}
     figure.legend(fontsize=8, loc="outside lower center", ncols=2, **about)
     return figure

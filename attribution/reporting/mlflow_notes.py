@@ -7,32 +7,34 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-# Columns of the view, in this order, with their width in pixels.
+# Columns of the view for a headline metric, in this order, with their width in pixels.
 COLUMNS = {
-    "metrics.`accuracy`": 100,
-    "metrics.`accuracy_vs_random`": 160,
+    "metrics.`{}`": 100,
+    "metrics.`{}_vs_random`": 160,
     "tags.`verdict`": 210,
     "params.`n_removed`": 100,
-    "metrics.`accuracy_vs_random_p_holm`": 210,
+    "metrics.`{}_vs_random_p_holm`": 210,
 }
 # Charts of the same view, behind MLflow's chart button.
-CHARTS = {"accuracy": "BAR", "accuracy_vs_random": "BAR", "seed/accuracy": "LINE"}
+CHARTS = {"{}": "BAR", "{}_vs_random": "BAR", "seed/{}": "LINE"}
 CURVES = ("validation_accuracy", "validation_log_loss", "train_loss")  # of each checkpoint
 ARM = "`removed.png` under **Artifacts** shows the examples that it chose."
 
 
-def arms_view(run_id: str, name: str) -> tuple[str, str]:
+def arms_view(run_id: str, name: str, metric: str) -> tuple[str, str]:
     """The experiment tag (name, value) that saves the table of arms as a view, which arms_link opens."""
-    widths = {"attributes.`Run Name`": 140, **COLUMNS, "runDateAndNestInfo": 130, "duration": 90}
+    columns = {column.format(metric): width for column, width in COLUMNS.items()}
+    widths = {"attributes.`Run Name`": 140, **columns, "runDateAndNestInfo": 130, "duration": 90}
+    charts = [_chart(kind, [key.format(metric)]) for key, kind in CHARTS.items()]
     table = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{run_id}'",
-        "orderByKey": "metrics.`accuracy`",
+        "orderByKey": f"metrics.`{metric}`",
         "orderByAsc": False,
-        "selectedColumns": list(COLUMNS),
+        "selectedColumns": list(columns),
         "columnOrder": list(widths),
         "columnWidths": widths,
     }
-    return _view(run_id, name, table, "Arms", [_chart(kind, [key]) for key, kind in CHARTS.items()])
+    return _view(run_id, name, table, "Arms", charts)
 
 
 def curves_view(run_id: str, name: str, models: Sequence[str]) -> tuple[str, str]:

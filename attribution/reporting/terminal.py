@@ -13,7 +13,8 @@ from rich.text import Text
 
 from attribution.errors import printable
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import JUDGED, verdict
+from attribution.experiments.comparison import headline_of, judged_metrics, verdict
+from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import detectable_effect, seeds_needed
 from attribution.reporting import answer
@@ -21,8 +22,12 @@ from attribution.reporting import answer
 WIDTH = 134  # columns of a log file or a pipe
 
 
-def print_comparison(table: pd.DataFrame) -> None:
-    """Print what each arm is, the comparison with a verdict for each, and the answer in words."""
+def print_comparison(table: pd.DataFrame, about_metric: str = "") -> None:
+    """Print what each arm is, the comparison with a verdict for each, and the answer in words.
+
+    Args:
+        about_metric: why the headline is not accuracy, if so; the other metrics are then shown too.
+    """
     console = _console()
     arms = list(dict.fromkeys(table["arm"]))
     width = max(map(len, arms))
@@ -30,14 +35,22 @@ def print_comparison(table: pd.DataFrame) -> None:
     for arm in arms:
         about = Text(f"  {arm:<{width}}  {ARM_SPECS[arm].about}")
         console.print(about, soft_wrap=not console.is_terminal)
+
+    def say(sentence: str) -> None:
+        console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
+
+    if about_metric:
+        say(f"\n{about_metric}")
     seeds = int(table["n_seeds"].iloc[0])
-    for metric in JUDGED:
+    for metric in judged_metrics(headline_of(table)):
         if f"{metric}_mean" in table:
-            title = f"Test {metric.replace('_', ' ')} over {seeds} paired seeds, 95 % intervals"
+            title = f"Test {METRICS[metric].words} over {seeds} paired seeds, 95 % intervals"
             _print_verdicts(console, title, metric, table)
-    for sentence in (*answer.sentences(table), power(table)):
+    if about_metric:
+        _print("Other test metrics, means over seeds", *other_metrics(table))
+    for sentence in (*answer.warnings(table), *answer.sentences(table), power(table)):
         if sentence:
-            console.print(sentence, soft_wrap=not console.is_terminal, highlight=False)
+            say(sentence)
     console.print()
 
 
@@ -62,13 +75,25 @@ def print_splits(table: pd.DataFrame, rows: pd.DataFrame) -> None:
     console.print(answer.sentences(table)[0], soft_wrap=not console.is_terminal, highlight=False)
 
 
+def other_metrics(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the means that have no verdicts."""
+    judged = judged_metrics(headline_of(table))
+    names = [name for name in METRICS if name not in judged and f"{name}_mean" in table]
+    rows = [
+        [trial_name(row["arm"], row["action"], row["frac"])]
+        + [f"{row[f'{name}_mean']:.4f}" for name in names]
+        for _, row in table.iterrows()
+    ]
+    return ["arm", *(METRICS[name].words for name in names)], rows
+
+
 def _print_verdicts(console: Console, title: str, metric: str, table: pd.DataFrame) -> None:
     """Print a comparison; a narrow terminal shows fewer columns, and at last the verdict below its row."""
     headers = [
         "arm",
         "frac",
         "removed",
-        metric.replace("_", " "),
+        METRICS[metric].words,
         "vs random",
         "p (Holm)",
         "verdict",
@@ -217,29 +242,29 @@ def share_of_ceiling(row: pd.Series) -> str:
 
 
 def power(table: pd.DataFrame) -> str:
-    """The accuracy change that this many seeds can detect, and how many the largest unclear one needs."""
-    rows = table[table["accuracy_vs_random"].notna()]
+    """The change that this many seeds can detect, and how many the largest unclear one needs."""
+    metric = headline_of(table)
+    versus = f"{metric}_vs_random"
+    rows = table[table[versus].notna()]
     if rows.empty:
         return ""
-    seeds, detectable = int(table["n_seeds"].iloc[0]), rows["accuracy_vs_random_detectable"]
+    seeds, detectable = int(table["n_seeds"].iloc[0]), rows[f"{versus}_detectable"]
     if not detectable.max() > 0:
         return (
             f"All {seeds} seeds gave each arm the same difference from random, so their power is "
             "unknown."
         )
+    words = METRICS[metric].words
     text = (
-        f"{seeds} seeds can detect an accuracy change of about ±{detectable.median():.2g} "
-        "(80 % power)."
+        f"{seeds} seeds can detect {'an' if words[0] == 'a' else 'a'} {words} change of about "
+        f"±{detectable.median():.2g} (80 % power)."
     )
     is_unclear = [verdict(row) == "indistinguishable from random" for _, row in rows.iterrows()]
     unclear = rows[is_unclear]
     if unclear.empty:
         return text
-    row = unclear.loc[unclear["accuracy_vs_random"].abs().idxmax()]
-    effect, spread = (
-        row["accuracy_vs_random"],
-        row["accuracy_vs_random_detectable"] / detectable_effect(1, seeds),
-    )
+    row = unclear.loc[unclear[versus].abs().idxmax()]
+    effect, spread = row[versus], row[f"{versus}_detectable"] / detectable_effect(1, seeds)
     try:
         needed = seeds_needed(effect, spread)
     except ValueError:  # no effect at all
@@ -259,13 +284,19 @@ def cells(row: pd.Series, metric: str) -> list[str]:
         trial_name(row["arm"], row["action"]),
         f"{100 * row['frac']:.3g} %",
         str(int(row["n_removed"])),
-        f"{row[f'{metric}_mean']:.4f} {_half_width(row, metric)}",
-        f"{row[versus]:+.4f} {_half_width(row, versus)}" if compared else "",
+        f"{row[f'{metric}_mean']:.4f} {_spread(row, f'{metric}_mean', metric)}",
+        f"{row[versus]:+.4f} {_spread(row, versus, versus)}" if compared else "",
         f"{row[f'{versus}_p_holm']:.2g}" if compared else "",
         verdict(row, metric),
     ]
 
 
-def _half_width(row: pd.Series, name: str) -> str:
-    """Half the interval's width: Student's t intervals are symmetric."""
-    return f"± {(row[f'{name}_ci_high'] - row[f'{name}_ci_low']) / 2:.4f}"
+def _spread(row: pd.Series, mean: str, stem: str) -> str:
+    """Half the interval's width, or its ends if one was cut off at what a metric can be."""
+    low, high = row[f"{stem}_ci_low"], row[f"{stem}_ci_high"]
+    half = max(high - row[mean], row[mean] - low)
+    if high - low < 2 * half - 1e-9:
+        return "({} to {})".format(
+            *(f"{end:.0f}" if abs(end) in (0, 1) else f"{end:.4f}" for end in (low, high))
+        )
+    return f"± {half:.4f}"

@@ -25,6 +25,7 @@ from attribution.experiments.comparison import (
     comparison_table,
     retrain,
     verdict,
+    warn,
 )
 from attribution.models.predict import predict
 from attribution.models.train import train
@@ -127,7 +128,9 @@ def test_p_values_are_adjusted_over_all_trials_with_that_control(outcomes, name:
 
 
 def test_summary_metrics_have_the_documented_names(outcomes) -> None:
-    metrics = ("accuracy", "log_loss", "mean_margin", "worst_class_accuracy")
+    metrics = (
+        "accuracy", "log_loss", "mean_margin", "worst_class_accuracy", "balanced_accuracy", "macro_f1",
+    )  # fmt: skip
     expected = {f"{m}_{end}" for m in metrics for end in ("mean", "ci_low", "ci_high")}
     for control in ("random", "none"):
         for m in metrics:
@@ -197,7 +200,7 @@ def test_verdicts_are_those_that_were_planted(outcomes) -> None:
 def test_a_verdict_needs_the_interval_and_the_adjusted_p_value(low, high, p_holm, words) -> None:
     versus = {"ci_low": low, "ci_high": high, "p_holm": p_holm}
     row = {f"accuracy_vs_random_{name}": value for name, value in versus.items()}
-    assert verdict(pd.Series(row | {"arm": "harmful", "n_removed": 5})) == words
+    assert verdict(pd.Series(row | {"arm": "harmful", "n_removed": 5}), "accuracy") == words
 
 
 def test_an_arm_that_removes_nothing_is_compared_with_nothing() -> None:
@@ -325,6 +328,78 @@ def test_a_verdict_is_that_of_the_metric_asked_for(both) -> None:
     row["worst_group_accuracy_vs_random_ci_low"] = -1.0
     assert verdict(row) == "better than random"
     assert verdict(row, "worst_group_accuracy") == "indistinguishable from random"
+
+
+# A rare class
+
+
+RARE = np.repeat([0, 1, 2], [40, 40, 4])  # test labels
+RARE_TRAIN = np.repeat([0, 1, 2], [100, 92, 12])
+
+
+@pytest.fixture(scope="module")
+def rare() -> list[Outcome]:
+    """Of a chest X-ray set: helpful takes 8 of the 12 examples of a class, whose accuracy collapses."""
+    common, few = np.arange(12), np.arange(192, 204)
+    removed = {
+        "none": common[:0],
+        "random": np.arange(0, 204, 17),
+        "helpful": np.concatenate([few[:8], common[:4]]),
+        "loss": np.concatenate([few[:5], common[:7]]),
+    }
+    right = {
+        "none": (36, 36, 4),
+        "random": (36, 36, 4),
+        "helpful": (36, 36, 0),
+        "loss": (38, 37, 4),
+    }
+    trials, logits = [], []
+    for arm, positions in removed.items():
+        trials.append(Trial(arm, len(positions) / 204, (positions,) * 4))
+        shown = np.concatenate(
+            [
+                np.where(np.arange(count) < right[arm][label], label, (label + 1) % 3)
+                for label, count in enumerate(np.bincount(RARE))
+            ]
+        )
+        logits.append(np.tile(3 * np.eye(3)[shown], (4, 1, 1)))
+    found = compare(trials, logits, RARE, metric="balanced_accuracy")
+    warn(found, RARE_TRAIN, ("normal", "pneumonia", "effusion"))
+    return found
+
+
+def test_an_arm_that_takes_most_of_a_class_is_flagged_with_what_became_of_it(rare) -> None:
+    table = comparison_table(rare).set_index("arm")
+    assert table["warning"].dropna().to_dict() == {
+        "helpful": "helpful 0.0588 removed 8 of the 12 training examples of 'effusion'; the test "
+        "accuracy of that class fell from 1.00 to 0.00."
+    }
+
+
+def test_verdicts_are_of_the_headline_and_accuracy_keeps_its_means_and_differences(rare) -> None:
+    table = comparison_table(rare).set_index("arm", drop=False)
+    assert list(table)[:5] == [
+        "arm", "frac", "balanced_accuracy_mean", "balanced_accuracy_vs_random", "verdict",
+    ]  # fmt: skip
+    assert (table["metric"] == "balanced_accuracy").all() and (table["n_test"] == 84).all()
+    assert table["image_worth"].iloc[0] == pytest.approx(1 / 12)
+    helpful = table.loc["helpful"]
+    assert helpful["balanced_accuracy_vs_random"] == pytest.approx(-1 / 3)
+    assert helpful["accuracy_vs_random"] == pytest.approx(-4 / 84)
+    assert helpful["accuracy_mean"] == pytest.approx(72 / 84)
+    assert "balanced_accuracy_vs_random_p_holm" in table and "accuracy_vs_random_p" not in table
+
+
+def test_equal_seeds_are_not_certainty_and_no_interval_leaves_what_a_share_can_be(rare) -> None:
+    for outcome in rare:
+        for name in ("accuracy", "balanced_accuracy", "worst_class_accuracy", "macro_f1"):
+            low, high = (outcome.summary[f"{name}_ci_{end}"] for end in ("low", "high"))
+            assert 0 <= low < high <= 1
+    summary = rare[2].summary
+    step = "balanced_accuracy_vs_random"
+    assert summary[f"{step}_ci_low"] < summary[step] < summary[f"{step}_ci_high"]
+    assert summary[f"{step}_p"] == 2**-3
+    assert verdict(comparison_table(rare).iloc[2]) == "not significant after Holm"
 
 
 # Retraining

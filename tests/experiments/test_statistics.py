@@ -77,6 +77,30 @@ def test_equal_values_other_than_zero_get_the_p_value_of_the_sign_flip_test(n: i
     assert e.p == pytest.approx(np.mean(np.abs(flips) >= 0.1 - 1e-9))
 
 
+def test_equal_values_have_the_interval_of_values_rounded_to_one_image() -> None:
+    step, n = 1 / 17, 4
+    rounding = stats.uniform(
+        -step / 2, step
+    ).std()  # of an error that is anything up to half a step
+    half = stats.t.ppf(0.975, n - 1) * rounding / np.sqrt(n)
+    e = mean_estimate(np.full(n, -step), step)
+    assert (e.ci_low, e.ci_high) == pytest.approx((-step - half, -step + half))
+    assert e.p == 2 ** (1 - n)
+
+
+@given(
+    st.lists(st.integers(0, 20), min_size=2, max_size=8),
+    st.lists(st.integers(0, 20), min_size=8, max_size=8),
+)
+def test_the_interval_of_a_share_lies_where_shares_can_be_and_holds_the_mean(right, other) -> None:
+    share, control = np.array(right) / 20, np.array(other[: len(right)]) / 20
+    e = mean_estimate(share, 1 / 20, (0, 1))
+    assert 0 <= e.ci_low <= e.mean + 1e-12 and e.mean - 1e-12 <= e.ci_high <= 1 and 0 < e.p <= 1
+    d = paired_difference(share, control, 1 / 20, (-1, 1))
+    assert -1 <= d.ci_low <= d.mean + 1e-12 and d.mean - 1e-12 <= d.ci_high <= 1
+    assert d.ci_low < d.ci_high and 0 < d.p <= 1
+
+
 def test_values_that_are_all_zero_give_p_one() -> None:
     e = mean_estimate(np.zeros(5))
     assert (e.mean, e.ci_low, e.ci_high, e.p) == (0, 0, 0, 1)

@@ -271,7 +271,9 @@ def check_class_table(made: Made, shown: set[str]) -> None:
         own = [cells[name, column] for column in columns]
         assert row[1] == str(own[0]["n_test"])
         assert row[2:] == [
-            f"{100 * e['mean']:+.1f} ± {50 * (e['high'] - e['low']):.1f}" for e in own
+            f"{100 * e['mean']:+.1f}"
+            + (f" ± {50 * (e['high'] - e['low']):.1f}" if e["high"] > e["low"] else "")
+            for e in own
         ]
     excluding = sum((e["low"] > 0 or e["high"] < 0) and e["low"] < e["high"] for e in expected)
     (text,) = [e.text for e in after(made.tree, "Class by class") if e.tag == "p"]

@@ -137,6 +137,7 @@ def test_every_arm_is_explained_before_its_row_and_the_answer_comes_after(capsys
 def comparison(difference: float, detectable: float) -> pd.DataFrame:
     name = "accuracy_vs_random"
     row = {"arm": "harmful", "frac": 0.1, "n_removed": 3, "n_seeds": 2, name: difference}
+    row |= {"metric": "accuracy"}
     row |= {f"{name}_ci_low": difference, f"{name}_ci_high": difference, f"{name}_p_holm": 1.0}
     return pd.DataFrame([row | {f"{name}_detectable": detectable}])
 
@@ -147,3 +148,25 @@ def test_seeds_without_spread_claim_no_power() -> None:
         text = power(comparison(difference, 0.0))
         assert text.startswith("All 2 seeds") and "power is unknown" in text
     assert "±0.03 " in power(comparison(0.0, 0.03))
+
+
+def test_another_headline_is_named_throughout_and_accuracy_stands_below(capsys) -> None:
+    table = table_of(MORE, metric="macro_f1")
+    print_comparison(table, "Differences and verdicts are of macro F1: because.")
+    output = capsys.readouterr().out
+    before, _, after = output.partition("Test macro F1 over 5 paired seeds")
+    assert before.rstrip().endswith("of macro F1: because.")
+    assert "test macro F1 by" in after and "5 seeds can detect a macro F1 change" in after
+    others = after.split("Other test metrics")[1].splitlines()
+    assert others[2].split()[1:4] == ["accuracy", "balanced", "accuracy"]
+    rows = [line.split() for line in others if line.strip().startswith("harmful 0.1")]
+    accuracy = table.loc[(table["arm"] == "harmful") & (table["frac"] == 0.1), "accuracy_mean"]
+    assert rows[0][2] == f"{accuracy.iloc[0]:.4f}"
+
+
+def test_a_cut_off_interval_shows_its_ends_and_a_whole_one_half_its_width() -> None:
+    row = table_of(only("harmful")).iloc[3].copy()
+    row["accuracy_mean"], row["accuracy_ci_low"], row["accuracy_ci_high"] = 0.998, 0.994, 1.0
+    assert terminal.cells(row, "accuracy")[3] == "0.9980 (0.9940 to 1)"
+    row["accuracy_ci_high"] = 1.002
+    assert terminal.cells(row, "accuracy")[3] == "0.9980 ± 0.0040"
