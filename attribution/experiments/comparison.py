@@ -279,11 +279,13 @@ def warn(outcomes: Sequence[Outcome], train_labels: np.ndarray, class_names: Seq
         if taken[worst] < sizes[worst] * max(0.5, 2 * trial.size / len(train_labels)):
             continue
         before, after = (each.per_class[worst].mean() for each in (none, outcome))
-        change = "fell" if after < before else "rose"
+        change = f"{'fell' if after < before else 'rose'} from {before:.2f} to"
+        if f"{before:.2f}" == f"{after:.2f}":
+            change = "stayed at"
         outcome.warning = (
             f"{trial_name(trial.arm, 'remove', trial.frac)} {ACTED[trial.action]} {taken[worst]:.3g} "
             f"of the {sizes[worst]} training examples of '{class_names[worst]}'; the test accuracy of "
-            f"that class {change} from {before:.2f} to {after:.2f}."
+            f"that class {change} {after:.2f}."
         )
 
 

@@ -40,7 +40,8 @@ def print_comparison(table: pd.DataFrame, about_metric: str = "") -> None:
         console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
 
     if about_metric:
-        say(f"\n{about_metric}")
+        console.print()
+        say(about_metric)
     seeds = int(table["n_seeds"].iloc[0])
     for metric in judged_metrics(headline_of(table)):
         if f"{metric}_mean" in table:
