@@ -89,11 +89,8 @@ def _record(table: pd.DataFrame, rows: pd.DataFrame) -> Record:
     metrics = {
         f"{trial_name(row['arm'], row['action'], row['frac'])}/{name}": row[name]
         for _, row in answer.judged(table).iterrows()
-        for name in (
-            "accuracy_vs_random",
-            "accuracy_vs_random_ci_low",
-            "accuracy_vs_random_ci_high",
-        )
+        for end in ("", "_ci_low", "_ci_high")
+        for name in [f"{row['metric']}_vs_random{end}"]
     }
     note = "\n".join([answer.sentences(table)[0], "", "One ablation for each split:", "", *links])
     return Record(metrics=metrics, tables={"splits": table, "by_split": rows}, note=lambda _: note)

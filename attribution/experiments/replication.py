@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from attribution.errors import InputError
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import CONTROLS, JUDGED, verdict
+from attribution.experiments.comparison import CONTROLS, headline_of, judged_metrics, verdict
+from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import holm, mean_estimate
 
@@ -61,14 +63,16 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """
     found = []
     for _, own in rows.groupby("trial", sort=False):
-        row = {name: own[name].iloc[0] for name in ("arm", "action", "n_seeds")}
+        row = {name: own[name].iloc[0] for name in ("arm", "action", "n_seeds", "metric")}
         row |= {"frac": own["frac"].mean(), "n_removed": round(own["n_removed"].mean())}
         row["n_splits"] = len(own)
         for name in own:
             versus = name.rpartition("_vs_")[2] in CONTROLS
             if own[name].notna().all() and (versus or name.endswith("_mean")):
                 metric = name.removesuffix("_mean")
-                estimate = mean_estimate(own[name].to_numpy())
+                is_share = metric.partition("_vs_")[0] in METRICS
+                within = (-1.0 if versus else 0.0, 1.0) if is_share else (-np.inf, np.inf)
+                estimate = mean_estimate(own[name].to_numpy(), within=within)
                 row |= estimate.columns(metric, "" if versus else "_mean")
                 row |= {f"{metric}_p": estimate.p} if versus else {}
         found.append(row)
@@ -81,6 +85,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _columns(rows: pd.DataFrame, found: list[dict]) -> list[str]:
     """The columns of the summary; those of a difference from random exist even if there is none."""
-    versus = [f"{metric}_vs_random" for metric in JUDGED if f"{metric}_mean" in rows]
+    judged = judged_metrics(headline_of(rows))
+    versus = [f"{metric}_vs_random" for metric in judged if f"{metric}_mean" in rows]
     ends = [f"{name}{end}" for name in versus for end in ("", "_ci_low", "_ci_high", "_p")]
     return list(dict.fromkeys([*(name for row in found for name in row), *ends]))

@@ -97,9 +97,9 @@ def _small_test(table: pd.DataFrame) -> list[str]:
         f"{100 * visible:.2g} points can be seen"
     )
     if row["image_worth"] < 0.05:
-        return [f"{seen}; --num_seeds, --test_fraction and other --data_seed values show more."]
+        return [f"{seen}; a larger --num_seeds, --num_splits or --test_fraction shows more."]
     return [
         f"{seen}. This test part decides nothing: one image changes {METRICS[metric].words} by up to "
-        f"{100 * row['image_worth']:.2g} points. Use a larger --test_fraction, or repeat with other "
-        "--data_seed values."
+        f"{100 * row['image_worth']:.2g} points. Use a larger --test_fraction, or several splits "
+        "(--num_splits)."
     ]

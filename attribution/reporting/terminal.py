@@ -63,16 +63,16 @@ def print_splits(table: pd.DataFrame, rows: pd.DataFrame) -> None:
     """
     console = _console()
     splits = int(table["n_splits"].iloc[0])
-    for metric in JUDGED:
+    headline = headline_of(table)
+    for metric in judged_metrics(headline):
         if f"{metric}_mean" in table:
-            title = (
-                f"Test {metric.replace('_', ' ')} over {splits} splits of the data, 95 % intervals"
-            )
+            title = f"Test {METRICS[metric].words} over {splits} splits of the data, 95 % intervals"
             _print_verdicts(console, title, metric, table)
-    wide = rows.pivot(index="data_seed", columns="trial", values="accuracy_vs_random")
+    wide = rows.pivot(index="data_seed", columns="trial", values=f"{headline}_vs_random")
     names = [name for name in rows["trial"].unique() if wide[name].notna().all()]
     texts = [[str(seed), *(f"{x:+.4f}" for x in row)] for seed, row in wide[names].T.items()]
-    _print("Accuracy against random removal on each split", ["data_seed", *names], texts)
+    title = f"Test {METRICS[headline].words} against random removal on each split"
+    _print(title, ["data_seed", *names], texts)
     console.print(answer.sentences(table)[0], soft_wrap=not console.is_terminal, highlight=False)
 
 
