@@ -24,6 +24,8 @@ class Stage:
         examples: flags of example commands.
         upstream: stages whose results this one needs, the nearest first.
         upstream_for: a further upstream stage that is needed only where a parameter is given.
+        enough_for: the upstream stage whose result is enough where a parameter is given and no run
+            of this stage is finished.
         outputs: parameter groups of the files that the command writes outside MLflow.
     """
 
@@ -36,6 +38,7 @@ class Stage:
     examples: tuple[str, ...]
     upstream: tuple[str, ...] = ()
     upstream_for: Mapping[str, str] = field(default_factory=dict)
+    enough_for: Mapping[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
 
     @property
@@ -63,8 +66,9 @@ _STAGES = (
     Stage(
         name="finetune",
         about="Fine-tune an ensemble of classifiers, each on a random part of the training set.",
-        examples=("--dataset path/to/images", "--dataset path/to/images --keep cleaned/harmful_0.05.csv"),
+        examples=("--dataset path/to/images", "--dataset path/to/images --keep keep.csv --labels labels.csv --export corrected"),
         groups=("data", "training", "finetune"),
+        outputs=("corrected data", "files"),
         artifacts=("training/logits.npz", "checkpoint_{m:03d}/model.safetensors"),
         results=("training/logits.npz",),
         note="""\
@@ -102,7 +106,8 @@ How much each training example helps (positive) or hurts (negative) each validat
         examples=("--dataset path/to/images --frac 0.05", "--dataset path/to/images --arms harmful,loss --frac 0.02,0.05 --num_seeds 20"),
         groups=("ablation",),
         upstream=("trak",),
-        outputs=("splits", "export", "output"),
+        enough_for={"export_arm": "trak"},  # an arm chooses by scores: nothing is retrained
+        outputs=("splits", "export", "output", "files"),
         artifacts=("comparison.csv", "report.html"),
         results=("comparison.csv", "per_class.csv"),
         note="The arms are being retrained. The comparison appears here when the run is finished.",
@@ -130,7 +135,7 @@ Is the attribution right? Each method's predictions against models retrained on 
         groups=("explain",),
         upstream=("trak",),
         upstream_for={"image": "finetune"},  # a new picture needs the checkpoints themselves
-        outputs=("output",),
+        outputs=("output", "files"),
         artifacts=("explanation.html", "explanation.csv"),
         results=("explanation.csv",),
         note="Why the model predicts what it does: open `explanation.html` under **Artifacts**.",

@@ -19,13 +19,16 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments import comparison
 from attribution.experiments.arms import export_files
-from attribution.experiments.comparison import Comparison
+from attribution.experiments.comparison import Choice, Comparison
 from attribution.experiments.evidence import gather_evidence
 from attribution.experiments.metrics import headline
 from attribution.experiments.names import ARM_SPECS
 from attribution.models import given
 from attribution.reporting import ablation_record, answer, terminal
 from attribution.reporting.ablation_record import EarlierComparison
+from attribution.runtime.progress import say
+from attribution.scores.artifact import load_scores
+from attribution.scores.scored import Scored
 from attribution.tracking.artifacts import address
 from attribution.tracking.job import Job, Upstream
 from attribution.tracking.links import arms_link
@@ -78,16 +81,16 @@ def outputs(config: Config) -> list[Path]:
 
 def show(done: Upstream, config: Config, data: ImageData) -> None:
     """Print the comparison, save what was asked for, and say where to look at the rest."""
+    if isinstance(done.result, Scored):  # no comparison is finished, and export_arm needs none
+        print(f"trak run: {done.run_id}")
+        scores = load_scores(done.file("scores"))  # the work folder of new ones is gone by now
+        _export(comparison.choose(config, data, scores), config)
+        again = next_steps.command("ablation", config, trak_run_id=done.run_id)
+        next_steps.say_next("To retrain without these images, and see what that changes:", again)
+        return
     _, about_metric = headline(config, data.labels("train"), data.class_names)
     terminal.print_comparison(done.result.table, about_metric)
-    for file, frac in _exports(config).items():
-        save_table(done.result.kept(config.export_arm, frac), file)
-        train = next_steps.command("finetune", config, **next_steps.ONE_MODEL, keep=file)
-        what = (
-            f"{file} lists what {config.export_arm} keeps. To train one model on all of it, and "
-            "compare its test accuracy with that of a model trained on everything:"
-        )
-        next_steps.say_next(what, train)
+    _export(done.result, config)
     report = address(done.run_id, "report.html")
     if config.output:
         report = str(Path(config.output).expanduser() / "report.html")
@@ -100,15 +103,32 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     _say_next(done, config, trak_id)
 
 
+def _export(result: Choice | Comparison | EarlierComparison, config: Config) -> None:
+    """Save what the exported arm keeps, and say how to train on it."""
+    for file, frac in _exports(config).items():
+        save_table(result.kept(config.export_arm, frac), file)
+        files = {"keep": file, "export": "corrected"}
+        train = next_steps.command("finetune", config, **next_steps.WHOLE_SET, **files)
+        next_steps.say_next(
+            f"{file} lists what {config.export_arm} keeps. To train on it, compare with training on "
+            "everything, and write the kept images to a folder:",
+            train,
+        )
+
+
 def _say_next(done: Upstream, config: Config, trak_id: str) -> None:
     """How to act on the result, and how to see more of it."""
     top = answer.best(done.result.table)
-    if top is not None and not ARM_SPECS[top["arm"]].is_drawn and top["action"] == "remove":
+    is_list = top is not None and not ARM_SPECS[top["arm"]].is_drawn and top["action"] == "remove"
+    if top is not None and is_list and top["arm"] != config.export_arm:
         flags = {"trak_run_id": trak_id, "export_arm": top["arm"]}
         again = next_steps.command("ablation", config, **flags)
         next_steps.say_next(f"To list the images that {top['arm']} keeps, for training:", again)
     else:
         suspects = address(trak_id, "suspects.html")
+        if top is None:
+            more = next_steps.advice(config, f"more seeds (--num_seeds {2 * config.num_seeds})")
+            say(f"No arm is better than random removal. What may help: {more}.")
         next_steps.say_next("Images that a person should look at first:", suspects)
     link = arms_link(experiment_of(done.run_id), done.run_id)
     next_steps.say_next("To compare the arms in MLflow:", *next_steps.in_mlflow(link))

@@ -20,6 +20,7 @@ import numpy as np
 from attribution.cli import next_steps
 from attribution.cli.plan import Estimate
 from attribution.config import Config
+from attribution.data import export
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
 from attribution.errors import InputError
@@ -50,6 +51,7 @@ of this run. What they were trained on is not known; every training example coun
 def check(config: Config, data: ImageData) -> None:
     """Refuse what cannot be trained, before anything is."""
     checkpoints.check(config, data)
+    export.check(config, data)
 
 
 def estimate(config: Config, data: ImageData) -> Estimate:
@@ -160,12 +162,14 @@ def load(run_id: str, config: Config, data: ImageData) -> Finetuned:
 
 
 def outputs(config: Config) -> list[Path]:
-    """The files that `show` writes outside MLflow: none."""
+    """The files that `show` writes outside MLflow: none. The folder `export` has rules of its own."""
+    if config.export:
+        export.target(config)
     return []
 
 
 def show(done: Upstream, config: Config, data: ImageData) -> None:
-    """Print the ensemble's validation metrics and the next command."""
+    """Print the ensemble's validation metrics, export the data if asked to, and say what is next."""
     metrics = done.result.members.metrics(data)
     for name in ("validation_accuracy_mean", "ensemble_validation_accuracy"):
         print(f"{name}: {metrics[name]:.4f}")
@@ -175,6 +179,13 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     best = checkpoint_name(done.result.members.best(data.labels("validation")))
     print(f"best model: {address(done.run_id, best)}")
     print(f"best model in MLflow: runs:/{done.run_id}/{best}")
+    if config.export:
+        table = export.write(config, data)
+        changed = (table["label"] != table["given_label"]).sum()
+        print(f"export: {len(table)} images, {changed} labels changed, in {config.export}")
+    elif done.result.test:
+        again = next_steps.command("finetune", config, export="corrected")
+        next_steps.say_next("To write the corrected data set to a folder:", again)
     again = next_steps.command("trak", config, finetune_run_id=done.run_id)
     next_steps.say_next("To score the training examples with these checkpoints:", again)
 

@@ -19,6 +19,7 @@ from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
 from attribution.experiments.statistics import detection_metrics
 from attribution.reporting import figures, html
+from attribution.runtime.progress import say
 from attribution.scores import scored, stored_features
 from attribution.scores.scored import Scored
 from attribution.tracking.artifacts import address, artifact_path
@@ -71,10 +72,8 @@ def record(job: Job, result: Scored) -> Record:
         result.write(folder)
         gallery = figures.score_gallery(job.data, result.scores)
         figures.save(gallery, folder / "scores" / "gallery.png")
-        files = {"keep": "keep.csv", "labels": "labels.csv"}
-        command = next_steps.command("finetune", job.config, **next_steps.ONE_MODEL, **files)
         name = Path(job.config.dataset).name
-        page = html.suspects(job.data, result.suspects, name, command)
+        page = html.suspects(job.data, result.suspects, name, _correct(job.config))
         (folder / "suspects.html").write_text(page, encoding="utf-8")
 
     is_flipped = result.scores.train["is_flipped"].to_numpy()
@@ -84,6 +83,12 @@ def record(job: Job, result: Scored) -> Record:
         folders={"features": result.features.folder} if result.features else {},
         write=write,
     )
+
+
+def _correct(config: Config) -> str:
+    """The command that trains on the result of suspects.html, and exports it."""
+    files = {"keep": "keep.csv", "labels": "labels.csv", "export": "corrected"}
+    return next_steps.command("finetune", config, **next_steps.WHOLE_SET, **files)
 
 
 def load(run_id: str, config: Config, data: ImageData) -> Scored:
@@ -110,9 +115,23 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     )
     print(f"trak run: {done.run_id}")
     print(f'scores: attribution.load_scores("runs:/{done.run_id}/scores")')
+    accuracy = float((train["predicted_label"] == train["label"]).mean())
+    if accuracy < (1 + 1 / len(data.class_names)) / 2:  # half of the way from chance to 1
+        more = next_steps.advice(config, f"more models (--num_models {2 * config.num_models})")
+        say(
+            f"The models are right about {accuracy:.0%} of the training images, and scores of weak "
+            f"models say little. What may help: {more}."
+        )
     page = address(done.run_id, "suspects.html")
     next_steps.say_next(
-        "To look at the suspects, and choose what to keep and to relabel, open:", page
+        "To look at the suspects, choose what to keep and to relabel, and download keep.csv and "
+        "labels.csv, open:",
+        page,
+    )
+    next_steps.say_next(
+        "Then, to train with and without these corrections, and write the corrected data set to a "
+        "folder, type:",
+        _correct(config),
     )
     again = next_steps.command("ablation", config, trak_run_id=done.run_id)
     next_steps.say_next("To remove examples by these scores, and see what that changes:", again)

@@ -193,7 +193,7 @@ def run(stage: Stage, given: dict[str, Any]) -> int:
             config, data = prepare(stage, given)
             script = stage.script()
             refuse_existing(script.outputs(config), config)
-            commands.append(Command(stage, config, data))
+            commands.append(Command(_answering(stage, config, data), config, data))
             done = commands[0].find_or_make(run)
         commands[0].tidy(done)
         script.show(done, config, data)
@@ -237,6 +237,16 @@ def own_run(stage: Stage, given: dict[str, Any], commands: list[Command]) -> Ite
         if run and not is_mlflows and not any(each.has_begun for each in commands):
             mlflow.MlflowClient().delete_run(run.info.run_id)
         raise
+
+
+def _answering(stage: Stage, config: Config, data: ImageData) -> Stage:
+    """The stage whose result the command needs: an upstream one where that is enough."""
+    enough = [name for parameter, name in stage.enough_for.items() if getattr(config, parameter)]
+    if not enough or config.replay or stage_runs.find_finished(stage.name, config, data):
+        return stage
+    stage.script().check(config, data)
+    stage_runs.name_run(enough[0])
+    return STAGES[enough[0]]
 
 
 @contextmanager

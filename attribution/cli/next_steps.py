@@ -7,13 +7,16 @@ from typing import Any
 
 import mlflow
 
-from attribution.config import FIELDS, PRESETS, Config, default_of
+from attribution.config import AUTO, FIELDS, PRESETS, SCRATCH_MODELS, Config, default_of
 from attribution.errors import redact
 from attribution.runtime.progress import say
 from attribution.stages import STAGES
 
-# Flags of finetune that train one model on everything, in place of an ensemble on random parts.
-ONE_MODEL = {"num_models": 1, "subset_fraction": 1.0}
+# Flags of finetune that train on everything, in place of an ensemble on random parts. Three models
+# with and three without a correction give its effect an interval.
+WHOLE_SET = {"num_models": 3, "subset_fraction": 1.0}
+# What every command with preset images has settled, by the data or by a flag.
+CHOSEN = [n for n in AUTO if FIELDS[n].metadata["group"] in STAGES["finetune"].all_groups]
 
 
 def say_next(what: str, *lines: str) -> None:
@@ -34,11 +37,15 @@ def command(stage: str, config: Config, **given: Any) -> str:
     trains = config.checkpoints and stage in ("finetune", "ablation", "evaluate")
     if trains:  # a run that was given its checkpoints has no settings of training
         groups = (*groups, "training")
+    group = config.group(*groups)
+    if config.preset != "food101":  # the others follow from the data set
+        group.pop("preset", None)
     values = {
         name: value
-        for name, value in config.group(*groups).items()
+        for name, value in group.items()
+        # What this command chose by the data, another one may choose otherwise.
         if value != PRESETS[config.preset].get(name, default_of(FIELDS[name]))
-        and not (name == "preset" and value != "food101")  # the others follow from the data set
+        or (config.preset == "images" and not config.checkpoints and name in CHOSEN)
     }
     if trains and config.has_no_start:
         values["model"] = "MODEL"
@@ -50,6 +57,12 @@ def command(stage: str, config: Config, **given: Any) -> str:
     return shlex.join(
         ["python", "-m", f"scripts.{stage}", *(word for each in flags for word in each)]
     )
+
+
+def advice(config: Config, more: str) -> str:
+    """What may help where models are weak, or no effect is found."""
+    pretrained = "a pretrained model (--model microsoft/resnet-18), "
+    return f"{pretrained if config.model in SCRATCH_MODELS else ''}more images, or {more}"
 
 
 def in_mlflow(link: str) -> list[str]:

@@ -14,7 +14,7 @@ from attribution.cli import auto_settings
 from attribution.config import AUTO, FIELDS, Config, convert, default_of, resolve
 from attribution.data.dataset import ImageData, load_data
 from attribution.data.decisions import LEFT_OUT
-from attribution.data.listing import Listing, list_data
+from attribution.data.listing import Listing, folder_of, list_data
 from attribution.errors import InputError
 from attribution.models import given as given_checkpoints
 from attribution.runtime.device import resolve_device, resolve_precision
@@ -22,7 +22,7 @@ from attribution.runtime.progress import say
 from attribution.stages import STAGES, Stage
 from attribution.tracking.fingerprint import fingerprint
 from attribution.tracking.run_lifecycle import find_run
-from attribution.tracking.stage_runs import params_of, run_tags
+from attribution.tracking.stage_runs import newest_lineages, params_of, run_tags
 
 # What a replay may change: where and how it is executed. The number of threads decides last bits,
 # so that another number is another comparison.
@@ -43,7 +43,8 @@ def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
     Raises:
         InputError: a parameter contradicts a run built on, or the data cannot be read.
     """
-    inherited = _inherit_all(stage, given)
+    earlier, inherited = _of_earlier_run(stage, given), _inherit_all(stage, given)
+    given = earlier | {k: v for k, v in given.items() if not (k in earlier and v == "auto")}
     if given.get("checkpoints") or inherited.get("checkpoints"):
         given = given | given_checkpoints.implied(given, inherited)
     # "auto" cannot contradict the run built on.
@@ -56,6 +57,41 @@ def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
     _check_unchanged(config, data)
     _say_data(config, data)
     return config, data
+
+
+def _of_earlier_run(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of an earlier run that count as if they were typed.
+
+    A command that names no data takes those of the newest run, unless that is one of the digits. An
+    explanation of named data takes those of its newest scores that no other flag contradicts.
+    """
+    dataset = given.get("dataset")
+    origins = ("trak_run_id", "finetune_run_id", "replay", "checkpoints")
+    if any(map(given.get, origins)) or given.get("preset", "auto") != "auto":
+        return {}
+    if dataset == "digits" or dataset and stage.name != "explain":
+        return {}
+    wanted = next(iter(stage.upstream), "finetune")
+    for run_ids in newest_lineages():
+        name = wanted if wanted in run_ids else next(iter(run_ids))
+        found = _inherit(STAGES[name], run_ids[name], f"{name}_run_id")
+        if not dataset and found["dataset"] == "digits":
+            return {}
+        if name == wanted and (not dataset or _agree(found, given)):
+            say(
+                f"{stage.name}: takes dataset={found['dataset']} and the parameters of {name} run "
+                f"{run_ids[name]}" + ("" if dataset else "; --dataset digits takes the digits")
+            )
+            decisions = ("keep", "labels") if stage.name == "finetune" else ()
+            return {k: v for k, v in found.items() if k not in decisions}
+    return {}
+
+
+def _agree(found: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether the parameters of a run are of the data that a caller names, and contradict no other."""
+    own, named = (folder_of(each["dataset"]) or each["dataset"] for each in (found, given))
+    typed = {k: v for k, v in given.items() if k in found and k != "dataset" and v != "auto"}
+    return own == named and found.items() >= typed.items()
 
 
 def _inherit_all(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:

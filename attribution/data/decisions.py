@@ -10,6 +10,7 @@ import pandas as pd
 
 from attribution.config import Config, nearest
 from attribution.data.splits import SPLITS
+from attribution.data.tables import delimiter_of
 from attribution.errors import InputError
 
 LEFT_OUT = "left out"  # the split of examples that `keep` does not name
@@ -23,8 +24,8 @@ def read_decisions(shown: str, file: str) -> pd.DataFrame:
         shown: the parameter and its value, for messages.
 
     Returns:
-        Texts by column, and the number of each row's line in column `line`. Commas, semicolons or
-        tabs divide the columns. A file without a heading that names one of KEYS is a list.
+        Texts by column, and the number of each row's line in column `line`. Commas, semicolons,
+        tabs or bars divide the columns. A file without a heading that names one of KEYS is a list.
 
     Raises:
         InputError: the file cannot be read, or holds no rows.
@@ -32,7 +33,7 @@ def read_decisions(shown: str, file: str) -> pd.DataFrame:
     try:
         # utf-8-sig: spreadsheets start a saved table with a byte order mark.
         with Path(file).expanduser().open(encoding="utf-8-sig", newline="") as text:
-            delimiter = max(",;\t", key=text.readline().count)
+            delimiter = delimiter_of(text.readline())
             text.seek(0)
             lines = csv.reader(text, delimiter=delimiter)
             rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines]
@@ -72,7 +73,8 @@ def named_rows(table: pd.DataFrame, examples: pd.DataFrame, shown: str) -> np.nd
         name = next(first[key] for key in KEYS if key in table)
         raise InputError(
             f"{shown}: {len(unknown)} of its {len(table)} rows name no image of this data set, e.g. "
-            f"{name[:40]!r} in line {first['line']}; were they written for other data?"
+            f"{name[:40]!r} in line {first['line']}; were they written for other data (name it with "
+            "--dataset), or did a spreadsheet change the ids?"
         )
     return found
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pandas as pd
 
 from attribution.config import Config, nearest
 from attribution.data.folders import Files
-from attribution.data.sources import Source, some
+from attribution.data.sources import Source, as_file, map_cells, some
 from attribution.data.tables import LABEL_NAMES, choose_labels
 from attribution.errors import InputError, reason
 
@@ -61,6 +64,41 @@ def hub_folder(config: Config, files: Files) -> Source:
     prepared = str(Path(config.cache_dir) / "datasets")
     parts = _load(config, lambda: datasets.load_dataset(str(root), cache_dir=prepared))
     return _tabular(parts, config)
+
+
+def save(folder: Path, table: pd.DataFrame, source: Source, names: Sequence[str]) -> None:
+    """Save images as a DatasetDict of their splits, with the columns image, label and file_name.
+
+    Args:
+        table: split, label, filepath, example_id and row (in the source) of each image.
+        names: class names; position is the label.
+    """
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
+    features = datasets.Features({**kinds, "file_name": datasets.Value("string")})
+
+    def rows_of(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
+        files = map_cells(
+            source,
+            part["row"].to_numpy(),
+            lambda _, c: as_file(source, c),
+            "data: exporting images",
+        )
+        for held, label, path in zip(files, part["label"], part["filepath"]):
+            name = os.path.basename(path)
+            yield {
+                "image": {"bytes": held, "path": name or None},
+                "label": label,
+                "file_name": name,
+            }
+
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
+        parts = {}
+        for split, part in table.groupby("split", sort=False):
+            parts[split] = datasets.Dataset.from_generator(
+                partial(rows_of, part), features, cache, fingerprint=f"{split}", split=split
+            )
+        datasets.DatasetDict(parts).save_to_disk(str(folder))
 
 
 def _boxes(files: Files) -> list[str]:

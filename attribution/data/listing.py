@@ -95,7 +95,7 @@ def find_source(config: Config) -> Source:
     looks_like_path = text.startswith((".", "/", "~")) or "/" in text and root.parent.is_dir()
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
         raise InputError(f"dataset={text}: missing folder; name one that exists, or a Hub id")
-    return _hub_format().hub_data(config, text)
+    return hub_format().hub_data(config, text)
 
 
 def _in_folder(root: Path, config: Config) -> Source:
@@ -107,16 +107,16 @@ def _in_folder(root: Path, config: Config) -> Source:
     files = find_files(root, config)
     names = {table[-1] for table in files.tables}
     if ("dataset_dict.json",) in files.tables or "state.json" in names:
-        return _hub_format().saved_folder(config, root)
+        return hub_format().saved_folder(config, root)
     folders, table = class_folders(files, config), read_tables(files, config)
     if table is not None and (found := with_table(files, table, folders, config)):
         return found
     if folders is None:
-        return _hub_format().hub_folder(config, files)
+        return hub_format().hub_folder(config, files)
     return replace(folders, notes=(*folders.notes, *files.notes()))
 
 
-def _hub_format() -> ModuleType:
+def hub_format() -> ModuleType:
     """The reader of data sets in Hub format: to import it takes seconds, and image files do not need it."""
     from attribution.data import hub_format
 

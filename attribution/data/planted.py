@@ -28,10 +28,9 @@ def plant_noise(table: pd.DataFrame, names: list[str], config: Config) -> pd.Dat
     last = len(names) if config.noise_kind == "uniform" else 2
     label[flipped] += generator.integers(1, last, len(flipped))
     label %= len(names)
-    copy = table.groupby("digest").cumcount()
     return pd.DataFrame(
         {
-            "example_id": [f"{d[:16]}-{c}" if c else d[:16] for d, c in zip(table["digest"], copy)],
+            "example_id": example_ids(table),
             "file_name": table["file_name"],
             "split": table["split"],
             "label": label,
@@ -40,6 +39,12 @@ def plant_noise(table: pd.DataFrame, names: list[str], config: Config) -> pd.Dat
             "is_flipped": label != true_label,
         }
     )
+
+
+def example_ids(table: pd.DataFrame) -> list[str]:
+    """An id for each row of a listing, by its image's content; copies are numbered."""
+    copy = table.groupby("digest").cumcount()
+    return [f"{d[:16]}-{c}" if c else d[:16] for d, c in zip(table["digest"], copy)]
 
 
 def plant_patch(examples: pd.DataFrame, config: Config) -> pd.DataFrame:

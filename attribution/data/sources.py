@@ -138,6 +138,16 @@ def content(cell: dict[str, Any]) -> bytes:
         return b""
 
 
+def as_file(source: Source, cell: dict[str, Any]) -> bytes:
+    """A cell as the content of an image file: what Pillow does not open by itself becomes PNG."""
+    held = content(cell)
+    if source.open is open_image:
+        return held
+    stream = io.BytesIO()
+    source.open(io.BytesIO(held)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def digest(content: bytes) -> str:
     """The hash that stands for an image's content in ids, splits and cache keys."""
     return blake2b(content, digest_size=16).hexdigest()

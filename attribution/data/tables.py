@@ -212,11 +212,16 @@ def _any_table(file: str, options: dict[str, Any]) -> pd.DataFrame | None:
         return pd.DataFrame(held) if is_rows else None
     with open(file, encoding="utf-8-sig", errors="replace") as text:
         first = text.readline()
-    delimiter = max(",;\t|", key=first.count)
+    delimiter = delimiter_of(first)
     if first.count(delimiter) == 0 and file.endswith(".txt"):
         delimiter = " "
     shape = {"sep": delimiter, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
     return pd.read_csv(file, encoding="utf-8-sig", encoding_errors="replace", **shape, **options)
+
+
+def delimiter_of(heading: str) -> str:
+    """The mark between the columns of a text table, a comma where there is one column."""
+    return max(",;\t|", key=heading.count)
 
 
 def _parquet(file: str) -> pd.DataFrame | None:

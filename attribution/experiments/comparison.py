@@ -15,7 +15,7 @@ from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.experiments import arms
 from attribution.experiments.arms import Trial, trial_name
-from attribution.experiments.evidence import Evidence
+from attribution.experiments.evidence import Evidence, gather_evidence
 from attribution.experiments.metrics import class_metrics, headline, image_worth
 from attribution.experiments.statistics import (
     bootstrap_interval,
@@ -131,16 +131,34 @@ class Comparison:
         return arms.removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
 
     def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
+        """See Choice.kept."""
+        return Choice([each.trial for each in self.outcomes], self.train).kept(arm, frac)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What arms choose by scores, whether or not anything is retrained."""
+
+    trials: list[Trial]
+    train: pd.DataFrame
+
+    def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
         """The training examples that an arm keeps at a share; None if the arm takes no share.
 
         Shares that round to the same number of examples are one trial.
         """
-        trials = [each.trial for each in self.outcomes if each.trial.arm == arm]
-        for trial in trials:
+        for trial in self.trials:
             is_asked_for = frac is None or trial.size == round(frac * len(self.train))
-            if trial.action == "remove" and is_asked_for:
+            if trial.arm == arm and trial.action == "remove" and is_asked_for:
                 return arms.kept_table(trial, self.train)
         raise InputError(f"export_arm={arm}: this comparison removes nothing by it at frac={frac}")
+
+
+def choose(config: Config, data: ImageData, scores: Scores) -> Choice:
+    """What the arm to export removes; it chooses the same examples under every seed."""
+    evidence = gather_evidence(config, data, scores)
+    names = [config.export_arm]
+    return Choice(arms.plan_trials(names, config.fracs, evidence, seeds=[0]), scores.train)
 
 
 def check(config: Config, data: ImageData) -> None:

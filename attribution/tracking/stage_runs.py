@@ -33,6 +33,7 @@ from attribution.tracking.run_lifecycle import current_run, find_run
 
 NOTE = "mlflow.note.content"  # the tag with the markdown at the top of a run's page
 ENVIRONMENT = "environment.json"  # what a run was made with, beside its parameters
+MOST_RUNS = 100  # that are looked at for parameters to take over
 LONG_PARAMS = "parameters.json"  # the parameters that are too long for MLflow
 
 
@@ -76,6 +77,19 @@ def newest(stage: str, tags: dict[str, str]) -> str | None:
     return next((run.info.run_id for run in runs if "fingerprint" in run.data.tags), None)
 
 
+def newest_lineages() -> Iterator[dict[str, str]]:
+    """The lineages of the newest FINISHED runs of the active experiment, one after the other."""
+    for run in mlflow.MlflowClient().search_runs(
+        [current_run().experiment_id],
+        "attributes.status = 'FINISHED' and tags.stage != 'ablation_arm'",
+        order_by=["attributes.start_time DESC"],
+        max_results=MOST_RUNS,
+    ):
+        found = lineage(run.data.tags.get("reused_run_id", run.info.run_id))
+        if found:
+            yield found
+
+
 def _finished(stage: str, tags: dict[str, str]) -> list[Any]:
     terms = [f"tags.{name} = '{value}'" for name, value in {"stage": stage, **tags}.items()]
     return mlflow.MlflowClient().search_runs(
@@ -111,7 +125,7 @@ def experiment_of(run_id: str) -> str:
 def lineage(run_id: str | None) -> dict[str, str]:
     """The ids of a run and of the runs that it was built on, by stage, as far as they are there."""
     found = {}
-    while run_id and (run := find_run(run_id)):
+    while run_id and (run := find_run(run_id)) and run.data.tags["stage"] in STAGES:
         tags = run.data.tags
         found[tags["stage"]] = run_id
         upstream = STAGES[tags["stage"]].upstream[:1]

@@ -309,7 +309,16 @@ def exported(new_place, tmp_path_factory) -> tuple[Place, Path, Any]:
     """A place, a folder, and the ablation that exported an arm to it at two of three fracs' sizes."""
     place, folder = new_place("exported"), tmp_path_factory.mktemp("saved") / "cleaned"
     given = {"label_noise": 0.2, "arms": "harmful,negative,loss", "frac": "0.1,0.09,0.2"}
-    return place, folder, place.done("ablation", **given, export_arm="harmful", output=folder)
+    # The scores alone are enough for the lists.
+    early = place.done("ablation", **given, export_arm="harmful", output=folder.parent / "early")
+    assert early.made() == {"trak", "finetune"}
+    done = place.done("ablation", **given)
+    place.done("ablation", **given, export_arm="harmful", output=folder)
+    assert early.run_id == done.tags["trak_run_id"]
+    for file in folder.glob("*.csv"):
+        assert (folder.parent / "early" / file.name).read_bytes() == file.read_bytes()
+        assert f"--keep {folder.parent / 'early' / file.name}" in early.err
+    return place, folder, done
 
 
 def removed_by(place: Place, result: Any, arm: str) -> dict[int, set[str]]:
@@ -337,7 +346,6 @@ def test_a_file_for_every_frac_holds_train_without_what_was_removed(exported) ->
         assert list(table) == ["example_id", "label_name", "file_name"]
         for column in table:
             assert table[column].tolist() == left[column].tolist()
-        assert f"--keep {folder / name}" in result.err
 
 
 @pytest.mark.slow

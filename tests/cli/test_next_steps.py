@@ -10,6 +10,7 @@ import pytest
 from attribution.cli import next_steps
 from attribution.cli.flags import parse
 from attribution.config import resolve
+from scripts import trak
 
 SERVER = "https://me:s3cret@host"
 POSTGRES = "postgresql://me:s3cret@host/db"
@@ -39,6 +40,19 @@ def test_a_command_on_no_run_gives_the_data_and_settings_again() -> None:
     assert resolve(flags_of(line)) == resolve(
         {"dataset": "it's here", "epochs": 2, "keep": "new file.csv"}
     )
+
+
+@pytest.mark.parametrize(
+    "given", [{"batch_size": 64, "epochs": 15}, {"split_by": "(p\\d+)_"}], ids=str
+)
+def test_corrections_are_trained_on_with_all_settings_of_the_scores(given) -> None:
+    """Also those that equal the preset's: the same command may choose others by the data."""
+    config = resolve({"dataset": "own images", "num_models": 7, "proj_dim": 32, **given})
+    flags = flags_of(trak._correct(config))
+    assert flags.items() >= {"batch_size": 64, "image_size": 64, "subset_fraction": 1.0}.items()
+    files = {"keep": "keep.csv", "labels": "labels.csv", "export": "corrected"}
+    expected = {"dataset": "own images", **given, **files, "num_models": 3, "subset_fraction": 1.0}
+    assert resolve(flags) == resolve(expected)
 
 
 @pytest.mark.parametrize("uri", [SERVER, POSTGRES])

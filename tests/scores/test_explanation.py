@@ -566,3 +566,15 @@ def test_votes_are_those_of_the_checkpoints_and_doubt_is_relative_to_validation_
 
 def test_right_and_wrong_predictions_are_told_apart() -> None:
     assert not made_up().is_right and made_up(predicted="bright").is_right
+
+
+@pytest.mark.slow
+def test_a_command_that_names_no_data_takes_the_scores_that_are_there(place, tmp_path) -> None:
+    nothing = {"dataset": None, **dict.fromkeys(place.small), "jobs": 1}
+    done = place.done("explain", **nothing, target="2")
+    trak = place.runs("trak")[0].info.run_id
+    assert done.made() == {"explain"} and done.tags["trak_run_id"] == trak
+    assert f"takes dataset={place.dataset} and the parameters of trak run {trak}" in done.err
+    (tmp_path / "keep.txt").write_text("nobody\n")
+    asked = place.run("finetune", **nothing, keep=tmp_path / "keep.txt")
+    assert "name no image of this data set" in asked.errors[0] and "--dataset" in asked.errors[0]

@@ -1,0 +1,90 @@
+"""Parameters that a command without data takes from the newest run, and an explanation from the newest scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from attribution.cli import settings
+from attribution.config import resolve
+from attribution.stages import STAGES
+
+
+@pytest.fixture
+def take(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """What a stage takes from runs, each given by its stage and its parameters, the newest first."""
+
+    def run(stage: str, given: dict[str, Any], *runs: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+        config = {str(i): resolve(own) for i, (_, own) in enumerate(runs)}
+        lineages = [
+            {"finetune": f"{i}"} if name == "finetune" else {"trak": f"{i}", "finetune": f"{i}"}
+            for i, (name, _) in enumerate(runs)
+        ]
+
+        def inherit(stage: Any, run_id: str, parameter: str) -> dict[str, Any]:
+            return config[run_id].group(*stage.all_groups)
+
+        monkeypatch.setattr(settings, "newest_lineages", lambda: iter(lineages))
+        monkeypatch.setattr(settings, "_inherit", inherit)
+        return settings._of_earlier_run(STAGES[stage], given)
+
+    return run
+
+
+OWN = {"dataset": "own/images", "num_models": 4, "epochs": 7}
+
+
+@pytest.mark.parametrize("stage", ["explain", "evaluate", "ablation"])
+def test_a_command_without_data_takes_the_newest_scores(take, stage) -> None:
+    corrected = OWN | {"keep": "k.csv", "num_models": 1}
+    found = take(stage, {}, ("finetune", corrected), ("trak", OWN), ("trak", {}))
+    assert resolve(found) == resolve(OWN)
+
+
+def test_the_digits_stay_the_default_where_they_came_last(take) -> None:
+    for stage in STAGES:
+        assert take(stage, {}, ("trak", {"dataset": "digits"}), ("trak", OWN)) == {}
+        assert take(stage, {}) == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"dataset": "digits"}, {"preset": "food101"}, {"trak_run_id": "x"}, {"replay": "x"}],
+    ids=str,
+)
+def test_whoever_names_data_or_a_run_gets_nothing_else(take, given) -> None:
+    assert take("explain", given, ("trak", OWN)) == {}
+    assert take("ablation", {"dataset": "own/images"}, ("trak", OWN)) == {}
+
+
+def test_an_explanation_takes_the_newest_scores_of_its_data_that_no_flag_contradicts(
+    take, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    runs = [
+        ("trak", {"dataset": "other"}),
+        ("trak", {"dataset": "images", "num_models": 5}),
+        ("trak", {"dataset": "images", "num_models": 4}),
+    ]
+
+    def models(**given: Any) -> int | None:
+        return take("explain", given, *runs).get("num_models")
+
+    for name in ("images", "images/", str(tmp_path / "images")):
+        assert models(dataset=name) == 5
+    assert models(dataset="images", num_models=4, precision="auto") == 4
+    assert models(dataset="images", errors=3) == 5
+    assert models(dataset="images", num_models=3) is None
+    assert models(dataset="elsewhere") is None
+    assert "takes dataset=images and the parameters of trak run 1\n" in capsys.readouterr().err
+
+
+def test_finetune_takes_no_corrections_from_another_run(take, capsys) -> None:
+    runs = ("finetune", OWN | {"keep": "old.csv", "labels": "old.csv"})
+    found = take("finetune", {"keep": "new.csv"}, runs)
+    assert resolve(found | {"keep": "new.csv"}) == resolve(OWN | {"keep": "new.csv"})
+    assert "; --dataset digits takes the digits" in capsys.readouterr().err
+    assert take("trak", {}, runs)["keep"] == "old.csv"  # its checkpoints are of these images
