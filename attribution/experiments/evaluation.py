@@ -29,7 +29,6 @@ from attribution.experiments.statistics import (
     percentile_interval,
     predicted_margins,
     resampled,
-    slope,
     spearman,
 )
 from attribution.experiments.subset_bank import Bank, build_bank
@@ -38,6 +37,7 @@ from attribution.models.retrain import Series, retrained_logits
 from attribution.runtime.hashing import derive_seed
 
 DRAWS = 500  # of the bootstrap over subsets and targets
+from attribution.scores.calibration import slope
 
 
 @dataclass(frozen=True)

@@ -267,15 +267,6 @@ def percentile_interval(drawn: Sequence) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def slope(predicted: np.ndarray, actual: np.ndarray) -> float:
-    """Slope of actual on predicted margins (S, m), each minus its mean over subsets, pooled.
-
-    1 is calibrated; below 1, predicted changes are too large.
-    """
-    x, y = (values - values.mean(axis=0) for values in (predicted, actual))
-    return float((x * y).sum() / np.square(x).sum())
-
-
 def noise_ceiling(margins: np.ndarray) -> np.ndarray:
     """The LDS of a perfect method that knows each subset's expected margin, (m,), at least 0.
 

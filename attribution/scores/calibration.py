@@ -47,8 +47,8 @@ def calibrate(predicted: np.ndarray, measured: np.ndarray) -> Calibration | None
     count = len(predicted)
     if count < FEWEST or np.allclose(predicted, predicted[0]):
         return None
-    scale = _slope(predicted, measured)
-    without = [_slope(*(np.delete(x, m, 0) for x in (predicted, measured))) for m in range(count)]
+    scale = slope(predicted, measured)
+    without = [slope(*(np.delete(x, m, 0) for x in (predicted, measured))) for m in range(count)]
     error = np.sqrt((count - 1) * np.var(without))
     reach = float(stats.t.ppf(0.975, count - 1) * error)
     if not scale - reach > 0:
@@ -56,7 +56,11 @@ def calibrate(predicted: np.ndarray, measured: np.ndarray) -> Calibration | None
     return Calibration(scale, scale - reach, scale + reach, count)
 
 
-def _slope(predicted: np.ndarray, measured: np.ndarray) -> float:
+def slope(predicted: np.ndarray, measured: np.ndarray) -> float:
+    """Slope of measured on predicted margins (S, n_targets), each less its mean over models, pooled.
+
+    1 is calibrated; below 1, predicted changes are too large.
+    """
     x, y = predicted - predicted.mean(0), measured - measured.mean(0)
     return float((x * y).sum() / np.square(x).sum())
 

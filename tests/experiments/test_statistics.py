@@ -26,7 +26,6 @@ from attribution.experiments.statistics import (
     predicted_margins,
     resampled,
     seeds_needed,
-    slope,
 )
 
 
@@ -384,14 +383,6 @@ def test_detection_is_scikit_learns_and_a_count() -> None:
     first = sorted(range(200), key=lambda i: values[i])[:40]
     assert found["recall_20pct"] == sum(flipped[i] for i in first) / flipped.sum()
     assert found["auroc_ci_low"] < found["auroc"] < found["auroc_ci_high"]
-
-
-def test_the_slope_is_that_of_a_regression_of_what_is_left_of_each_target() -> None:
-    rng = np.random.default_rng(2)
-    x, y = rng.normal(3, 1, (20, 4)), rng.normal(-1, 2, (20, 4))
-    centred = [(values - values.mean(axis=0)).ravel() for values in (x, y)]
-    assert slope(x, y) == pytest.approx(stats.linregress(*centred).slope)
-    assert slope(x, 0.3 * x + np.arange(4)) == pytest.approx(0.3)
 
 
 def test_predicted_margins_do_not_depend_on_the_size_of_a_block(monkeypatch) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.linear_model import LinearRegression
 
-from attribution.scores.calibration import MARGIN, NO_UNIT, calibrate, describe
+from attribution.scores.calibration import MARGIN, NO_UNIT, calibrate, describe, slope
 
 
 def margins(seed: int, count: int = 10, targets: int = 30, noise: float = 1.0, slope: float = 4.0):
@@ -55,3 +56,11 @@ def test_no_unit_is_claimed_where_checkpoints_do_not_tell_it(case: str) -> None:
         measured = np.random.default_rng(3).normal(size=measured.shape)
     assert calibrate(predicted, measured) is None
     assert describe(None) == {"unit": NO_UNIT, "calibration": None}
+
+
+def test_the_slope_is_that_of_a_regression_of_what_is_left_of_each_target() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(3, 1, (20, 4)), rng.normal(-1, 2, (20, 4))
+    centred = [(values - values.mean(axis=0)).ravel() for values in (x, y)]
+    assert slope(x, y) == pytest.approx(stats.linregress(*centred).slope)
+    assert slope(x, 0.3 * x + np.arange(4)) == pytest.approx(0.3)
