@@ -35,9 +35,9 @@ from attribution.experiments.subset_bank import Bank, build_bank
 from attribution.models.predict import margins
 from attribution.models.retrain import Series, retrained_logits
 from attribution.runtime.hashing import derive_seed
+from attribution.scores.calibration import slope
 
 DRAWS = 500  # of the bootstrap over subsets and targets
-from attribution.scores.calibration import slope
 
 
 @dataclass(frozen=True)
