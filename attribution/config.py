@@ -18,6 +18,8 @@ FOOD_CLASSES = (
     "pizza,pork_chop,spaghetti_bolognese,spaghetti_carbonara,steak"
 )
 
+UNITS = {"s": 1, "min": 60, "m": 60, "": 60, "h": 3600}  # of time_budget
+
 SCRATCH_MODELS = ("resnet-mini",)  # trained from random weights
 
 # With preset images a command chooses these from the data and the model
@@ -140,6 +142,7 @@ class Config:
     export_format: str = option("corrected data", "folder: class folders in train, validation and test; hf: a data set for load_from_disk; csv: a table of the images' paths, labels and label issues, which the others hold too", "folder", choices=("folder", "hf", "csv"))
     output: str = option("output", "folder to save the report or the explanations in; exported arms go to cleaned if it is empty", "")
     overwrite: str = option("files", "whether existing files, or an earlier export, may be replaced; the flag alone means yes", "no", choices=("no", "yes"))
+    time_budget: str = option("execution", "longest time for the command, such as 90s, 10min or 2h (a plain number is minutes): it lowers num_models and num_seeds, where they are left open, until the plan fits", "")
     keep_checkpoints: str = option("execution", "checkpoints to keep in MLflow once the command has ended: all, the best on validation, or none. Applies to checkpoints that this command has made", "all", choices=("all", "best", "none"))
     device: str = option("execution", "auto, cpu, or cuda", "auto")
     cuda_graphs: str = option("execution", "on a GPU, keep the training images in its memory and replay training steps as CUDA graphs; the first replay is compared with a plain step", "on", choices=("on", "off"))
@@ -178,6 +181,17 @@ class Config:
     def has_no_start(self) -> bool:
         """Whether the only models known are already trained on the data."""
         return self.model in self.given_folders
+
+    @property
+    def budget_seconds(self) -> float:
+        """`time_budget` in seconds, infinite without one."""
+        if not self.time_budget:
+            return math.inf
+        found = re.fullmatch(r"(\d+\.?\d*) *(s|min|m|h|)", self.time_budget.strip().lower())
+        seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+        if not seconds:
+            raise InputError(f"time_budget={self.time_budget}: not a time such as 90s, 10min or 2h")
+        return seconds
 
     @property
     def wanted_classes(self) -> list[str]:
@@ -272,7 +286,7 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
             f"val_fraction={config.val_fraction}: leaves nothing to train on with test_fraction="
             f"{config.test_fraction}; their sum must be below 1"
         )
-    _ = config.target_numbers
+    _ = config.target_numbers, config.budget_seconds
     return config
 
 

@@ -23,7 +23,7 @@ from attribution.errors import InputError, StoreFailure
 from attribution.models.checkpoints import checkpoint_name
 from attribution.runtime.cache_folder import alone, discard
 from attribution.runtime.parallel import end_workers
-from attribution.runtime.progress import say
+from attribution.runtime.progress import follow, say
 from attribution.stages import STAGES, Stage
 from attribution.tracking import stage_runs
 from attribution.tracking.artifacts import address, delete_models
@@ -114,6 +114,7 @@ class Command:
         seconds = plan.seconds_of(estimates, self.config, self.data.class_names)
         for line in plan.describe(estimates, reused, seconds, self.config):
             say(line)
+        follow(plan.pace(estimates, seconds, self.config))
 
     def _reuse(self, name: str, run_id: str) -> Upstream:
         say(f"{name}: reusing run {run_id}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from attribution.config import Config
@@ -14,6 +16,7 @@ from attribution.errors import InputError
 from attribution.models.model_facts import forward_flops
 from attribution.models.train import seconds_per_example, stacking_pays
 from attribution.runtime.device import resolve_device
+from attribution.runtime.pace import Pace, duration
 from attribution.runtime.parallel import resolve_jobs
 from attribution.stages import STAGES
 from attribution.tracking.artifacts import local_root
@@ -76,10 +79,10 @@ def seconds_of(
     if config.backend == "ray" or not images:
         return {}
     device = resolve_device(config.device).type
-    flops = forward_flops(config.model, config.image_size)
-    if not flops:  # the model refuses the image size, which is reported in a moment
+    # How many models there are does not matter, so that one measurement serves every number of them.
+    step = _step_seconds(dataclasses.replace(config, num_models=1, num_seeds=2), class_names)
+    if not step:  # the model refuses the image size, which is reported in a moment
         return {}
-    step = OVERHEAD * seconds_per_example(config, class_names, flops)
     found = {}
     for stage, estimate in estimates.items():
         gain = TRAINING_GAIN[device]
@@ -89,6 +92,25 @@ def seconds_of(
         jobs = resolve_jobs(config.jobs, device, estimate.tasks)
         found[stage] = images * step / jobs + (START_UP if images else 0.0)
     return found
+
+
+@cache
+def _step_seconds(config: Config, class_names: tuple[str, ...]) -> float:
+    """Seconds of a training step for each image; 0 where the model refuses the image size."""
+    flops = forward_flops(config.model, config.image_size)
+    return OVERHEAD * seconds_per_example(config, class_names, flops) if flops else 0.0
+
+
+def pace(estimates: Mapping[str, Estimate], seconds: Mapping[str, float], config: Config) -> Pace:
+    """The plan as the progress bars compare it with what happens."""
+    device = resolve_device(config.device).type
+    stages = [stage for stage in STAGES if seconds.get(stage)]
+    return Pace(
+        {stage: seconds[stage] for stage in stages},
+        {s: estimates[s].tasks if estimates[s].trained else estimates[s].gradients for s in stages},
+        {stage: resolve_jobs(config.jobs, device, estimates[stage].tasks) for stage in stages},
+        START_UP,
+    )
 
 
 def describe(
@@ -155,16 +177,6 @@ def check_disk(estimates: Mapping[str, Estimate], config: Config, artifact_uri: 
                 f"but only {bytes_text(free)} are free; make room, name a cache_dir on another "
                 "disk, lower proj_dim, num_blocks or num_models, or use keep_features=no"
             )
-
-
-def duration(seconds: float) -> str:
-    """'40 s', '3 min' or '2 h 10 min', rounded as an estimate should be."""
-    if seconds < 90:
-        return f"{max(10, 10 * round(seconds / 10))} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {10 * round(minutes % 60 / 10):.0f} min"
 
 
 def bytes_text(size: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlflow
 
-from attribution.cli import auto_settings
+from attribution.cli import auto_settings, time_budget
 from attribution.config import AUTO, FIELDS, Config, convert, default_of, resolve
 from attribution.data.dataset import ImageData, load_data
 from attribution.data.decisions import LEFT_OUT
@@ -56,6 +56,8 @@ def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
     data = load_data(config, listing)
     _check_unchanged(config, data)
     _say_data(config, data)
+    if config.time_budget and not config.replay:
+        config = time_budget.fit(stage, config, data, asked.keys() | inherited.keys())
     return config, data
 
 

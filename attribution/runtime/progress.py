@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -12,10 +13,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from attribution.errors import redact
+from attribution.runtime.pace import Pace, duration
 
 LONG_SECONDS = 10.0  # a task that takes longer says how far it is
 LINE_SECONDS = 60.0  # between the lines that replace the bar where there is no terminal
 TICK_SECONDS = 1.0
+
+
+_pace = Pace()
+
+
+def follow(pace: Pace) -> None:
+    """Compare the progress of this command with its plan."""
+    global _pace
+    _pace = pace
 
 
 @contextmanager
@@ -32,22 +43,31 @@ def progress(
     """
     shown = {"file": sys.stderr, "disable": None, "leave": False}  # None: on a terminal only
     with tqdm(desc=name, total=total, initial=done, **shown) as bar:
-        count, ended = done, threading.Event()
+        count, largest, ended = done, 0, threading.Event()
 
         def advance(by: int = 1) -> None:
-            nonlocal count
-            count += by
+            nonlocal count, largest
+            count, largest = count + by, max(largest, by)
             bar.update(by)
 
         def tick() -> None:  # tasks may take minutes: the clock shows that they run
-            told = time.monotonic()
+            start = told = time.monotonic()
+            compared = 0.0
             while not ended.wait(TICK_SECONDS):
-                words = _read(notes)
+                words, elapsed = _read(notes), time.monotonic() - start
+                epochs = [(int(a), int(b)) for a, b in re.findall(r"epoch (\d+)/(\d+)", words)]
+                made = count - done + sum(a / b for a, b in epochs)
+                left = total - done - made
+                if made > compared:  # something has just ended
+                    compared, unit = made, 1 / epochs[0][1] if epochs else largest
+                    if line := _pace.correct(name, made, unit, left, elapsed):
+                        tqdm.write(redact(line), file=sys.stderr)
                 if not bar.disable:
                     bar.set_postfix_str(words)
                 elif time.monotonic() - told > LINE_SECONDS:
                     told = time.monotonic()
-                    say(f"{name} {count}/{total}{words and ', '}{words}")
+                    about = f", about {duration(elapsed / made * left)} left" if made else ""
+                    say(f"{name} {count}/{total}{about}{words and ', '}{words}")
 
         threading.Thread(target=tick, daemon=True).start()
         try:

@@ -152,13 +152,13 @@ def _make_missing(
     tasks = [(shard, checkpoints[shard.model_id]) for shard in missing]
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
     names = [str(shard) for shard in missing]
-    done = len(folders) - len(missing)
-    with progress("trak: shards featurised", len(folders), done) as advance:
+    total, left = (sum(len(shard.rows) for shard in shards) for shards in (folders, missing))
+    with progress("trak: examples featurised", total, total - left) as advance:
         for index, files in parallel_map(
             _featurize, tasks, jobs, (config, data), config, names, _smaller_batch
         ):
             write_folder(folders[missing[index]], files)
-            advance()
+            advance(len(missing[index].rows))
 
 
 def feature_batch_size(image_size: int, device_type: str) -> int:

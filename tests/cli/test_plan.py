@@ -15,7 +15,7 @@ from toy import toy_config, toy_data
 
 from attribution.cli import plan
 from attribution.cli.flags import parse
-from attribution.cli.plan import Estimate, bytes_text, check_disk, describe, duration, seconds_of
+from attribution.cli.plan import Estimate, bytes_text, check_disk, describe, seconds_of
 from attribution.config import resolve
 from attribution.data.dataset import load_data
 from attribution.errors import InputError
@@ -31,21 +31,6 @@ Usage = namedtuple("Usage", "total used free")
 
 def size(folder: Path, pattern: str = "*") -> int:
     return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0.2, "10 s"),
-        (44, "40 s"),
-        (89, "90 s"),
-        (100, "2 min"),
-        (3600, "60 min"),
-        (8000, "2 h 10 min"),
-    ],
-)
-def test_durations_are_rounded_as_an_estimate_should_be(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_sizes_are_told_as_people_do() -> None:
@@ -67,6 +52,7 @@ def test_lines_add_up_and_leave_out_what_is_not_known() -> None:
 
 def test_seconds_are_shared_by_as_many_workers_as_there_are_tasks(monkeypatch) -> None:
     monkeypatch.setattr(plan, "seconds_per_example", lambda *given: 0.01)
+    plan._step_seconds.cache_clear()
 
     def seconds(jobs: int, tasks: int, **given: Any) -> float:
         estimate = Estimate("", trained=1000, tasks=tasks)

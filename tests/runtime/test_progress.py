@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from attribution.runtime import pace
 from attribution.runtime import progress as module
+from attribution.runtime.pace import Pace
 from attribution.runtime.progress import noting, progress
 
 
@@ -58,12 +60,25 @@ def test_a_log_has_a_line_a_minute_and_no_bar(heard, tmp_path, monkeypatch) -> N
     start = time.monotonic()
     with progress("trak: shards", 4) as advance:
         advance()
-        wait_for("trak: shards 1/4\n", heard)
+        wait_for("trak: shards 1/4, about 10 s left\n", heard)
         advance()
-        wait_for("trak: shards 2/4\n", heard)
+        wait_for("trak: shards 2/4, about 10 s left\n", heard)
     lines = heard.getvalue().splitlines()
     assert len(lines) <= (time.monotonic() - start) / module.LINE_SECONDS
-    assert set(lines) <= {"trak: shards 1/4", "trak: shards 2/4"}
+    assert set(lines) <= {f"trak: shards {done}/4, about 10 s left" for done in (1, 2)}
+
+
+def test_a_bar_whose_tasks_take_longer_than_planned_says_so_once(heard, monkeypatch) -> None:
+    monkeypatch.setattr(pace, "FIRST_SECONDS", 0.05)
+    module.follow(Pace({"ablation": 1.0, "evaluate": 5.0}, {"ablation": 10}, {"ablation": 1}))
+    with progress("ablation: retrainings", 10) as advance:
+        for _ in range(5):
+            time.sleep(0.3)
+            advance()
+        wait_for("planned", heard)
+    said = [line for line in heard.getvalue().replace("\r", "\n").split("\n") if "planned" in line]
+    assert len(said) == 1 and said[0].strip().startswith("ablation: takes ")
+    module.follow(Pace())
 
 
 def test_a_note_without_its_folder_is_not_made(heard, tmp_path: Path) -> None:
