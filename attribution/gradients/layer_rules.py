@@ -38,7 +38,7 @@ class Call:
 
     @property
     def has_matrix(self) -> bool:
-        return not isinstance(self.module, NORMS)
+        return "weight" in self.names and not isinstance(self.module, NORMS)
 
     @property
     def groups(self) -> int:

@@ -48,7 +48,7 @@ class Captured:
         margins: (B,).
         probability: of the label, (B,).
         calls: of covered modules, in order, and parameters without a rule.
-        shapes: of all parameters by name, as in named_parameters().
+        shapes: of trained_parameters(model) by name.
     """
 
     logits: Tensor
@@ -94,8 +94,8 @@ def capture(
     """Record one forward and one backward pass of the summed margins; images (B, ...), labels (B,).
 
     The model is called as model(images) and may return logits (B, C) or an object with `.logits`.
-    All parameters count, whatever their requires_grad. A parameter without a rule takes B times its
-    own memory, and the model runs under vmap unless `copies` says otherwise.
+    The parameters of trained_parameters count. One without a rule takes B times its own memory, and
+    the model runs under vmap unless `copies` says otherwise.
 
     Args:
         receive: is given each call as soon as the backward pass has reached it, last layer first.
@@ -108,6 +108,7 @@ def capture(
             without a rule in a model that vmap cannot run, a covered module that did not run, an
             activation that was overwritten.
     """
+    shapes = {name: p.shape for name, p in trained_parameters(model).items()}
     layers, strays = layers_of(model)
     copies = copies or {}
     under_vmap = copies.keys() != strays.keys()
@@ -158,7 +159,6 @@ def capture(
     if not f.isfinite().all():
         sample = int((~f.isfinite()).nonzero()[0])
         raise GradientError(f"the margin of sample {sample} is not finite")
-    shapes = {name: p.shape for name, p in model.named_parameters()}
     return Captured(logits.detach(), f, f.sigmoid(), used[::-1], shapes)
 
 
@@ -244,14 +244,20 @@ class _OutOfVmap(torch.autograd.Function):
         return record((x.flatten(0, 1),), output.flatten(0, 1)).unsqueeze(1), 0
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients, by name, or all of them where none does."""
+    named = dict(model.named_parameters())
+    return {name: p for name, p in named.items() if p.requires_grad} or named
+
+
 def layers_of(model: nn.Module) -> tuple[dict[nn.Module, dict[str, str]], dict[str, Tensor]]:
-    """Find the modules with a rule and the parameters without one.
+    """Find the modules with a rule and the parameters without one, among those that are trained.
 
     Returns:
         For each module, the names in the model of its "weight" and "bias"; and the parameters of all
         other modules by name. Tied weights share a name.
     """
-    names: dict[nn.Parameter, str] = {p: name for name, p in model.named_parameters()}
+    names = {p: name for name, p in trained_parameters(model).items()}
     layers: dict[nn.Module, dict[str, str]] = {}
     strays: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -259,7 +265,7 @@ def layers_of(model: nn.Module) -> tuple[dict[nn.Module, dict[str, str]], dict[s
             raise GradientError(f"{path or 'the model'} is in train mode; call model.eval() first")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise GradientError(f"{path}: without running statistics the samples of a batch mix")
-        own = {kind: p for kind, p in module._parameters.items() if p is not None}
+        own = {kind: p for kind, p in module._parameters.items() if p in names}
         if own and _has_rule(module):
             layers[module] = {kind: names[p] for kind, p in own.items()}
         else:
@@ -366,10 +372,11 @@ def check(model: nn.Module, images: Tensor) -> None:
     """
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     together = capture(model, images, labels).per_sample()
+    trained = list(trained_parameters(model).values())
     with _requiring_grad(model, True), torch.enable_grad():
         output = model(images)
         total = margins(getattr(output, "logits", output), labels).sum()
-        whole = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True)
+        whole = torch.autograd.grad(total, trained, materialize_grads=True)
     least = 1e-5 * max(float(expected.abs().max()) for expected in whole)
     for (name, found), expected in zip(together.items(), whole, strict=True):
         if not _is_close(found.sum(0), expected, 1e-3, least):

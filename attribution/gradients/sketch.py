@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from attribution.gradients.errors import GradientError
 from attribution.gradients.layer_rules import Call, Stray, steps
-from attribution.gradients.per_sample import Captured, capture, copy_shapes
+from attribution.gradients.per_sample import (
+    Captured,
+    capture,
+    copy_shapes,
+    trained_parameters,
+)
 
 # Floats of a CPU core's buffers for Fourier transforms, which should stay in its own cache.
 WAVE_SCRATCH = 2**19
@@ -43,7 +48,7 @@ def dealt(shapes: Mapping[str, Sequence[int]], num_blocks: int) -> dict[str, int
     """The block of each parameter: matrices are dealt in order, vectors go with the matrix before them.
 
     Args:
-        shapes: of a model's parameters by name, in the order of named_parameters().
+        shapes: of a model's trained parameters by name, in the order of named_parameters().
         num_blocks: the largest number of blocks; there are no more of them than matrices.
     """
     # A class token is a vector, whatever the number of its dimensions.
@@ -119,7 +124,7 @@ class Sketch:
         Layers are sketched during the backward pass, so that a layer's gradients are released
         before the next are formed, and activations take no more memory than in a training step.
         """
-        shapes = {name: p.shape for name, p in model.named_parameters()}
+        shapes = {name: p.shape for name, p in trained_parameters(model).items()}
         sums = self._start(len(images), next(model.parameters()), shapes)
         copies, call_type = self._copies_of(model, images), self._call_type(model, images, labels)
         captured = capture(
@@ -137,7 +142,7 @@ class Sketch:
     def _copies_of(self, model: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]] | None:
         """copy_shapes, found once for a model, its parameters' shapes and the images' shape and type."""
         known = self._copies.setdefault(model, {})
-        parameters = tuple((name, p.shape) for name, p in model.named_parameters())
+        parameters = tuple((name, p.shape) for name, p in trained_parameters(model).items())
         key = images.shape[1:], images.dtype, images.device, parameters
         if key not in known:
             known[key] = copy_shapes(model, images)

@@ -21,6 +21,9 @@ from small_models import (
     assert_exact,
     assert_features_are_the_projected_gradients,
     batch,
+    by_autograd,
+    explicit,
+    flat,
     images_of,
     randomise,
     small_resnet,
@@ -89,7 +92,7 @@ def test_capture_reports_and_leaves_no_trace():
     assert images.grad is None and all(q.grad is None for q in model.parameters())
     assert [q.requires_grad for q in model.parameters()].count(False) == 1
     assert not any(m._forward_hooks for m in model.modules())
-    assert "classifier.1.bias" in captured.per_sample()  # frozen parameters count too
+    assert "classifier.1.bias" not in captured.per_sample()  # it is not trained
 
 
 def test_capture_works_under_no_grad():
@@ -117,12 +120,46 @@ def test_sums_are_those_of_autograd(body):
     check(Image(body()), batch()[0])
 
 
-def test_sums_of_frozen_parameters_count_and_they_stay_frozen():
+def test_frozen_parameters_stay_frozen_in_the_comparison_with_autograd():
     model = small_resnet()
-    model.classifier.requires_grad_(False)
+    model.resnet.requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
     check(model, batch(2, (3, 20, 20))[0])
     assert [p.requires_grad for p in model.parameters()] == before and not all(before)
+
+
+TRAINED = {
+    "head": ("classifier.",),
+    "last": ("resnet.encoder.stages.1.", "classifier."),
+    "biases": ("bias",),
+    "weights of norms": ("normalization.weight",),
+}
+
+
+@pytest.mark.parametrize("which", TRAINED)
+def test_gradients_of_what_is_trained_equal_autograd_restricted_to_it(which):
+    model, (images, labels) = small_resnet(), batch(3, (3, 20, 20))
+    images, labels = images[[0, 0, 1, 1, 2, 2]], labels[[0, 0, 1, 1, 2, 2]]
+    truth = by_autograd(model, images, labels)
+    sketch = Sketch(64, dtype=torch.float64)
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(part in name for part in TRAINED[which]))
+    captured = capture(model, images, labels)
+    found = captured.per_sample()
+    assert list(found) == [n for n, p in model.named_parameters() if p.requires_grad]
+    assert 0 < len(found) < len(truth)
+    for name, value in found.items():
+        torch.testing.assert_close(value, truth[name], rtol=1e-10, atol=1e-10, msg=name)
+    expected = flat(found) @ explicit(sketch, captured).T
+    torch.testing.assert_close(sketch.features(model, images, labels)[0], expected)
+
+
+def test_a_model_of_which_nothing_requires_gradients_is_taken_whole():
+    model, given = small_resnet(), batch(2, (3, 20, 20))
+    truth = capture(model, *given).per_sample()
+    found = capture(model.requires_grad_(False), *given).per_sample()
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(found[name], value) for name, value in truth.items())
 
 
 @pytest.mark.parametrize("body, name", [(Reader, "conv.weight"), (OtherReference, "cls_token")])
