@@ -36,7 +36,8 @@ _BY_PRESET: dict[str, tuple[Any, Any, Any]] = {
     "image_size": (16, 224, 64),
     "label_noise": (0.1, 0.0, 0.0),
     "augment": ("none", "flip,crop", "flip,crop"),
-    "model": ("resnet-mini", "microsoft/resnet-18", "resnet-mini"),
+    "model": ("resnet-mini", "microsoft/resnet-18", "auto"),
+    "train_layers": ("all", "all", "auto"),
     "num_models": (10, 4, 4),
     "epochs": (15, 20, 15),
     "learning_rate": (2e-3, 1e-4, 3e-3),
@@ -95,7 +96,8 @@ class Config:
     small_classes: str = option("data", "what to do with classes that have too few images to divide: leave_out, or stop", "leave_out", choices=("leave_out", "stop"))
     on_bad_image: str = option("data", "what to do with a file that cannot be decoded: stop, or skip and count it", "stop", choices=("stop", "skip"))
     augment: str = option("training", "train-time augmentation", choices=("none", "flip", "crop", "flip,crop"))
-    model: str = option("training", "a Hub id, a from_pretrained folder, or resnet-mini (small, trained from scratch)")
+    model: str = option("training", "a Hub id, a from_pretrained folder, or resnet-mini (small, trained from scratch); auto is microsoft/resnet-18 from the Hub or its cache, and resnet-mini where it cannot be had within seconds")
+    train_layers: str = option("training", "layers that are trained and scored: the head, also the last stage, or all; others stay as they were pretrained. auto is all with a GPU or from scratch", choices=("auto", "head", "last", "all"))
     epochs: int = option("training", "most passes over the training set", at_least=1)
     learning_rate: float = option("training", "highest learning rate of the schedule", above=0)
     batch_size: int = option("training", "images per training step", at_least=2)

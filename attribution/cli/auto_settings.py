@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from attribution.data.decoding import decode_image
 from attribution.data.listing import Listing
 from attribution.data.sources import content
 from attribution.models import model_facts, pretrained
+from attribution.runtime.progress import say
 
 SAMPLE = 128  # images whose size and colour are looked at
 SCRATCH_STEPS, FINE_TUNING_STEPS = 1500, 300  # training steps to aim for
@@ -31,6 +33,7 @@ class Facts:
         own_size: image size of the pretrained model; None if the model is trained from scratch.
         has_gpu: allows larger images for a pretrained model.
         flops: operations of one image's forward pass at an image size; None if the model refuses it.
+        train_layers: the layers that are trained, of a pretrained model.
     """
 
     n_train: int
@@ -39,6 +42,26 @@ class Facts:
     own_size: int | None
     has_gpu: bool
     flops: Callable[[int], int | None]
+    train_layers: str = "all"
+
+
+def choose_model(config: Config) -> Config:
+    """Replace `auto` by the model that can be had within seconds, and by the layers that are trained."""
+    model, layers = config.model, config.train_layers
+    if model == "auto":
+        model = pretrained.PRETRAINED
+        why = "" if pretrained.is_cached(model) else pretrained.why_unreachable(model)
+        if why:
+            say(
+                f"model: {model} is not in the Hub's cache, nor to be downloaded ({why}); a small network "
+                "is trained from scratch. To use a pretrained one, type --model FOLDER"
+            )
+            model = "resnet-mini"
+    if layers == "auto":
+        # Checkpoints that are given were probably trained whole.
+        is_whole = model in pretrained.MINI_CONFIGS or config.checkpoints
+        layers = "all" if is_whole or config.device.startswith("cuda") else "head"
+    return dataclasses.replace(config, model=model, train_layers=layers)
 
 
 def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
@@ -52,17 +75,21 @@ def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
 
     size = settle("image_size", lambda: image_size(facts))
     # Photographs may be mirrored. Images without colour are often writing, which may not.
-    settle("augment", lambda: "crop" if facts.is_grey else "flip,crop")
+    # Frozen layers run once for an image that stays as it is.
+    by_colour = "crop" if facts.is_grey else "flip,crop"
+    settle("augment", lambda: by_colour if facts.train_layers == "all" else "none")
     power_of_two = 2 ** int(math.log2(math.sqrt(facts.n_train)))
     batch = settle("batch_size", lambda: max(16, min(128, power_of_two)))
     steps, least, most = (SCRATCH_STEPS, 5, 60) if scratch else (FINE_TUNING_STEPS, 3, 20)
     wanted = round(steps / math.ceil(facts.n_train / batch))
     epochs = settle("epochs", lambda: max(least, min(most, wanted)))
-    settle("learning_rate", lambda: 3e-3 if scratch else 2e-4)
+    of_pretrained = 2e-3 if facts.train_layers == "head" else 2e-4
+    settle("learning_rate", lambda: 3e-3 if scratch else of_pretrained)
     settle("weight_decay", lambda: 5e-4 if scratch else 0.01)
 
     def work() -> float:  # operations of one training; an idle core does about 1e11 a second
-        return 3 * (facts.flops(size) or 0) * facts.n_train * epochs
+        passes = 1 if facts.train_layers == "head" else 3 * epochs
+        return passes * (facts.flops(size) or 0) * facts.n_train
 
     settle("num_models", lambda: 10 if work() < 3e13 else 4)
     settle("num_seeds", lambda: 10 if work() < 2e12 else 5)
@@ -96,4 +123,5 @@ def gather(config: Config, listing: Listing) -> Facts:
         own_size=None if from_scratch else model_facts.own_image_size(config.model),
         has_gpu=config.device.startswith("cuda"),
         flops=lambda size: model_facts.forward_flops(config.model, size),
+        train_layers=config.train_layers,
     )

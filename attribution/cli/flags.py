@@ -136,7 +136,7 @@ def check(given: dict[str, Any]) -> None:
     if image and not Path(image).expanduser().exists():
         raise InputError(f"image={image}: no such file")
     _check_source("dataset", given.get("dataset"), ["digits"], "uoft-cs/cifar10")
-    _check_source("model", given.get("model"), SCRATCH_MODELS, "microsoft/resnet-18")
+    _check_source("model", given.get("model"), ["auto", *SCRATCH_MODELS], "microsoft/resnet-18")
 
 
 def _check_source(parameter: str, text: str | None, known: Sequence[str], example: str) -> None:

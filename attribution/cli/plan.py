@@ -80,7 +80,8 @@ def seconds_of(
         return {}
     device = resolve_device(config.device).type
     # How many models there are does not matter, so that one measurement serves every number of them.
-    step = _step_seconds(dataclasses.replace(config, num_models=1, num_seeds=2), class_names)
+    same = dataclasses.replace(config, num_models=1, num_seeds=2)
+    step, whole = _step_seconds(same, class_names)
     if not step:  # the model refuses the image size, which is reported in a moment
         return {}
     found = {}
@@ -88,17 +89,25 @@ def seconds_of(
         gain = TRAINING_GAIN[device]
         if estimate.retrains and stacking_pays(config):
             gain = STACK_GAIN[device]
-        images = estimate.trained / gain + estimate.gradients * FEATURE_COST[device]
+        work = estimate.trained / gain * step + estimate.gradients * FEATURE_COST[device] * whole
         jobs = resolve_jobs(config.jobs, device, estimate.tasks)
-        found[stage] = images * step / jobs + (START_UP if images else 0.0)
+        found[stage] = work / jobs + (START_UP if work else 0.0)
     return found
 
 
 @cache
-def _step_seconds(config: Config, class_names: tuple[str, ...]) -> float:
-    """Seconds of a training step for each image; 0 where the model refuses the image size."""
+def _step_seconds(config: Config, class_names: tuple[str, ...]) -> tuple[float, float]:
+    """Seconds for an image of a training step, and of one in which frozen layers run as they do for gradients.
+
+    Both are 0 where the model refuses the image size.
+    """
     flops = forward_flops(config.model, config.image_size)
-    return OVERHEAD * seconds_per_example(config, class_names, flops) if flops else 0.0
+    if not flops:
+        return 0.0, 0.0
+    step = whole = seconds_per_example(config, class_names, flops)
+    if config.train_layers != "all":
+        whole = seconds_per_example(config, class_names, flops, True)
+    return OVERHEAD * step, OVERHEAD * whole
 
 
 def pace(estimates: Mapping[str, Estimate], seconds: Mapping[str, float], config: Config) -> Pace:

@@ -49,10 +49,11 @@ def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
         given = given | given_checkpoints.implied(given, inherited)
     # "auto" cannot contradict the run built on.
     asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
-    config = _resolve_hardware(stage, resolve(asked, inherited))
+    config = auto_settings.choose_model(_resolve_hardware(stage, resolve(asked, inherited)))
     listing = list_data(config)
     if config.preset == "images":
-        config = _choose_by_data(stage, config, listing, asked.keys() | inherited.keys())
+        known = {name for name, value in (asked | inherited).items() if value != "auto"}
+        config = _choose_by_data(stage, config, listing, known)
     data = load_data(config, listing)
     _check_unchanged(config, data)
     _say_data(config, data)
@@ -138,7 +139,8 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
         other = run.data.tags.get("reused_run_id")
         raise InputError(f"{shown}: only points to run {other}; name that one")
     groups = (*stage.all_groups, *more_groups)
-    values = {
+    values: dict[str, Any] = {"train_layers": "all"}  # runs of earlier versions do not say it
+    values |= {
         name: convert(name, text)
         for name, text in params_of(run).items()
         if name in FIELDS and name != "cache_dir" and FIELDS[name].metadata["group"] in groups
@@ -170,16 +172,16 @@ def _resolve_hardware(stage: Stage, config: Config) -> Config:
 def _choose_by_data(stage: Stage, config: Config, listing: Listing, known: Set[str]) -> Config:
     """Choose the settings that neither the caller nor a run built on has given, and print them."""
     names = [n for n in AUTO if n not in known and FIELDS[n].metadata["group"] in stage.all_groups]
-    if not names or config.has_no_start:  # nothing will be trained
+    values = {n: getattr(config, n) for n in ("model", "train_layers") if n not in known}
+    if not (names or values) or config.has_no_start:  # nothing will be trained
         return config
     facts = auto_settings.gather(config, listing)
     given = {n: getattr(config, n) for n in AUTO if n not in names}
     chosen = auto_settings.choose(facts, given)
     config = dataclasses.replace(config, **chosen)
-    model = [] if "model" in known else [f"model {config.model}"]
     reasons = _reasons(config, facts)
-    shown = [f"{name} {value}{reasons.get(name, '')}" for name, value in chosen.items()]
-    say(f"auto: {', '.join(model + shown)}")
+    shown = (f"{name} {value}{reasons.get(name, '')}" for name, value in (values | chosen).items())
+    say(f"auto: {', '.join(shown)}")
     return config
 
 
@@ -191,7 +193,12 @@ def _reasons(config: Config, facts: auto_settings.Facts) -> dict[str, str]:
         if not facts.has_gpu and config.image_size < facts.own_size:
             size += ", without a GPU at most 64"
     steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
-    return {"image_size": f" ({size})", "epochs": f" ({steps:,} steps)"}
+    layers = "" if config.train_layers == "all" else " (without a GPU)"
+    return {
+        "train_layers": layers,
+        "image_size": f" ({size})",
+        "epochs": f" ({steps:,} steps)",
+    }
 
 
 def _check_unchanged(config: Config, data: ImageData) -> None:

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from attribution.errors import InputError
 from attribution.models import classifier, given, memory_layout, model_facts
 from attribution.models.ensemble import Ensemble
 from attribution.models.predict import predict
+from attribution.models.pretrained import trained_paths
 from attribution.models.train import noting_epochs, train
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import derive_seed
@@ -45,6 +46,7 @@ def check(config: Config, data: ImageData) -> None:
     """
     if config.checkpoints:
         given.check(config, data.class_names)
+    trained_paths(config.model, config.train_layers)
     classifier.check(config.model, data.class_names, config.image_size)
     check_subset_fraction(config, len(data.rows("train")))
 
@@ -188,6 +190,7 @@ def _train_checkpoint(
 
 def _take_checkpoint(config: Config, data: ImageData, folder: Path) -> Files:
     """Return the files of a checkpoint that was trained elsewhere."""
+    config = replace(config, train_layers="all")  # none of its layers is that of another model
     model = given.load(folder, data.class_names)
     memory_layout.place(model, resolve_device(config.device), config.image_size)
     return _files(config, data, model, [])

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from attribution.errors import InputError, reason
 from attribution.models.memory_layout import see_inputs
-from attribution.models.pretrained import MINI_CONFIGS, heads, load_pretrained, quiet_transformers
+from attribution.models.pretrained import (
+    MINI_CONFIGS,
+    heads,
+    load_pretrained,
+    quiet_transformers,
+    trained_paths,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +60,27 @@ def build(name: str, class_names: tuple[str, ...], seed: int) -> PreTrainedModel
     if unfit:
         raise InputError(f"model={name}: its tensors do not fit its config: {unfit[:3]}")
     return model
+
+
+def freeze(model: nn.Module, name: str, layers: str) -> list[nn.Module]:
+    """Let only the parameters that `train_layers` names require gradients.
+
+    Args:
+        name: of the model that this one was built from.
+
+    Returns:
+        The modules that are trained. All others must run in eval mode, so that batch norms keep
+        their statistics.
+
+    Raises:
+        InputError: as trained_paths does.
+    """
+    trained = [model.get_submodule(path) for path in trained_paths(name, layers)]
+    if layers != "all":  # some models have parameters that are never trained
+        model.requires_grad_(False)
+        for module in trained:
+            module.requires_grad_()
+    return trained
 
 
 def check(name: str, class_names: tuple[str, ...], image_size: int) -> None:

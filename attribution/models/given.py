@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Parameters of group `training` that logits and gradients of such checkpoints depend on.
-SETTINGS = ("seed", "precision")
+SETTINGS = ("seed", "precision", "train_layers")
 ADAPTER = "adapter_config.json"
 SHOWN = 5  # class names in a message
 

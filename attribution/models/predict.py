@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from scipy.special import log_softmax, logsumexp
-from torch import nn
+from torch import Tensor, nn
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
+from attribution.models import frozen
 from attribution.models.batches import batches_of
 from attribution.runtime.device import autocast
 
@@ -28,10 +31,16 @@ def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np
     """
     device = next(model.parameters()).device
     model.eval()
-    parts = []
-    for images, _ in batches_of(config, data, split, prediction_batch_size(config), device):
-        with autocast(config, device):
-            parts.append(model(images).logits.float().cpu())
+    size = prediction_batch_size(config)
+    skipping = frozen.stored_logits(config, data, model, split)
+    if skipping:
+        rows = torch.arange(len(data.rows(split))).split(size)
+        outputs: Iterable[Tensor] = map(skipping, rows)
+    else:
+        batches = batches_of(config, data, split, size, device)
+        outputs = (model(images).logits for images, _ in batches)
+    with autocast(config, device):
+        parts = [output.float().cpu() for output in outputs]
     logits = torch.cat(parts).numpy()
     if not np.isfinite(logits).all():
         raise InputError(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,41 @@ MINI_CONFIGS: dict[str, dict[str, Any]] = {
         "layer_type": "basic",
     },
 }
+
+PRETRAINED = "microsoft/resnet-18"  # taken for images where it can be had within seconds
+HUB_SECONDS = 5.0
+
+
+def is_cached(name: str, *files: str) -> bool:
+    """Whether the Hub's cache on this machine has whole files of a model: config and weights by default."""
+    from huggingface_hub import try_to_load_from_cache
+
+    wanted = files or ("config.json", "model.safetensors")
+    return all(isinstance(try_to_load_from_cache(name, file), str) for file in wanted)
+
+
+def why_unreachable(name: str) -> str:
+    """Return why the Hub does not offer a model's weights within HUB_SECONDS; empty where it does."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    answers = []
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "model.safetensors"), timeout=HUB_SECONDS)
+            answers.append("")
+        except Exception as error:  # of many kinds: offline mode, no network, a broken proxy
+            answers.append(reason(error))
+
+    asking = Thread(target=ask, daemon=True)  # looking up an address has no timeout of its own
+    asking.start()
+    asking.join(HUB_SECONDS)
+    return [*answers, f"no answer within {HUB_SECONDS:g} s"][0]
+
+
+def _needs_no_network(name: str, *files: str) -> bool:
+    """Whether a name is of a Hub model that is in the cache, so that transformers need not ask the Hub."""
+    return not Path(name).exists() and is_cached(name, *files)
 
 
 @contextmanager
@@ -72,7 +108,7 @@ def load_pretrained(
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
-            **options,
+            **{"local_files_only": _needs_no_network(name)} | options,
         )
     for key, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
@@ -109,7 +145,10 @@ def _config(name: str, **labels: Any) -> Any:
 
     _check_folder(name)
     _refuse_adapter(name)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
+    is_local = _needs_no_network(name)
+    config = AutoConfig.from_pretrained(
+        name, trust_remote_code=False, local_files_only=is_local, **labels
+    )
     if config.model_type == "timm_wrapper":  # transformers gives timm the number of classes itself
         (config.model_args or {}).pop("num_classes", None)
     return config
@@ -123,7 +162,7 @@ def _refuse_adapter(name: str) -> None:
     """
     from transformers.utils import find_adapter_config_file
 
-    if find_adapter_config_file(name):
+    if find_adapter_config_file(name, local_files_only=_needs_no_network(name)):
         raise InputError(
             f"model={name}: holds an adapter (adapter_config.json), not a whole model; merge it with "
             "its base model: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
@@ -166,6 +205,34 @@ def heads(name: str) -> tuple[str, ...]:
     return tuple(path for path, count in outputs[0].items() if (count, outputs[1][path]) == (2, 3))
 
 
+@cache
+def trained_paths(name: str, layers: str) -> tuple[str, ...]:
+    """Return the paths of the modules that `train_layers` names, in the order in which they run.
+
+    Raises:
+        InputError: the model starts from random weights or its last stage cannot be told, and
+            `layers` is not all.
+    """
+    if layers == "all":
+        return ("",)
+    if name in MINI_CONFIGS:
+        raise InputError(
+            f"train_layers={layers}: model={name} has no trained layers to keep; use train_layers=all"
+        )
+    if layers == "head":
+        return heads(name)
+    model = skeleton(name)
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    sizes = {path: sum(p.numel() for p in m.parameters()) for path, m in lists.items()}
+    stages = max(sizes, key=sizes.__getitem__, default="")
+    if not stages or 2 * sizes[stages] < sum(p.numel() for p in model.parameters()):
+        raise InputError(
+            f"train_layers=last: model={name} has no list of stages that tells which one is the last; "
+            "use train_layers=head or all"
+        )
+    return f"{stages}.{len(lists[stages]) - 1}", *heads(name)
+
+
 def preprocessing(name: str) -> dict[str, Any]:
     """Return what a model's image processor says, under transformers' names; empty without one.
 
@@ -190,7 +257,10 @@ def _processor(name: str) -> Any:
     try:
         with refusing(name):
             _check_folder(name)
-            return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            is_local = _needs_no_network(name, "preprocessor_config.json")
+            return AutoImageProcessor.from_pretrained(
+                name, trust_remote_code=False, local_files_only=is_local
+            )
     except InputError:
         if (Path(name) / "preprocessor_config.json").exists() or is_timm_local_checkpoint(name):
             raise

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
-from attribution.models import classifier, memory_layout, pretrained
+from attribution.models import classifier, frozen, memory_layout, pretrained
 from attribution.models.batches import Batches
 from attribution.models.predict import classification_metrics, predict
 from attribution.runtime.device import autocast, keep_freed_memory, resolve_device
@@ -38,6 +38,8 @@ TRAINING_VERSION = 3
 def training_key(config: Config, data: ImageData) -> str:
     """Hash what a trained model depends on, apart from its seed and the examples that it sees."""
     settings = config.group("training") | {"model": pretrained.fingerprint(config.model)}
+    if config.train_layers == "all":  # as runs of earlier versions, which had no such parameter
+        del settings["train_layers"]
     return digest(TRAINING_VERSION, settings, data.fingerprint)
 
 
@@ -80,19 +82,25 @@ def train(
     device = _prepare(config)
     kept, steps = np.flatnonzero(keep), _steps(config, keep)
     model = _new_model(config, data, seed, device)
+    parts = classifier.freeze(model, config.model, config.train_layers)
+    weights = [p for p in model.parameters() if p.requires_grad]
     batches = _batches(config, data, seed, device, labels)
+    skipping = None
+    if config.augment == "none":
+        skipping = frozen.stored_logits(config, data, model, "train")
 
     def loss_of(draw: Tensor) -> Tensor:
-        images, classes = batches.load(draw)
+        images, classes = (draw[0], batches.labels[draw[0]]) if skipping else batches.load(draw)
         with autocast(config, device):
-            logits = model(images).logits
+            logits = skipping(images) if skipping else model(images).logits
         return nn.functional.cross_entropy(logits.float(), classes)
 
-    optimizer, scheduler = make_optimizer(config, model.parameters(), steps * config.epochs)
-    step = _gradient_step(loss_of, model.parameters(), model.buffers(), batches)
+    optimizer, scheduler = make_optimizer(config, weights, steps * config.epochs)
+    step = _gradient_step(loss_of, weights, model.buffers(), batches)
     trained, best_weights = Trained(model), None
     for epoch in range(config.epochs):
-        model.train()
+        for part in parts:
+            part.train()
         total = torch.zeros((), dtype=torch.float64, device=device)
         for draw in batches.draws(kept, steps):
             total += step(draw).double() * draw.shape[1]
@@ -249,7 +257,9 @@ def stacking_pays(config: Config) -> bool:
     return has_few_pixels and config.model in pretrained.MINI_CONFIGS and not config.patience
 
 
-def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int) -> float:
+def seconds_per_example(
+    config: Config, class_names: tuple[str, ...], flops: int, whole: bool = False
+) -> float:
     """Measure the seconds of a training step per example with one thread, the best of three.
 
     On a CPU this is the process's own time, which other processes hardly change.
@@ -257,22 +267,29 @@ def seconds_per_example(config: Config, class_names: tuple[str, ...], flops: int
     Args:
         flops: of the forward pass of one image; they limit the batch on a CPU, which keeps the trial
             short.
+        whole: whether frozen layers run too, although training skips them.
     """
     device, threads = _prepare(config), torch.get_num_threads()
-    model = classifier.build(config.model, class_names, 0).train()
+    model = classifier.build(config.model, class_names, 0)
+    parts = classifier.freeze(model, config.model, config.train_layers)
     memory_layout.place(model, device, config.image_size)
     n = config.batch_size
     if device.type == "cpu":
         n = max(2, min(n, 10**11 // (3 * flops)))
     images = torch.zeros(n, 3, config.image_size, config.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
+    rest = None if whole or config.augment != "none" else frozen.Rest.of(config, model, images)
+    inputs = rest.received(images) if rest else images
+    for part in parts:
+        part.train()
     torch.set_num_threads(1)
     times, clock = [], time.process_time if device.type == "cpu" else time.perf_counter
     try:
         for _ in range(3):  # the first one warms up
             start = clock()
             with autocast(config, device):
-                loss = model(images).logits.float().logsumexp(1).sum()
+                logits = rest(inputs) if rest else model(images).logits
+                loss = logits.float().logsumexp(1).sum()
             loss.backward()
             loss.item()  # waits for a GPU
             times.append(clock() - start)

@@ -19,6 +19,7 @@ from trak.projectors import BasicProjector, ProjectionType
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
+from attribution.gradients.per_sample import trained_parameters
 from attribution.gradients.sketch import dealt
 from attribution.models import classifier, memory_layout
 from attribution.models.batches import batches_of
@@ -241,7 +242,8 @@ def make_traker(
     """
     logging.getLogger("TRAK").setLevel(logging.ERROR)
     device = resolve_device(config.device)
-    model = classifier.load(checkpoint)
+    model = classifier.load(checkpoint).requires_grad_()
+    classifier.freeze(model, config.model, config.train_layers)
     memory_layout.place(model, str(device), config.image_size)
     make_parts = _sketch_parts if config.projector == "sketch" else _normal_parts
     gradients, projector = make_parts(config, model, device)
@@ -253,6 +255,7 @@ def make_traker(
         device=str(device),
         gradient_computer=gradients,
         projector=projector,
+        grad_wrt=None if config.projector == "sketch" else [*trained_parameters(model)],
         proj_dim=projector.proj_dim,
         logging_level=logging.ERROR,
         use_half_precision=False,  # its float16 default overflows and rounds
@@ -262,7 +265,7 @@ def make_traker(
 
 def _sketch_parts(config: Config, model: torch.nn.Module, device: torch.device) -> tuple:
     """Gradients by hooks, and the sketch, for projector=sketch."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in trained_parameters(model).items()}
     num_blocks = 1 + max(dealt(shapes, config.num_blocks).values())
     is_bfloat16 = resolve_precision(config.feature_precision, device) == torch.bfloat16
     seed = derive_seed(config.seed, "projection")
@@ -275,7 +278,7 @@ def _sketch_parts(config: Config, model: torch.nn.Module, device: torch.device) 
 def _normal_parts(config: Config, model: torch.nn.Module, device: torch.device) -> tuple:
     """traker's own gradients and projection, for projector=normal."""
     projector = BasicProjector(
-        grad_dim=sum(p.numel() for p in model.parameters()),
+        grad_dim=sum(p.numel() for p in trained_parameters(model).values()),
         proj_dim=config.proj_dim,
         seed=derive_seed(config.seed, "projection"),
         proj_type=ProjectionType.normal,

@@ -71,6 +71,7 @@ def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
         InputError: a layer without a gradient rule, or images too small for the model.
     """
     model = classifier.build(config.model, class_names, seed=0).eval()
+    classifier.freeze(model, config.model, config.train_layers)
     classifier.check_image_size(model, config.image_size)
     if config.projector == "sketch":
         size = (2, 3, config.image_size, config.image_size)

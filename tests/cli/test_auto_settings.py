@@ -15,10 +15,10 @@ from PIL import Image
 from places import SMALL, Place, write_images
 
 from attribution.cli import auto_settings
-from attribution.cli.auto_settings import Facts, choose, gather
+from attribution.cli.auto_settings import Facts, choose, choose_model, gather
 from attribution.config import AUTO, FIELDS, PRESETS, resolve
 from attribution.data.listing import list_data
-from attribution.models import model_facts
+from attribution.models import model_facts, pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +42,7 @@ GIVEN = {
 
 def facts_of(folder: Path, cache: Path, **given: Any) -> Facts:
     config = resolve({"dataset": str(folder), "cache_dir": str(cache), "device": "cpu", **given})
+    config = choose_model(config)
     return gather(config, list_data(config))
 
 
@@ -108,12 +109,51 @@ def test_a_pretrained_model_gets_fewer_epochs_and_a_lower_rate_than_one_from_scr
     assert tuned["learning_rate"] < scratch["learning_rate"]
 
 
+def test_a_head_alone_learns_faster_from_images_as_they_are() -> None:
+    tuned = dataclasses.replace(FACTS, own_size=64)
+    head = choose(dataclasses.replace(tuned, train_layers="head"), {})
+    whole = choose(tuned, {})
+    assert head["augment"] == "none" and head["learning_rate"] > whole["learning_rate"]
+    assert head.keys() == whole.keys() and head["epochs"] == whole["epochs"]
+
+
 def test_costly_trainings_are_fewer() -> None:
     cheap, dear = (
         choose(dataclasses.replace(FACTS, flops=lambda size, f=f: f), {}) for f in (1, 10**9)
     )
     assert (cheap["num_models"], cheap["num_seeds"]) == (10, 10)
     assert (dear["num_models"], dear["num_seeds"]) == (4, 5)
+
+
+# -- the model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cached", "why", "device", "model", "layers"),
+    [
+        (True, None, "cpu", "microsoft/resnet-18", "head"),
+        (True, None, "cuda:0", "microsoft/resnet-18", "all"),
+        (False, "", "cpu", "microsoft/resnet-18", "head"),
+        (False, "no network", "cpu", "resnet-mini", "all"),
+    ],
+)
+def test_auto_is_the_pretrained_model_where_it_can_be_had(
+    cached, why, device, model, layers, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(pretrained, "is_cached", lambda name: cached)
+    monkeypatch.setattr(pretrained, "why_unreachable", {"microsoft/resnet-18": why}.__getitem__)
+    config = choose_model(dataclasses.replace(resolve({"dataset": "x"}), device=device))
+    assert (config.model, config.train_layers) == (model, layers)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == bool(why)
+    assert all("no network" in line and "--model FOLDER" in line for line in said)
+
+
+@pytest.mark.parametrize("given", [{"preset": "digits"}, {"preset": "food101"}, {"model": "a/b"}])
+def test_a_model_that_is_given_or_of_a_fixed_preset_asks_nobody(given, monkeypatch) -> None:
+    monkeypatch.setattr(pretrained, "is_cached", None)  # to call it would fail
+    before = resolve({"dataset": "x", "train_layers": "last", **given})
+    assert choose_model(before) == before
 
 
 # -- the facts --------------------------------------------------------------------------------------
@@ -171,7 +211,7 @@ def small_models() -> dict[str, Any]:
 @pytest.mark.parametrize(("kind", "size"), [("vit", 48), ("convnext", 64), ("mobilenet", 64)])
 def test_a_named_model_decides_the_image_size(kind, size, images: Path, tmp_path: Path) -> None:
     name = saved(small_models()[kind], tmp_path / kind)
-    found = facts_of(images, tmp_path / "cache", model=name)
+    found = facts_of(images, tmp_path / "cache", model=name, train_layers="all")
     chosen = choose(found, {})
     assert chosen["image_size"] == size and chosen["learning_rate"] < 1e-3
     assert model_facts.forward_flops(name, size) > 0

@@ -65,6 +65,15 @@ def test_seconds_are_shared_by_as_many_workers_as_there_are_tasks(monkeypatch) -
     assert seconds_of({"s": Estimate("", 1)}, toy_config(backend="ray"), ("a", "b")) == {}
 
 
+def test_frozen_layers_count_for_gradients_and_not_for_training(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "seconds_per_example", lambda *given: 1.0 if given[3:] else 0.01)
+    estimates = {"finetune": Estimate("", trained=1000), "trak": Estimate("", gradients=1000)}
+    seconds = seconds_of(estimates, toy_config(train_layers="head"), ("a", "b"))
+    assert seconds["finetune"] == pytest.approx(10 * plan.OVERHEAD + plan.START_UP)
+    gradients = 1000 * plan.FEATURE_COST["cpu"] * plan.OVERHEAD
+    assert seconds["trak"] == pytest.approx(gradients + plan.START_UP)
+
+
 def test_nothing_is_timed_where_nothing_is_trained(monkeypatch) -> None:
     monkeypatch.setattr(plan, "seconds_per_example", None)  # to call it would fail
     assert seconds_of({"explain": Estimate("")}, toy_config(), ("a", "b")) == {}

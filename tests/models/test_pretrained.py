@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from model_folders import (
     CLASSES,
     STD,
@@ -21,6 +25,7 @@ from model_folders import (
     logits,
     refusal,
 )
+from torch import nn
 
 from attribution.data.transforms import to_batch
 from attribution.models import classifier, model_facts, pretrained
@@ -230,3 +235,115 @@ def test_a_timm_model_without_timm_is_refused_with_what_to_type(tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
     for action in (model_facts.normalisation, model_facts.own_image_size):
         assert "pip install timm" in refusal(action, str(tmp_path))
+
+
+# The cache of the Hub
+
+
+def hub_cache(place: Path, saved: Path, *without: str) -> Path:
+    """Lay a saved model out as the Hub's cache does: blobs, and a snapshot with links to them."""
+    top = place / "models--microsoft--resnet-18"
+    for folder in ("refs", "blobs", "snapshots/0a1b"):
+        (top / folder).mkdir(parents=True)
+    (top / "refs" / "main").write_text("0a1b")
+    for file in saved.iterdir():
+        if file.name in without:  # as while it is downloaded
+            (top / "blobs" / f"{file.name}.incomplete").write_bytes(file.read_bytes()[:100])
+            continue
+        shutil.copy(file, top / "blobs" / f"blob-{file.name}")
+        (top / "snapshots" / "0a1b" / file.name).symlink_to(f"../../blobs/blob-{file.name}")
+    return place
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """An empty cache, not offline, on a machine without network: the hosts that are asked for."""
+    from huggingface_hub import constants
+
+    hosts: list[str] = []
+
+    def no_network(host, *_, **__):
+        hosts.append(host)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # it asks before it looks
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for cached in (pretrained.skeleton, pretrained.heads, model_facts.normalisation):
+        cached.cache_clear()
+    return hosts
+
+
+def test_a_model_in_the_hub_s_cache_is_loaded_and_no_network_is_asked(
+    asked: list[str], folder: Path, tmp_path: Path
+) -> None:
+    name = pretrained.PRETRAINED
+    assert not pretrained.is_cached(name)
+    hub_cache(tmp_path / "hub", folder)
+    assert pretrained.is_cached(name)
+    model = classifier.build(name, CLASSES, 0)
+    assert equal(backbone(model), backbone(classifier.load(folder)))
+    assert model_facts.own_image_size(name) == 32
+    assert model_facts.normalisation(name)[1] == pytest.approx(STD)
+    assert not asked
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_model_that_was_downloaded_half_is_not_in_the_cache(
+    asked: list[str], folder: Path, tmp_path: Path, missing: str
+) -> None:
+    hub_cache(tmp_path / "hub", folder, missing)
+    assert not pretrained.is_cached(pretrained.PRETRAINED)
+
+
+def test_without_network_the_hub_is_given_up_at_once(asked: list[str]) -> None:
+    start = time.monotonic()
+    assert "name resolution" in pretrained.why_unreachable(pretrained.PRETRAINED)
+    assert time.monotonic() - start < 3 and len(asked) == 1
+
+
+def test_a_network_that_does_not_answer_is_given_up_in_time(monkeypatch) -> None:
+    """Looking up an address ignores the timeout of a request."""
+    waits = threading.Event()
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: waits.wait(60))
+    monkeypatch.setattr(pretrained, "HUB_SECONDS", 0.2)
+    assert pretrained.why_unreachable(pretrained.PRETRAINED) == "no answer within 0.2 s"
+    waits.set()
+
+
+def test_a_hub_that_answers_offers_the_model(monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
+    assert pretrained.why_unreachable(pretrained.PRETRAINED) == ""
+
+
+# Which layers are trained
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "head"),
+    [
+        ("ResNet", "resnet.encoder.stages.3", "classifier.1"),
+        ("ViT", "vit.layers.11", "classifier"),
+        ("Swin", "swin.encoder.layers.3", "classifier"),
+        ("ConvNext", "convnext.encoder.stages.3", "classifier"),
+        ("MobileNetV2", "mobilenet_v2.layer.15", "classifier"),
+    ],
+)
+def test_the_last_stage_is_told_from_the_module_tree(
+    name: str, last: str, head: str, tmp_path: Path
+) -> None:
+    getattr(transformers, f"{name}Config")().save_pretrained(tmp_path)
+    model = str(tmp_path)
+    assert pretrained.trained_paths(model, "all") == ("",)
+    assert pretrained.trained_paths(model, "head") == (head,)
+    assert pretrained.trained_paths(model, "last") == (last, head)
+
+
+def test_layers_that_cannot_be_told_or_were_never_trained_are_refused(monkeypatch) -> None:
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ModuleList([nn.Linear(1, 1)]))
+    monkeypatch.setattr(pretrained, "skeleton", lambda *_: flat)
+    message = refusal(pretrained.trained_paths, "owner/flat", "last")
+    assert "train_layers=last" in message and "head or all" in message
+    message = refusal(pretrained.trained_paths, "resnet-mini", "head")
+    assert "train_layers=head" in message and "train_layers=all" in message

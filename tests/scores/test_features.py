@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData
 from attribution.models import classifier, model_facts
+from attribution.runtime.npy_blocks import open_matrix
 from attribution.scores import features as module
 from attribution.scores.features import Shard
 
@@ -107,4 +109,23 @@ def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: 
     # traker divides by the square root of the number of parameters, in both alike.
     np.testing.assert_allclose(
         several.reshape(12, blocks, 16).sum(1), one, rtol=1e-4, atol=1e-5 * np.abs(one).max()
+    )
+
+
+@pytest.mark.parametrize("projector", ["sketch", "normal"])
+def test_features_are_of_the_layers_that_are_trained(tmp_path: Path, projector: str) -> None:
+    data = toy_data(tmp_path / "data")
+    folder = saved_model(tmp_path / "model", data)
+    config = toy_config(model=str(folder), projector=projector, num_blocks=10, proj_dim=24)
+    shapes = {}
+    for layers in ("head", "last", "all"):
+        changed = dataclasses.replace(config, train_layers=layers)
+        batch = next(module.batches_of(changed, data, "train", 8, torch.device("cpu")))
+        module.run_traker(changed, folder, 0, [batch], 8, tmp_path / layers)
+        found = open_matrix(tmp_path / layers / "0" / "grads.mmap")
+        assert found.any(axis=1).all()
+        shapes[layers] = found.shape[1] // 24
+    # One block for each matrix: the head is one, the last of three stages has three.
+    assert shapes == (
+        {"head": 1, "last": 4, "all": 10} if projector == "sketch" else dict.fromkeys(shapes, 1)
     )
