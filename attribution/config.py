@@ -124,6 +124,7 @@ class Config:
     action: str = option("ablation", "what happens to the examples that an arm chooses: remove them, relabel them as the ensemble predicts, or both, one after the other", "remove", choices=("remove", "relabel", "both"))
     metric: str = option("ablation", "test metric that differences, p-values and verdicts are of; auto is accuracy, or balanced_accuracy where the largest class has more than 3 times the training images of the smallest", "auto", choices=("auto", "accuracy", "balanced_accuracy", "macro_f1", "worst_class"))
     num_seeds: int = option("ablation", "paired retrainings of each arm", at_least=2)
+    contrasts: str = option("ablation", "comma list of pairs of compared arms, such as harmful-loss, whose paired difference is judged too; empty is harmful-loss where both are compared", "")
     num_splits: int = option("splits", "repeat the whole experiment on so many splits of the data, from data_seed on, and compare with the split as the unit", 1, at_least=1)
     groups: str = option("ablation", "groups of targets: label, a column of the data set (group with shortcut=patch), or auto (splits each label in two by its scores)", "label")
     group_weights: str = option("ablation", "weight of each group in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))

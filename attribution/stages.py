@@ -108,7 +108,7 @@ How much each training example helps (positive) or hurts (negative) each validat
         upstream=("trak",),
         enough_for={"export_arm": "trak"},  # an arm chooses by scores: nothing is retrained
         outputs=("splits", "export", "output", "files"),
-        artifacts=("comparison.csv", "report.html"),
+        artifacts=("comparison.csv", "contrasts.csv", "report.html"),
         results=("comparison.csv", "per_class.csv"),
         note="The arms are being retrained. The comparison appears here when the run is finished.",
     ),

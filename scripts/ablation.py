@@ -37,7 +37,7 @@ from attribution.tracking.stage_runs import experiment_of, lineage
 
 
 def check(config: Config, data: ImageData) -> None:
-    """Refuse arms, shares and groups that cannot be compared, before anything is trained."""
+    """Refuse arms, shares, groups and contrasts that cannot be compared, before anything is trained."""
     given.check_start(config)
     comparison.check(config, data)
 
@@ -89,7 +89,8 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
         next_steps.say_next("To retrain without these images, and see what that changes:", again)
         return
     _, about_metric = headline(config, data.labels("train"), data.class_names)
-    terminal.print_comparison(done.result.table, about_metric)
+    contrasts = answer.contrasts(done.result.contrasts)
+    terminal.print_comparison(done.result.table, about_metric, contrasts)
     _export(done.result, config)
     report = address(done.run_id, "report.html")
     if config.output:

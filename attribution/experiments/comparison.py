@@ -13,7 +13,7 @@ import pandas as pd
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
-from attribution.experiments import arms
+from attribution.experiments import arms, contrasts
 from attribution.experiments.arms import Trial, trial_name
 from attribution.experiments.evidence import Evidence, gather_evidence
 from attribution.experiments.metrics import class_metrics, headline, image_worth
@@ -111,12 +111,14 @@ class Comparison:
     Attributes:
         outcomes: one per trial, `none` first.
         table: comparison.csv, one row per outcome (see comparison_table).
+        contrasts: contrasts.csv (see contrast).
         per_class: per_class.csv (see class_effects).
         train: the score artifact's table of training examples.
     """
 
     outcomes: list[Outcome]
     table: pd.DataFrame
+    contrasts: pd.DataFrame
     per_class: pd.DataFrame
     train: pd.DataFrame
     evidence: Evidence
@@ -162,7 +164,7 @@ def choose(config: Config, data: ImageData, scores: Scores) -> Choice:
 
 
 def check(config: Config, data: ImageData) -> None:
-    """Refuse, before anything is trained, arms, shares and groups that cannot be compared.
+    """Refuse, before anything is trained, arms, shares, groups and contrasts that cannot be compared.
 
     Raises:
         InputError: names the parameter.
@@ -176,6 +178,7 @@ def check(config: Config, data: ImageData) -> None:
     arms.check_arms(config.arm_names, missing)
     arms.check_fracs(config.fracs, data.labels("train"))
     check_groups(data.examples, config.groups)
+    contrasts.pairs_of(config)
 
 
 def count_retrainings(config: Config, n_train: int) -> int:
@@ -200,8 +203,10 @@ def compare_arms(
     metric, _ = headline(config, train_labels, data.class_names)
     outcomes = compare(trials, logits, labels, _test_groups(config, data), metric)
     warn(outcomes, train_labels, data.class_names)
+    contrasted = contrast(outcomes, contrasts.pairs_of(config))
     classes = class_effects(outcomes, labels, data.class_names)
-    return Comparison(outcomes, comparison_table(outcomes), classes, scores.train, evidence)
+    table = comparison_table(outcomes)
+    return Comparison(outcomes, table, contrasted, classes, scores.train, evidence)
 
 
 def _test_groups(config: Config, data: ImageData) -> np.ndarray | None:
@@ -259,12 +264,38 @@ def compare(
                 outcome.compare_with("random", _random_control(outcome, outcomes))
     for control in CONTROLS:
         for judged in none.judged:
-            name = f"{judged}_vs_{control}_p"
-            family = [each for each in outcomes if name in each.summary]
-            adjusted = holm([each.summary[name] for each in family])
-            for outcome, p in zip(family, adjusted, strict=True):
-                outcome.summary[f"{name}_holm"] = p
+            _adjust(outcomes, judged, control)
     return outcomes
+
+
+def _adjust(
+    outcomes: Sequence[Outcome], metric: str, control: str, more: Sequence[float] = ()
+) -> list[float]:
+    """Adjust the p-values of a metric's differences from a control, in one family with `more`.
+
+    Returns:
+        The adjusted `more`.
+    """
+    name = f"{metric}_vs_{control}_p"
+    family = [each for each in outcomes if name in each.summary]
+    adjusted = holm([*(each.summary[name] for each in family), *more])
+    for outcome, p in zip(family, adjusted, strict=False):
+        outcome.summary[f"{name}_holm"] = p
+    return adjusted[len(family) :]
+
+
+def contrast(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Compare pairs of arms in the headline metric, in one Holm family with the differences from `random`.
+
+    Returns:
+        One row per pair of trials: their paired difference with interval, p and p_holm, and a verdict.
+    """
+    rows = contrasts.differences(outcomes, pairs)
+    adjusted = _adjust(outcomes, outcomes[0].metric, "random", [row["p"] for row in rows])
+    for row, p in zip(rows, adjusted, strict=True):
+        row["p_holm"] = p
+        row["verdict"] = _judge(row["ci_low"], row["ci_high"], p, row["against"])
+    return pd.DataFrame(rows, columns=contrasts.COLUMNS)
 
 
 def _outcome(
@@ -393,9 +424,13 @@ def verdict(row: pd.Series, metric: str = "") -> str:
         return "baseline"
     if not row["n_removed"]:
         return "removes nothing"
-    low, high = row[f"{metric}_vs_random_ci_low"], row[f"{metric}_vs_random_ci_high"]
+    versus = f"{metric}_vs_random"
+    return _judge(row[f"{versus}_ci_low"], row[f"{versus}_ci_high"], row[f"{versus}_p_holm"])
+
+
+def _judge(low: float, high: float, p_holm: float, control: str = "random") -> str:
     if low <= 0 <= high:
-        return "indistinguishable from random"
-    if row[f"{metric}_vs_random_p_holm"] >= 0.05:
+        return f"indistinguishable from {control}"
+    if p_holm >= 0.05:
         return "not significant after Holm"
-    return BETTER if low > 0 else WORSE
+    return f"{'better' if low > 0 else 'worse'} than {control}"

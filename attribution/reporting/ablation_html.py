@@ -65,6 +65,7 @@ def page(report: Report) -> str:
         "report",
         dataset=Path(report.config.dataset).name,
         answer=answer.sentences(table),
+        contrasts=answer.contrasts(report.comparison.contrasts),
         sentences=_sentences(report.config, data, table),
         about_metric=headline(report.config, data.labels("train"), data.class_names)[1],
         warnings=answer.warnings(table),

@@ -53,7 +53,11 @@ def make(job: Job, result: Comparison) -> Record:
     return Record(
         tags={"best_arm": best or "no arm"},
         metrics=_overall(result) | flips,
-        tables={"comparison": result.table, "per_class": result.per_class},
+        tables={
+            "comparison": result.table,
+            "contrasts": result.contrasts,
+            "per_class": result.per_class,
+        },
         write=partial(_write, job, result),
         children=[
             _arm(job.data, result, outcome, verdict(row))
@@ -165,6 +169,10 @@ def _overall(result: Comparison) -> dict[str, float]:
     if top is not None:
         best = "best" if metric == "accuracy" else f"best_{metric}"
         found |= {f"{best}_vs_{name}": top[f"{metric}_vs_{name}"] for name in CONTROLS}
+    for row in result.contrasts.to_dict("records"):
+        name = f"contrast/{row['contrast']}"
+        found[name] = row["difference"]
+        found |= {f"{name}_{end}": row[end] for end in ("ci_low", "ci_high", "p_holm")}
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
@@ -196,18 +204,23 @@ class EarlierComparison:
 
     Attributes:
         run_id: of its run.
-        table: comparison.csv.
+        table, contrasts: comparison.csv and contrasts.csv.
         n_train: training examples.
     """
 
     run_id: str
     table: pd.DataFrame
+    contrasts: pd.DataFrame
     n_train: int
 
     @classmethod
     def load(cls, run_id: str, n_train: int) -> EarlierComparison:
         """Read it from its run."""
-        return cls(run_id, pd.read_csv(artifact_path(run_id, "comparison.csv")), n_train)
+        table, contrasts = (
+            pd.read_csv(artifact_path(run_id, f"{name}.csv"))
+            for name in ("comparison", "contrasts")
+        )
+        return cls(run_id, table, contrasts, n_train)
 
     def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
         """The training examples that an arm keeps at a share; None if the arm takes no share.

@@ -85,6 +85,20 @@ def warnings(table: pd.DataFrame) -> list[str]:
     return [*table["warning"].dropna(), *_small_test(table)]
 
 
+def contrasts(table: pd.DataFrame) -> list[str]:
+    """A line for each pair of arms: their difference, its interval in points, and the verdict.
+
+    Args:
+        table: contrasts.csv.
+    """
+    return [
+        f"{row.arm} against {row.against}: {100 * row.difference:+.1f} points (95 % interval "
+        f"{100 * row.ci_low:.1f} to {100 * row.ci_high:.1f}, p {row.p_holm:.2g} after Holm), "
+        f"{row.verdict}."
+        for row in table.itertuples()
+    ]
+
+
 def _small_test(table: pd.DataFrame) -> list[str]:
     """A sentence if one test image is worth a point, or if only changes above 3 points can be seen."""
     row, metric = table.iloc[0], headline_of(table)

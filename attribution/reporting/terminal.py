@@ -22,11 +22,14 @@ from attribution.reporting import answer
 WIDTH = 134  # columns of a log file or a pipe
 
 
-def print_comparison(table: pd.DataFrame, about_metric: str = "") -> None:
+def print_comparison(
+    table: pd.DataFrame, about_metric: str = "", contrasts: Sequence[str] = ()
+) -> None:
     """Print what each arm is, the comparison with a verdict for each, and the answer in words.
 
     Args:
         about_metric: why the headline is not accuracy, if so; the other metrics are then shown too.
+        contrasts: lines on arm against arm.
     """
     console = _console()
     arms = list(dict.fromkeys(table["arm"]))
@@ -49,7 +52,7 @@ def print_comparison(table: pd.DataFrame, about_metric: str = "") -> None:
             _print_verdicts(console, title, metric, table)
     if about_metric:
         _print("Other test metrics, means over seeds", *other_metrics(table))
-    for sentence in (*answer.warnings(table), *answer.sentences(table), power(table)):
+    for sentence in (*answer.warnings(table), *answer.sentences(table), *contrasts, power(table)):
         if sentence:
             say(sentence)
     console.print()

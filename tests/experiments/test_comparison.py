@@ -23,10 +23,12 @@ from attribution.experiments.comparison import (
     class_effects,
     compare,
     comparison_table,
+    contrast,
     retrain,
     verdict,
     warn,
 )
+from attribution.experiments.contrasts import pairs_of
 from attribution.models.predict import predict
 from attribution.models.train import train
 
@@ -219,7 +221,7 @@ def test_a_comparison_tells_what_an_arm_keeps_at_every_share_that_was_asked_for(
     spec = [("none", 0), ("random", 5), ("harmful", 5), ("harmful", 9), ("negative", 9)]
     trials = [trial(*key) for key in spec] + [relabelled("loss", 5)]
     outcomes = [Outcome(each, {}, np.empty((0, 0))) for each in trials]
-    found = Comparison(outcomes, pd.DataFrame(), pd.DataFrame(), train, None)
+    found = Comparison(outcomes, *[pd.DataFrame()] * 3, train, None)
     for arm_name, frac, size in (
         ("harmful", 0.05, 5),
         ("harmful", 0.049, 5),  # rounds to as many examples
@@ -328,6 +330,60 @@ def test_a_verdict_is_that_of_the_metric_asked_for(both) -> None:
     row["worst_group_accuracy_vs_random_ci_low"] = -1.0
     assert verdict(row) == "better than random"
     assert verdict(row, "worst_group_accuracy") == "indistinguishable from random"
+
+
+# Arm against arm
+
+
+def test_a_contrast_is_a_paired_difference_in_one_family_with_those_from_random() -> None:
+    found = compare(
+        [trial(*key) for key in CORRECT], list(map(logits_with, CORRECT.values())), LABELS
+    )
+    table = contrast(found, [("harmful", "loss"), ("harmful", "negative"), ("loss", "none")])
+    pairs = [
+        (("harmful", 5), ("loss", 5)),
+        (("harmful", 5), ("negative", 9)),
+        (("loss", 5), ("none", 0)),
+    ]
+    assert table["contrast"].tolist() == [
+        "harmful 0.05-loss 0.05", "harmful 0.05-negative 0.09", "loss 0.05-none",
+    ]  # fmt: skip
+    versus = [(key, ("random", key[1])) for key in CORRECT if key[0] not in ("none", "random")]
+    tests = [stats.ttest_rel(accuracy(a), accuracy(b)) for a, b in versus + pairs]
+    adjusted, running = np.empty(len(tests)), 0.0
+    for step, i in enumerate(np.argsort([each.pvalue for each in tests])):
+        running = max(running, min(1, (len(tests) - step) * tests[i].pvalue))
+        adjusted[i] = running
+    np.testing.assert_allclose(table["p_holm"], adjusted[len(versus) :])
+    own = [
+        each.summary["accuracy_vs_random_p_holm"] for each in found if "random" in controls(each)
+    ]
+    np.testing.assert_allclose(own, adjusted[: len(versus)])
+    for (a, b), row, test in zip(pairs, table.itertuples(), tests[len(versus) :], strict=True):
+        interval = test.confidence_interval()
+        assert row.difference == pytest.approx((accuracy(a) - accuracy(b)).mean())
+        assert (row.ci_low, row.ci_high) == pytest.approx((interval.low, interval.high))
+    assert table["verdict"].tolist()[0] == "better than loss 0.05"
+
+
+@pytest.mark.parametrize(
+    ("contrasts", "message"),
+    [
+        ("harmful-los", "contrasts=harmful-los: los is not compared; did you mean loss"),
+        ("harmful", "contrasts=harmful: not two arms"),
+        ("loss-loss", "contrasts=loss-loss: not two arms"),
+    ],
+)
+def test_a_contrast_of_an_arm_that_is_not_compared_is_refused(contrasts, message) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        pairs_of(toy_config(arms="harmful,loss", contrasts=contrasts))
+
+
+def test_harmful_against_loss_is_the_default_where_both_are_compared() -> None:
+    assert pairs_of(toy_config(arms="harmful,loss")) == [("harmful", "loss")]
+    assert pairs_of(toy_config(arms="harmful")) == []
+    given = pairs_of(toy_config(arms="harmful", contrasts="harmful-none,random-harmful"))
+    assert given == [("harmful", "none"), ("random", "harmful")]
 
 
 # A rare class

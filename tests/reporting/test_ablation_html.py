@@ -25,6 +25,7 @@ from attribution.experiments.comparison import (
     class_effects,
     compare,
     comparison_table,
+    contrast,
 )
 from attribution.experiments.evidence import Evidence
 from attribution.experiments.names import ARM_SPECS
@@ -119,7 +120,9 @@ def made_page(
     if not curves:
         del figures["curves"]
     effects = class_effects(outcomes, labels, names)
-    comparison = Comparison(outcomes, comparison_table(outcomes), effects, train, evidence)
+    contrasts = contrast(outcomes, [])
+    table = comparison_table(outcomes)
+    comparison = Comparison(outcomes, table, contrasts, effects, train, evidence)
     report = ablation_html.Report(
         toy_config(dataset=f"somewhere/{NASTY[1]}", action=action), data, comparison, figures, quality,
         {"ablation run": "a0", "trak run": "t1", "finetune run": "f2"}, {"torch": NASTY[0]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pandas as pd
 from made_comparison import MORE, only, table_of
 
 from attribution.experiments.names import ARM_SPECS
@@ -60,6 +61,18 @@ def test_a_small_test_part_is_said_to_show_large_changes_alone() -> None:
     assert "changes above 1.1 points" in sentence and "nothing" not in sentence
     (sentence,) = answer.warnings(table.assign(n_test=12, image_worth=1 / 12))
     assert "decides nothing: one image changes accuracy by up to 8.3 points" in sentence
+
+
+def test_a_contrast_is_said_in_points_with_its_interval_and_verdict() -> None:
+    row = {
+        "arm": "harmful 0.05", "against": "loss 0.05", "difference": 0.0123, "ci_low": -0.001,
+        "ci_high": 0.0256, "p_holm": 0.0712, "verdict": "indistinguishable from loss 0.05",
+    }  # fmt: skip
+    assert answer.contrasts(pd.DataFrame([row])) == [
+        "harmful 0.05 against loss 0.05: +1.2 points (95 % interval -0.1 to 2.6, p 0.071 after Holm), "
+        "indistinguishable from loss 0.05."
+    ]
+    assert answer.contrasts(pd.DataFrame(columns=list(row))) == []
 
 
 def test_nothing_is_claimed_of_baselines() -> None:

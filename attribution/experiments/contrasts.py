@@ -1,0 +1,78 @@
+"""Arm against arm: paired differences between two compared arms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attribution.config import Config, nearest, split_list
+from attribution.errors import InputError
+from attribution.experiments.names import ARM_SPECS
+from attribution.experiments.statistics import paired_difference
+
+if TYPE_CHECKING:
+    from attribution.experiments.comparison import Outcome
+
+DEFAULT = ("harmful", "loss")
+COLUMNS = [
+    "contrast", "arm", "against", "action", "metric", "difference", "ci_low", "ci_high", "p", "p_holm",
+    "verdict",
+]  # fmt: skip
+
+
+def pairs_of(config: Config) -> list[tuple[str, str]]:
+    """The pairs of arms that parameter `contrasts` names; empty stands for DEFAULT if both are compared.
+
+    Raises:
+        InputError: not a pair, or an arm that is not compared.
+    """
+    compared = list(dict.fromkeys([*config.arm_names, "none", "random"]))
+    if not config.contrasts:
+        return [DEFAULT] if set(DEFAULT) <= set(compared) else []
+    found = []
+    for text in split_list(config.contrasts):
+        arm, _, against = text.partition("-")
+        if not against or arm == against:
+            raise InputError(f"contrasts={text}: not two arms such as harmful-loss")
+        for name in (arm, against):
+            if name not in compared:
+                raise InputError(
+                    f"contrasts={text}: {name} is not compared; {nearest(name, compared, 20)}"
+                )
+        found.append((arm, against))
+    return found
+
+
+def differences(
+    outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """One row per pair of trials, with the paired difference in the headline metric; p_holm stays open."""
+    return [
+        _difference(a, b)
+        for arm, against in pairs
+        for a in outcomes
+        for b in outcomes
+        if (a.trial.arm, b.trial.arm) == (arm, against) and _are_comparable(a, b)
+    ]
+
+
+def _are_comparable(a: Outcome, b: Outcome) -> bool:
+    """Whether two trials do the same to as many examples, or one has a size of its own."""
+    is_free = ARM_SPECS[a.trial.arm].is_frac_free or ARM_SPECS[b.trial.arm].is_frac_free
+    return a.trial.action == b.trial.action and (is_free or a.trial.size == b.trial.size)
+
+
+def _difference(a: Outcome, b: Outcome) -> dict[str, Any]:
+    metric = a.metric
+    found = paired_difference(a.per_seed[metric], b.per_seed[metric], **a.limits(metric, -1))
+    return {
+        "contrast": f"{a.trial.name}-{b.trial.name}",
+        "arm": a.trial.name,
+        "against": b.trial.name,
+        "action": a.trial.action,
+        "metric": metric,
+        "difference": found.mean,
+        "ci_low": found.ci_low,
+        "ci_high": found.ci_high,
+        "p": found.p,
+    }
