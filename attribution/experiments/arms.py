@@ -56,8 +56,17 @@ def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndar
     return np.argsort(evidence.alignment, kind="stable")[::-1][:count]
 
 
+def trust(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    return _lowest(_given(evidence.stored_trust), count)
+
+
+def d3m(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Jain et al. 2024."""
+    return _lowest(evidence.alignment, count)
+
+
 def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """With other than the default groups or weights: lowest alignment, as in D3M (Jain et al. 2024)."""
+    """As trust; with other than the default groups or weights as d3m, which gather_evidence sees to."""
     return _lowest(evidence.trust, count)
 
 
@@ -110,7 +119,7 @@ def oracle(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarr
 ARMS: dict[str, Arm] = {
     f.__name__: f
     for f in (
-        none, random, random_matched, helpful, harmful, negative, loss, confident, self_influence,
+        none, random, random_matched, helpful, trust, d3m, harmful, negative, loss, confident, self_influence,
         harmful_loss, majority, balanced, oracle,
     )
 }  # fmt: skip
@@ -307,10 +316,10 @@ def removed_table(trial: Trial, train: pd.DataFrame, evidence: Evidence) -> pd.D
         train: the score artifact's table of training examples, in order of position.
     """
     positions, seeds = np.unique(np.concatenate(trial.removed), return_counts=True)
-    table = train.iloc[positions].assign(
-        alignment=evidence.alignment[positions], trust=evidence.trust[positions], seeds=seeds
-    )
-    return table.reset_index(drop=True)
+    ranks = {"alignment": evidence.alignment[positions], "trust": evidence.trust[positions]}
+    if trial.arm == "trust":
+        del ranks["trust"]  # the stored one, which is in the table
+    return train.iloc[positions].assign(**ranks, seeds=seeds).reset_index(drop=True)
 
 
 def kept_table(trial: Trial, train: pd.DataFrame) -> pd.DataFrame:

@@ -24,6 +24,7 @@ class Evidence:
         alignment: under this run's groups and group weights, positive = helpful.
         trust: low = suspect; equal to the alignment under other than the default groups or weights.
         loss: ensemble loss in nats, from models that did not train on the example where possible.
+        stored_trust: trust as the trak stage stored it, under any groups and weights.
         label_quality: by cleanlab, low = suspect.
         self_influence: high = suspect.
         predicted: label that the ensemble predicts, without having trained on the example where possible.
@@ -36,6 +37,7 @@ class Evidence:
     alignment: np.ndarray
     trust: np.ndarray
     loss: np.ndarray
+    stored_trust: np.ndarray | None = None
     label_quality: np.ndarray | None = None
     self_influence: np.ndarray | None = None
     predicted: np.ndarray | None = None
@@ -69,6 +71,7 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
         # Whoever asks for other groups or weights wants D3M as it was published.
         trust=train["trust"] if asked == scores.metadata["alignment"] else alignment,
         loss=train["loss"],
+        stored_trust=train["trust"],
         label_quality=train.get("label_quality"),
         self_influence=train["self_influence"],
         predicted=train.get("predicted_label"),

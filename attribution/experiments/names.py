@@ -51,8 +51,18 @@ ARM_SPECS = {
         "the {n} most helpful examples",
         ("alignment", False),
     ),
+    "trust": ArmSpec(
+        "lowest trust score: alignment without the factor 1 - p",
+        "the {n} examples with the lowest trust",
+        ("trust", True),
+    ),
+    "d3m": ArmSpec(
+        "lowest group alignment under groups and group_weights, as published (D3M)",
+        "the {n} examples with the lowest group alignment",
+    ),
     "harmful": ArmSpec(
-        "lowest trust score, the examples whose presence lowers accuracy most",
+        "lowest trust score (as trust; with other groups or group_weights as d3m), the examples whose "
+        "presence lowers accuracy most",
         "the {n} most harmful examples",
         ("trust", True),
     ),

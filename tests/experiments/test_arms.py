@@ -47,6 +47,7 @@ def full_evidence(n: int = 40, seed: int = 0) -> Evidence:
     found = evidence(n, seed)
     return replace(
         found,
+        stored_trust=rng.permutation(n).astype(float),
         label_quality=rng.random(n),
         self_influence=rng.random(n),
         predicted=rng.integers(0, 4, n),
@@ -102,6 +103,8 @@ def test_helpful_and_harmful_share_no_example_where_alignments_are_equal() -> No
     [
         ("helpful", lambda e: sorted(range(40), key=lambda i: -e.alignment[i])),
         ("harmful", lambda e: sorted(range(40), key=lambda i: e.trust[i])),
+        ("trust", lambda e: sorted(range(40), key=lambda i: e.stored_trust[i])),
+        ("d3m", lambda e: sorted(range(40), key=lambda i: e.alignment[i])),
         ("loss", lambda e: sorted(range(40), key=lambda i: -e.loss[i])),
         ("confident", lambda e: sorted(range(40), key=lambda i: e.label_quality[i])),
         ("self_influence", lambda e: sorted(range(40), key=lambda i: -e.self_influence[i])),

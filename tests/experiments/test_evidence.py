@@ -33,6 +33,7 @@ def test_harm_is_trust_by_default_and_alignment_under_groups_of_ones_own(
     found = gather_evidence(toy_config(**asked), data, scores)
     expected = found.alignment if asked else scores.train["trust"]
     np.testing.assert_array_equal(found.trust, expected)
+    np.testing.assert_array_equal(found.stored_trust, scores.train["trust"])
 
 
 def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
