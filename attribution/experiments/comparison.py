@@ -317,7 +317,10 @@ def _outcome(
 
 
 def warn(outcomes: Sequence[Outcome], train_labels: np.ndarray, class_names: Sequence[str]) -> None:
-    """Set the warning of each trial that takes at least half of a class, and twice its share of all."""
+    """Set the warning of each trial that takes at least half of a class, and far more than of all.
+
+    Far more is twice its share of all examples, or halfway from that share to all.
+    """
     (none,) = (each for each in outcomes if each.trial.arm == "none")
     sizes = np.bincount(train_labels, minlength=len(class_names))
     for outcome in outcomes:
@@ -325,7 +328,8 @@ def warn(outcomes: Sequence[Outcome], train_labels: np.ndarray, class_names: Seq
         chosen = train_labels[np.concatenate(trial.removed)]
         taken = np.bincount(chosen, minlength=len(sizes)) / len(trial.removed)
         worst = int((taken / np.maximum(sizes, 1)).argmax())
-        if taken[worst] < sizes[worst] * max(0.5, 2 * trial.size / len(train_labels)):
+        frac = trial.size / len(train_labels)
+        if taken[worst] < sizes[worst] * max(0.5, min(2 * frac, (1 + frac) / 2)):
             continue
         before, after = (each.per_class[worst].mean() for each in (none, outcome))
         change = f"{'fell' if after < before else 'rose'} from {before:.2f} to"
