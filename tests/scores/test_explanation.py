@@ -368,8 +368,10 @@ def test_scores_without_features_are_refused_by_name(place, picture, monkeypatch
     )  # fmt: skip
     done = place.done("explain", image=picture, proj_dim=8, keep_features="yes")
     assert done.made() == {"trak", "explain"}
-    targets = place.done("explain", target="1", proj_dim=8)  # which needs none
-    assert targets.tags["trak_run_id"] == made.run_id
+    newest = place.done("explain", target="1", proj_dim=8)
+    assert newest.tags["trak_run_id"] == done.tags["trak_run_id"]
+    targets = place.done("explain", target="1", proj_dim=8, trak_run_id=made.run_id)
+    assert targets.tags["trak_run_id"] == made.run_id  # which has none and needs none
 
 
 @pytest.mark.slow
@@ -569,7 +571,10 @@ def test_right_and_wrong_predictions_are_told_apart() -> None:
 
 
 @pytest.mark.slow
-def test_a_command_that_names_no_data_takes_the_scores_that_are_there(place, tmp_path) -> None:
+def test_a_command_that_names_no_data_takes_the_scores_that_are_there(
+    finished, new_place, tmp_path
+) -> None:
+    place = new_place("no data", like=finished[0])
     nothing = {"dataset": None, **dict.fromkeys(place.small), "jobs": 1}
     done = place.done("explain", **nothing, target="2")
     trak = place.runs("trak")[0].info.run_id
