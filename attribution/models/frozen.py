@@ -59,7 +59,7 @@ class Rest:
 
 
 # What Rest.received gives for the settings and data at hand, by split; all seeds share it.
-_stored: dict[tuple, Tensor] = {}
+_stored: dict[tuple, Tensor | None] = {}
 
 
 def stored_logits(
@@ -84,22 +84,25 @@ def stored_logits(
     key = *settings, split
     # Tensors of inference mode could not be trained on.
     with torch.inference_mode(False), torch.no_grad(), autocast(config, device):
-        if not _is_exact(rest, images, len(data.rows(split))):
-            return None
         if key not in _stored:
-            batches = batches_of(config, data, split, 64, device)
-            _stored[key] = torch.cat([rest.received(batch) for batch, _ in batches])
-    inputs = _stored[key]
-    return lambda rows: rest(inputs[rows])
+            _stored[key] = _received(config, data, rest, split)
+        inputs = _stored[key]
+        if inputs is None:
+            return None
+        logits = model(images).logits
+        error = (rest(inputs[: len(images)]) - logits).abs().max()
+    is_exact = error <= TOLERANCE[logits.dtype] * logits.abs().max()
+    return (lambda rows: rest(inputs[rows])) if is_exact else None
 
 
-def _is_exact(rest: Rest, images: Tensor, n: int) -> bool:
-    """Whether a model's logits follow from what its first trained layer receives, and n of these fit."""
-    logits = rest.model(images).logits
+def _received(config: Config, data: ImageData, rest: Rest, split: str) -> Tensor | None:
+    """Return Rest.received of a split; None where it is too large or the rest cannot run on it alone."""
+    device, rows = rest.image.device, data.rows(split)
     try:
-        received = rest.received(images)
-        error = (rest(received) - logits).abs().max()
+        few = rest.received(rest.image)
+        rest(few)
     except Exception:  # of any kind: models differ in what layers receive and read
-        return False
-    fits = received[0].nbytes * n <= MOST_BYTES
-    return fits and bool(error <= TOLERANCE[logits.dtype] * logits.abs().max())
+        return None
+    if few.nbytes * len(rows) > MOST_BYTES:
+        return None
+    return torch.cat([rest.received(x) for x, _ in batches_of(config, data, split, 64, device)])

@@ -100,6 +100,14 @@ def test_frozen_layers_run_once_for_each_image_whatever_the_seeds(data, resnet) 
     assert [n for n in ran if n > 2] == [32]  # two images compare, for each seed
 
 
+def test_another_body_is_not_taken_for_the_stored_one(data, resnet) -> None:
+    config = toy_config(model=resnet, train_layers="head")
+    model = classifier.build(resnet, data.class_names, 0).eval()
+    assert frozen.stored_logits(config, data, model, "test")
+    other = train(toy_config(model=resnet), data, 0, ALL).model
+    assert frozen.stored_logits(config, data, other, "test") is None
+
+
 def test_two_heads_are_trained_and_no_layer_is_skipped(data, deit) -> None:
     config = toy_config(model=deit, train_layers="head")
     model = classifier.build(deit, data.class_names, 0).eval()
