@@ -209,7 +209,8 @@ def test_the_comparison_of_mlflow_run_is_one_nested_run_for_each_arm(projects) -
     folder, table = place.artifacts(run_id), comparison(place, run_id)
     assert {path.name for path in folder.iterdir()} == {
         *("comparison.csv", "comparison.json", "comparison.png", "curves.png"),
-        *("per_class.csv", "per_class.json", "report.html", "environment.json"),
+        *("contrasts.csv", "contrasts.json", "per_class.csv", "per_class.json", "report.html"),
+        "environment.json",
     }
     as_json = json.loads((folder / "comparison.json").read_text())
     assert as_json["columns"] == list(table) and len(as_json["data"]) == len(table)
