@@ -1,11 +1,12 @@
-"""How fast a command runs, compared with its plan, which is made for an idle machine."""
+"""How fast a command runs, compared with its plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 TOLERANCE = 1.5  # times as slow, or as fast, as planned: a line says so
-FIRST_SECONDS = 30.0  # of a progress bar, before it is compared
+FIRST_SECONDS, FIRST_SHARE = 30.0, 0.1  # of the tasks, before a stage is compared
+LONGEST_START = 3.0  # times the planned one: a busy machine starts workers slowly
 # The bar of each stage whose tasks the plan counts.
 STAGES = {
     "finetune: checkpoints": "finetune",
@@ -24,12 +25,14 @@ class Pace:
         tasks: how many each stage has.
         workers: of each stage.
         start_up: seconds of a stage before its first task begins.
+        origins: seconds and tasks from which each bar is measured.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, float] = field(default_factory=dict)
     workers: dict[str, int] = field(default_factory=dict)
     start_up: float = 0.0
+    origins: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def correct(self, bar: str, made: float, unit: float, left: float, elapsed: float) -> str:
         """Compare a stage with its plan. Where they differ, correct the plan and say so in a line.
@@ -44,16 +47,22 @@ class Pace:
             The line, or an empty text.
         """
         stage = STAGES.get(bar, "")
-        if stage not in self.seconds or elapsed < FIRST_SECONDS or not made:
+        if stage not in self.seconds:
             return ""
-        planned = (self.seconds[stage] - self.start_up) / max(self.tasks[stage], made + left)
-        most = elapsed / made
-        # Perhaps there was a start, and all other workers are about to finish too.
-        under_way = min((self.workers[stage] - 1) * unit, left)
-        least = (elapsed - self.start_up) / (made + under_way)
-        if least <= TOLERANCE * planned and most * TOLERANCE >= planned:
+        total, others = made + left, (self.workers[stage] - 1) * unit
+        planned = (self.seconds[stage] - self.start_up) / max(self.tasks[stage], total)
+        is_early = elapsed < LONGEST_START * self.start_up
+        origin = (elapsed, made) if is_early else (self.start_up, 0.0)
+        first, before = self.origins.setdefault(bar, origin)
+        elapsed, made = elapsed - first, made - before
+        if elapsed < FIRST_SECONDS or made < FIRST_SHARE * total:
             return ""
-        factor = (least + most) / 2 / planned
+        # All other workers may be about to finish now, or may have been at the origin.
+        is_slow = elapsed > TOLERANCE * planned * (made + min(others, left))
+        is_fast = TOLERANCE * elapsed < planned * (made - (others if before else 0))
+        if not (is_slow or is_fast):
+            return ""
+        factor = elapsed / made / planned
         stages = list(self.seconds)
         ahead = stages[stages.index(stage) :]
         for name in ahead:

@@ -52,6 +52,7 @@ def test_lines_add_up_and_leave_out_what_is_not_known() -> None:
 
 def test_seconds_are_shared_by_as_many_workers_as_there_are_tasks(monkeypatch) -> None:
     monkeypatch.setattr(plan, "seconds_per_example", lambda *given: 0.01)
+    monkeypatch.setattr(plan, "_crowd", lambda: 1.0)
     plan._step_seconds.cache_clear()
 
     def seconds(jobs: int, tasks: int, **given: Any) -> float:

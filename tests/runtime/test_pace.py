@@ -42,7 +42,17 @@ def test_bars_that_the_plan_does_not_count_are_not_compared(bar: str) -> None:
 
 def test_what_was_just_begun_is_not_judged() -> None:
     assert not planned().correct(BAR, made=0.5, unit=1, left=99.5, elapsed=20)
-    assert not planned().correct(BAR, made=0, unit=1, left=100, elapsed=500)
+    assert not planned().correct(BAR, made=9, unit=1, left=91, elapsed=5000)
+    assert planned().correct(BAR, made=10, unit=1, left=90, elapsed=5000)
+
+
+def test_workers_that_start_slowly_are_not_slow_workers() -> None:
+    """After 33 s in place of 12 the first epoch of 15 has ended, and then all goes as planned."""
+    pace = planned(workers=2, tasks=3, seconds=12 + 3 * 50.0)
+    pace.start_up = 12.0
+    for epoch in range(1, 31):  # two checkpoints at a time, 100 s each
+        made, elapsed = epoch / 15, 33 + 100 / 15 * (epoch - 1) / 2
+        assert not pace.correct("ablation: retrainings", made, 1 / 15, 3 - made, elapsed)
 
 
 @given(st.integers(1, 16), st.integers(1, 20), st.floats(0.9, 1.1), st.integers(1, 10))

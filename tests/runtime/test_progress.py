@@ -72,7 +72,7 @@ def test_a_bar_whose_tasks_take_longer_than_planned_says_so_once(heard, monkeypa
     monkeypatch.setattr(pace, "FIRST_SECONDS", 0.05)
     module.follow(Pace({"ablation": 1.0, "evaluate": 5.0}, {"ablation": 10}, {"ablation": 1}))
     with progress("ablation: retrainings", 10) as advance:
-        for _ in range(5):
+        for _ in range(3):
             time.sleep(0.3)
             advance()
         wait_for("planned", heard)
