@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 TOLERANCE = 1.5  # times as slow, or as fast, as planned: a line says so
 FIRST_SECONDS, FIRST_SHARE = 30.0, 0.1  # of the tasks, before a stage is compared
-LONGEST_START = 3.0  # times the planned one: a busy machine starts workers slowly
+LONGEST_START = 3.0  # times the planned one
 # The bar of each stage whose tasks the plan counts.
 STAGES = {
     "finetune: checkpoints": "finetune",
@@ -40,7 +40,8 @@ class Pace:
         Args:
             bar: name of the progress bar.
             made: tasks finished in `elapsed` seconds, not counting those under way.
-            unit: size of one that is under way, of which each worker has one.
+            unit: size of one that is under way, of which each worker has one; below 1, the part of a
+                task after which it says how far it is.
             left: tasks to do.
 
         Returns:
@@ -51,8 +52,9 @@ class Pace:
             return ""
         total, others = made + left, (self.workers[stage] - 1) * unit
         planned = (self.seconds[stage] - self.start_up) / max(self.tasks[stage], total)
-        is_early = elapsed < LONGEST_START * self.start_up
-        origin = (elapsed, made) if is_early else (self.start_up, 0.0)
+        # A busy machine starts workers slowly; parts of tasks show when they began.
+        has_just_begun = unit < 1 or elapsed < LONGEST_START * self.start_up
+        origin = (elapsed, made) if has_just_begun else (self.start_up, 0.0)
         first, before = self.origins.setdefault(bar, origin)
         elapsed, made = elapsed - first, made - before
         if elapsed < FIRST_SECONDS or made < FIRST_SHARE * total:

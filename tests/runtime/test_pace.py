@@ -46,12 +46,13 @@ def test_what_was_just_begun_is_not_judged() -> None:
     assert planned().correct(BAR, made=10, unit=1, left=90, elapsed=5000)
 
 
-def test_workers_that_start_slowly_are_not_slow_workers() -> None:
-    """After 33 s in place of 12 the first epoch of 15 has ended, and then all goes as planned."""
+@pytest.mark.parametrize("start", [12, 33, 70])
+def test_workers_that_start_slowly_are_not_slow_workers(start: int) -> None:
+    """The first epoch of 15 ends late, and then all goes as planned."""
     pace = planned(workers=2, tasks=3, seconds=12 + 3 * 50.0)
     pace.start_up = 12.0
     for epoch in range(1, 31):  # two checkpoints at a time, 100 s each
-        made, elapsed = epoch / 15, 33 + 100 / 15 * (epoch - 1) / 2
+        made, elapsed = epoch / 15, start + 100 / 15 * (epoch - 1) / 2
         assert not pace.correct("ablation: retrainings", made, 1 / 15, 3 - made, elapsed)
 
 
