@@ -93,7 +93,8 @@ def implied(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str,
                 "training examples; leave it out"
             )
     known = given.keys() | inherited.keys()
-    own: dict[str, Any] = {} if "model" in known else {"model": folders[0]}
+    whole = {"model": folders[0], "train_layers": "all"}  # which layers were trained is not known
+    own: dict[str, Any] = {name: value for name, value in whole.items() if name not in known}
     if "image_size" not in known:
         with _naming_checkpoints():
             sizes = {folder: model_facts.own_image_size(folder) for folder in folders}

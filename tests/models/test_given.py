@@ -62,6 +62,7 @@ def test_folders_with_commas_are_named_again_as_they_can_be_read(tmp_path: Path)
     assert split_list(implied["checkpoints"]) == [str(folder)]
     assert implied["num_models"] == 1 and implied["image_size"] == 16
     assert implied["model"] == str(folder) and implied["subset_fraction"] == 1
+    assert implied["train_layers"] == "all"  # on a CPU, a pretrained model's would be its head
 
 
 def test_what_is_no_model_with_safetensors_is_refused(tmp_path: Path) -> None:
