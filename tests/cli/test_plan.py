@@ -29,6 +29,13 @@ NewPlace = Callable[..., Place]
 Usage = namedtuple("Usage", "total used free")
 
 
+@pytest.fixture(autouse=True)
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other process wants the cores, and nothing was measured before."""
+    monkeypatch.setattr(plan, "_crowd", lambda: 1.0)
+    plan._step_seconds.cache_clear()
+
+
 def size(folder: Path, pattern: str = "*") -> int:
     return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
 
@@ -52,8 +59,6 @@ def test_lines_add_up_and_leave_out_what_is_not_known() -> None:
 
 def test_seconds_are_shared_by_as_many_workers_as_there_are_tasks(monkeypatch) -> None:
     monkeypatch.setattr(plan, "seconds_per_example", lambda *given: 0.01)
-    monkeypatch.setattr(plan, "_crowd", lambda: 1.0)
-    plan._step_seconds.cache_clear()
 
     def seconds(jobs: int, tasks: int, **given: Any) -> float:
         estimate = Estimate("", trained=1000, tasks=tasks)
