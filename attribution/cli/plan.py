@@ -91,7 +91,10 @@ def seconds_of(
         gain = TRAINING_GAIN[device]
         if estimate.retrains and stacking_pays(config):
             gain = STACK_GAIN[device]
-        work = estimate.trained / gain * step + estimate.gradients * FEATURE_COST[device] * whole
+        gradient = FEATURE_COST[device] * (step if config.train_layers == "head" else whole)
+        work = estimate.trained / gain * step + estimate.gradients * gradient
+        if config.train_layers != "all":  # frozen layers run once for each image
+            work += whole * (estimate.trained / config.epochs + estimate.gradients) / estimate.tasks
         jobs = resolve_jobs(config.jobs, device, estimate.tasks)
         found[stage] = work / jobs + (START_UP if work else 0.0)
     return found
@@ -99,7 +102,7 @@ def seconds_of(
 
 @cache
 def _step_seconds(config: Config, class_names: tuple[str, ...]) -> tuple[float, float]:
-    """Seconds for an image of a training step, and of one in which frozen layers run as they do for gradients.
+    """Seconds for an image of a training step, and of one in which frozen layers run too.
 
     Both are 0 where the model refuses the image size.
     """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
 from attribution.gradients.per_sample import trained_parameters
 from attribution.gradients.sketch import dealt
-from attribution.models import classifier, memory_layout
+from attribution.models import classifier, frozen, memory_layout
 from attribution.models.batches import batches_of
 from attribution.runtime.device import keep_freed_memory, resolve_device, resolve_precision
 from attribution.runtime.hashing import derive_seed
@@ -194,7 +196,11 @@ def _featurize_if_it_fits(
 ) -> Files | None:
     """The files of traker's folder; None if a batch does not fit in memory."""
     device = resolve_device(config.device)
-    batches = batches_of(config, data, shard.split, shard.batch_size, device, shard.rows)
+    batches: Any = batches_of(config, data, shard.split, shard.batch_size, device, shard.rows)
+    # Stored outputs of the frozen layers have the precision of training.
+    same = config.precision == config.feature_precision and config.projector == "sketch"
+    if config.train_layers == "head" and same:
+        batches = partial(_skipping, data, shard, config, batches)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
@@ -208,18 +214,35 @@ def _featurize_if_it_fits(
         return read_folder(folder)
 
 
+def _skipping(
+    data: ImageData, shard: Shard, config: Config, batches: Iterable, model: torch.nn.Module
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Let a model take positions in the split for images where its frozen layers can be skipped.
+
+    Returns:
+        Batches of positions (B,) and labels (B,), or the given ones.
+    """
+    logits_of = frozen.stored_logits(config, data, model, shard.split)
+    if not logits_of:
+        return batches
+    model.forward = lambda rows: SimpleNamespace(logits=logits_of(rows))
+    labels = torch.from_numpy(data.labels(shard.split))
+    return ((x, labels[x]) for x in torch.tensor(shard.rows).split(shard.batch_size))
+
+
 def run_traker(
     config: Config,
     checkpoint: Path,
     model_id: int,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]] | Callable[[torch.nn.Module], Iterable],
     n: int,
     folder: Path,
 ) -> None:
     """Write the features of n examples under a checkpoint into traker's folder.
 
     Args:
-        batches: images (B, 3, H, W) and labels (B,), on the device of the config.
+        batches: images (B, 3, H, W) and labels (B,), on the device of the config; or a function that
+            makes them for the loaded model.
 
     Raises:
         OSError: the disk is full.
@@ -228,7 +251,7 @@ def run_traker(
     traker.load_checkpoint(state, model_id=model_id)
     # On a full disk this raises. A write to the memory map would end the process.
     reserve(folder.glob("*/grads.mmap"))
-    for batch in batches:
+    for batch in batches(traker.model) if callable(batches) else batches:
         traker.featurize(batch, num_samples=len(batch[1]))
 
 

@@ -71,13 +71,20 @@ def test_seconds_are_shared_by_as_many_workers_as_there_are_tasks(monkeypatch) -
     assert seconds_of({"s": Estimate("", 1)}, toy_config(backend="ray"), ("a", "b")) == {}
 
 
-def test_frozen_layers_count_for_gradients_and_not_for_training(monkeypatch) -> None:
+@pytest.mark.parametrize("layers", ["head", "last"])
+def test_frozen_layers_count_once_for_each_image_and_for_gradients_of_others(
+    layers: str, monkeypatch
+) -> None:
     monkeypatch.setattr(plan, "seconds_per_example", lambda *given: 1.0 if given[3:] else 0.01)
-    estimates = {"finetune": Estimate("", trained=1000), "trak": Estimate("", gradients=1000)}
-    seconds = seconds_of(estimates, toy_config(train_layers="head"), ("a", "b"))
-    assert seconds["finetune"] == pytest.approx(10 * plan.OVERHEAD + plan.START_UP)
-    gradients = 1000 * plan.FEATURE_COST["cpu"] * plan.OVERHEAD
-    assert seconds["trak"] == pytest.approx(gradients + plan.START_UP)
+    estimates = {
+        "finetune": Estimate("", trained=5 * 4 * 100, tasks=4),  # 4 models, 5 epochs of 100 images
+        "trak": Estimate("", gradients=4 * 300, tasks=4),
+    }
+    seconds = seconds_of(estimates, toy_config(train_layers=layers, epochs=5), ("a", "b"))
+    assert seconds["finetune"] == pytest.approx((20 + 100) * plan.OVERHEAD + plan.START_UP)
+    gradient = plan.FEATURE_COST["cpu"] * {"head": 0.01, "last": 1.0}[layers]
+    expected = (4 * 300 * gradient + 300) * plan.OVERHEAD + plan.START_UP
+    assert seconds["trak"] == pytest.approx(expected)
 
 
 def test_nothing_is_timed_where_nothing_is_trained(monkeypatch) -> None:

@@ -129,3 +129,38 @@ def test_features_are_of_the_layers_that_are_trained(tmp_path: Path, projector: 
     assert shapes == (
         {"head": 1, "last": 4, "all": 10} if projector == "sketch" else dict.fromkeys(shapes, 1)
     )
+
+
+def test_features_of_a_head_are_the_same_where_frozen_layers_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = toy_data(tmp_path / "data", n_train=40)
+    folder = saved_model(tmp_path / "model", data)
+    config = toy_config(model=str(folder), train_layers="head", proj_dim=24)
+    shard, found = Shard(0, "train", range(10, 40), 8), []
+    for skips in (True, False):
+        if not skips:
+            monkeypatch.setattr(module.frozen, "stored_logits", lambda *_: None)
+        files = module._featurize(config, data, shard, folder)
+        for name, content in files.items():
+            (tmp_path / str(skips) / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / str(skips) / name).write_bytes(content)
+        names = ("grads.mmap", "out_to_loss.mmap")
+        found.append([open_matrix(tmp_path / str(skips) / "0" / name) for name in names])
+    assert found[0][0].shape == (30, 24) and found[0][0].any(axis=1).all()
+    for skipped, whole in zip(*found, strict=True):
+        np.testing.assert_allclose(skipped, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_no_frozen_layer_runs_again_for_another_checkpoint(tmp_path: Path) -> None:
+    data = toy_data(tmp_path / "data", n_train=40)
+    folder = saved_model(tmp_path / "model", data)
+    config = toy_config(model=str(folder), train_layers="head", proj_dim=24)
+    ran: list[int] = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda layer, x: ran.append(len(x[0])) if type(layer).__name__ == "ResNetModel" else None
+    )
+    with hook:
+        for model_id in range(2):
+            module._featurize(config, data, Shard(model_id, "train", range(40), 8), folder)
+    assert sum(n for n in ran if n > 2) == 40
