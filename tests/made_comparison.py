@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from attribution.experiments.arms import Trial
-from attribution.experiments.comparison import compare, comparison_table
+from attribution.experiments.comparison import comparison_table
+from attribution.experiments.outcome import compare
 
 N_TEST = 400
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from attribution.config import Config, nearest, split_list
 from attribution.errors import InputError
 from attribution.experiments.names import ARM_SPECS
+from attribution.experiments.outcome import Outcome, adjust
 from attribution.experiments.statistics import paired_difference
-
-if TYPE_CHECKING:
-    from attribution.experiments.comparison import Outcome
+from attribution.experiments.verdicts import judge
 
 DEFAULT = ("harmful", "loss")
 COLUMNS = [
@@ -43,7 +44,21 @@ def pairs_of(config: Config) -> list[tuple[str, str]]:
     return found
 
 
-def differences(
+def contrast(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Compare pairs of arms in the headline metric, in one Holm family with the differences from `random`.
+
+    Returns:
+        One row per pair of trials: their paired difference with interval, p and p_holm, and a verdict.
+    """
+    rows = _differences(outcomes, pairs)
+    adjusted = adjust(outcomes, outcomes[0].metric, "random", [row["p"] for row in rows])
+    for row, p in zip(rows, adjusted, strict=True):
+        row["p_holm"] = p
+        row["verdict"] = judge(row["ci_low"], row["ci_high"], p, row["against"])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _differences(
     outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]
 ) -> list[dict[str, Any]]:
     """One row per pair of trials, with the paired difference in the headline metric; p_holm stays open."""

@@ -9,10 +9,10 @@ import pandas as pd
 
 from attribution.errors import InputError
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import CONTROLS, headline_of, judged_metrics, verdict
 from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import holm, mean_estimate
+from attribution.experiments.verdicts import CONTROLS, headline_of, judged_metrics, verdict
 
 
 def check(data_fingerprints: Sequence[str]) -> None:

@@ -13,18 +13,18 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.thumbnails import embedded
 from attribution.experiments.arms import Trial, trial_name
-from attribution.experiments.comparison import (
-    ACTED,
+from attribution.experiments.comparison import Comparison
+from attribution.experiments.metrics import METRICS, headline
+from attribution.experiments.names import ARM_SPECS
+from attribution.experiments.outcome import ACTED
+from attribution.experiments.verdicts import (
     BETTER,
     CONTROLS,
     WORSE,
-    Comparison,
     headline_of,
     judged_metrics,
     verdict,
 )
-from attribution.experiments.metrics import METRICS, headline
-from attribution.experiments.names import ARM_SPECS
 from attribution.reporting import answer, html, terminal
 
 GALLERY = 24  # examples shown for each arm

@@ -12,16 +12,11 @@ import pandas as pd
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.experiments.arms import kept_table, trial_name
-from attribution.experiments.comparison import (
-    BETTER,
-    CONTROLS,
-    Comparison,
-    Outcome,
-    headline_of,
-    verdict,
-)
+from attribution.experiments.comparison import Comparison
 from attribution.experiments.names import ARM_SPECS
+from attribution.experiments.outcome import Outcome
 from attribution.experiments.statistics import detection_metrics
+from attribution.experiments.verdicts import BETTER, CONTROLS, headline_of, verdict
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
 from attribution.runtime.progress import say

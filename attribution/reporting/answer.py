@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import BETTER, CONTROLS, WORSE, headline_of
 from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
+from attribution.experiments.verdicts import BETTER, CONTROLS, WORSE, headline_of
 
 VERBS = {"remove": "removing", "relabel": "relabelling"}
 

@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from attribution.data.dataset import ImageData
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import BETTER, WORSE, headline_of, verdict
 from attribution.experiments.metrics import METRICS
+from attribution.experiments.verdicts import BETTER, WORSE, headline_of, verdict
 from attribution.scores.artifact import Scores
 from attribution.scores.explanation import Explanation
 

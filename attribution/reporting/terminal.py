@@ -13,10 +13,10 @@ from rich.text import Text
 
 from attribution.errors import printable
 from attribution.experiments.arms import trial_name
-from attribution.experiments.comparison import headline_of, judged_metrics, verdict
 from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import detectable_effect, seeds_needed
+from attribution.experiments.verdicts import headline_of, judged_metrics, verdict
 from attribution.reporting import answer
 
 WIDTH = 134  # columns of a log file or a pipe

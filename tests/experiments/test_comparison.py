@@ -18,17 +18,14 @@ from attribution.experiments.arms import Trial
 from attribution.experiments.comparison import (
     CLASS_COLUMNS,
     Comparison,
-    Outcome,
     check,
     class_effects,
-    compare,
     comparison_table,
-    contrast,
     retrain,
-    verdict,
-    warn,
 )
-from attribution.experiments.contrasts import pairs_of
+from attribution.experiments.contrasts import contrast, pairs_of
+from attribution.experiments.outcome import Outcome, compare, warn
+from attribution.experiments.verdicts import verdict
 from attribution.models.predict import predict
 from attribution.models.train import train
 

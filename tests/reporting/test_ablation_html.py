@@ -23,12 +23,12 @@ from attribution.experiments.comparison import (
     CLASS_COLUMNS,
     Comparison,
     class_effects,
-    compare,
     comparison_table,
-    contrast,
 )
+from attribution.experiments.contrasts import contrast
 from attribution.experiments.evidence import Evidence
 from attribution.experiments.names import ARM_SPECS
+from attribution.experiments.outcome import compare
 from attribution.reporting import ablation_html, answer
 from attribution.reporting.terminal import power
 

@@ -10,9 +10,9 @@ import pytest
 from made_comparison import BASE, GROUPS, MORE, N_SEEDS, N_TEST, only, table_of
 from rich.console import Console
 
-from attribution.experiments.comparison import verdict
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import detectable_effect, seeds_needed
+from attribution.experiments.verdicts import verdict
 from attribution.reporting import answer, terminal
 from attribution.reporting.terminal import power, print_comparison
 
