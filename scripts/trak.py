@@ -129,8 +129,8 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
         page,
     )
     next_steps.say_next(
-        "Then, to train with and without these corrections, and write the corrected data set to a "
-        "folder, type:",
+        "Then, with both files in this folder, to train with and without the corrections, and write "
+        "the corrected data set to a folder:",
         _correct(config),
     )
     again = next_steps.command("ablation", config, trak_run_id=done.run_id)
