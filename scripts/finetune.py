@@ -175,6 +175,10 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
         print(f"{name}: {metrics[name]:.4f}")
     if done.result.test:
         print(*cleaning.sentences(done.result.test, config, len(data.rows("train"))), sep="\n")
+        ends = [done.result.test.get(f"{cleaning.CHANGE}_ci_{end}", 0) for end in ("low", "high")]
+        if min(ends) < 0 < max(ends):
+            more = next_steps.advice(config, f"more models (--num_models {2 * config.num_models})")
+            say(f"The interval holds zero: no effect is certain. What may help: {more}.")
     print(f"finetune run: {done.run_id}")
     best = checkpoint_name(done.result.members.best(data.labels("validation")))
     print(f"best model: {address(done.run_id, best)}")
