@@ -25,6 +25,7 @@ class Pace:
         tasks: how many each stage has.
         workers: of each stage.
         start_up: seconds of a stage before its first task begins.
+        slowness: of what runs now, relative to the first plan.
         origins: seconds and tasks from which each bar is measured.
     """
 
@@ -32,6 +33,7 @@ class Pace:
     tasks: dict[str, float] = field(default_factory=dict)
     workers: dict[str, int] = field(default_factory=dict)
     start_up: float = 0.0
+    slowness: float = 1.0
     origins: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def correct(self, bar: str, made: float, unit: float, left: float, elapsed: float) -> str:
@@ -70,7 +72,9 @@ class Pace:
         for name in ahead:
             self.seconds[name] = self.start_up + factor * (self.seconds[name] - self.start_up)
         more = left * factor * planned + sum(self.seconds[name] for name in ahead[1:])
-        how = f"{factor:.1f} times as long as" if factor > 1 else f"only {factor:.0%} of what was"
+        self.slowness *= factor
+        slow = self.slowness
+        how = f"{slow:.1f} times as long as" if slow > 1 else f"only {slow:.0%} of what was"
         return f"{stage}: takes {how} planned: about {duration(more)} more"
 
 

@@ -24,6 +24,8 @@ def test_a_slow_machine_delays_this_stage_and_the_later_ones() -> None:
     assert line == f"ablation: takes 3.0 times as long as planned: about {duration(3600)} more"
     assert pace.seconds == {"finetune": 500, "ablation": 3000, "evaluate": 900}
     assert not pace.correct(BAR, made=20, unit=1, left=80, elapsed=600)  # is as corrected
+    line = pace.correct(BAR, made=80, unit=1, left=20, elapsed=1200)  # 15 s each: half of that
+    assert line == f"ablation: takes 1.5 times as long as planned: about {duration(750)} more"
 
 
 def test_a_fast_machine_is_said_too() -> None:
