@@ -341,7 +341,7 @@ def test_the_smallest_share_that_is_advised_is_accepted(n: int) -> None:
     from attribution.models.checkpoints import check_subset_fraction
 
     checks = [
-        lambda share: check_fracs([share], n),
+        lambda share: check_fracs([share], np.zeros(n, np.int64)),
         lambda share: check_alpha(toy_config(alpha=share), n),
         lambda share: check_subset_fraction(toy_config(subset_fraction=share), n),
     ]
