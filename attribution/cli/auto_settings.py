@@ -19,6 +19,7 @@ from attribution.models import model_facts, pretrained
 from attribution.runtime.progress import say
 
 SAMPLE = 128  # images whose size and colour are looked at
+MOST_OPERATIONS = 6e13  # of frozen layers on a CPU at more than 64 pixels: ten minutes of a core
 SCRATCH_STEPS, FINE_TUNING_STEPS = 1500, 300  # training steps to aim for
 
 
@@ -88,7 +89,7 @@ def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
     settle("weight_decay", lambda: 5e-4 if scratch else 0.01)
 
     def work() -> float:  # operations of one training; an idle core does about 1e11 a second
-        passes = 1 if facts.train_layers == "head" else 3 * epochs
+        passes = 0 if facts.train_layers == "head" else 3 * epochs
         return passes * (facts.flops(size) or 0) * facts.n_train
 
     settle("num_models", lambda: 10 if work() < 3e13 else 4)
@@ -97,11 +98,14 @@ def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def image_size(facts: Facts) -> int:
-    """The sample's side, rounded to 16, from 32 to 64; a pretrained model's own size on a GPU."""
+    """The sample's side, rounded to 16, from 32 to 64; up to a pretrained model's own where that is cheap."""
     by_data = max(32, 16 * round(facts.side / 16))
     if facts.own_size is None:
         return min(by_data, 64)
-    size = min(facts.own_size, max(64, by_data) if facts.has_gpu else 64)
+    large = min(facts.own_size, max(64, by_data))
+    one_pass = facts.n_train * (facts.flops(large) or 0)  # all that a head costs
+    is_cheap = facts.has_gpu or facts.train_layers == "head" and one_pass < MOST_OPERATIONS
+    size = large if is_cheap else min(facts.own_size, 64)
     return size if facts.flops(size) is not None else facts.own_size
 
 

@@ -190,7 +190,7 @@ def _reasons(config: Config, facts: auto_settings.Facts) -> dict[str, str]:
     size = f"median side {facts.side}"
     if facts.own_size:
         size = f"the model's own is {facts.own_size}"
-        if not facts.has_gpu and config.image_size < facts.own_size:
+        if not facts.has_gpu and config.image_size <= 64 < min(facts.own_size, facts.side):
             size += ", without a GPU at most 64"
     steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
     layers = "" if config.train_layers == "all" else " (without a GPU)"

@@ -96,6 +96,10 @@ def test_image_size_from_scratch_follows_the_images(side: int, size: int) -> Non
 def test_image_size_of_a_pretrained_model(own: int, side: int, gpu: bool, size: int) -> None:
     found = dataclasses.replace(FACTS, side=side, own_size=own, has_gpu=gpu)
     assert auto_settings.image_size(found) == size
+    head = dataclasses.replace(found, train_layers="head")  # whose frozen layers run once
+    assert auto_settings.image_size(head) == min(own, max(64, side // 16 * 16))
+    slow = dataclasses.replace(head, flops=lambda size: 10**12 * size)
+    assert auto_settings.image_size(slow) == size
 
 
 def test_a_model_that_refuses_the_size_gets_its_own() -> None:
