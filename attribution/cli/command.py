@@ -22,6 +22,7 @@ from attribution.data.dataset import ImageData
 from attribution.errors import InputError, StoreFailure
 from attribution.models.checkpoints import checkpoint_name
 from attribution.runtime.cache_folder import alone, discard
+from attribution.runtime.pace import Pace
 from attribution.runtime.parallel import end_workers
 from attribution.runtime.progress import follow, say
 from attribution.stages import STAGES, Stage
@@ -114,7 +115,7 @@ class Command:
         seconds = plan.seconds_of(estimates, self.config, self.data.class_names)
         for line in plan.describe(estimates, reused, seconds, self.config):
             say(line)
-        follow(plan.pace(estimates, seconds, self.config))
+        follow(Pace({name: seconds[name] for name in STAGES if name in seconds}))
 
     def _reuse(self, name: str, run_id: str) -> Upstream:
         say(f"{name}: reusing run {run_id}")

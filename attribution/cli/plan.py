@@ -17,7 +17,7 @@ from attribution.errors import InputError
 from attribution.models.model_facts import forward_flops
 from attribution.models.train import seconds_per_example, stacking_pays
 from attribution.runtime.device import resolve_device
-from attribution.runtime.pace import Pace, duration
+from attribution.runtime.pace import duration
 from attribution.runtime.parallel import resolve_jobs
 from attribution.stages import STAGES
 from attribution.tracking.artifacts import local_root
@@ -122,18 +122,6 @@ def _crowd() -> float:
     while time.perf_counter() < start + CROWD_SECONDS:
         pass
     return max(1.0, CROWD_SECONDS / (time.process_time() - own))
-
-
-def pace(estimates: Mapping[str, Estimate], seconds: Mapping[str, float], config: Config) -> Pace:
-    """The plan as the progress bars compare it with what happens."""
-    device = resolve_device(config.device).type
-    stages = [stage for stage in STAGES if seconds.get(stage)]
-    return Pace(
-        {stage: seconds[stage] for stage in stages},
-        {s: estimates[s].tasks if estimates[s].trained else estimates[s].gradients for s in stages},
-        {stage: resolve_jobs(config.jobs, device, estimates[stage].tasks) for stage in stages},
-        START_UP,
-    )
 
 
 def describe(

@@ -24,7 +24,7 @@ _pace = Pace()
 
 
 def follow(pace: Pace) -> None:
-    """Compare the progress of this command with its plan."""
+    """Let progress bars tell how long the whole command still takes."""
     global _pace
     _pace = pace
 
@@ -43,37 +43,39 @@ def progress(
     """
     shown = {"file": sys.stderr, "disable": None, "leave": False}  # None: on a terminal only
     with tqdm(desc=name, total=total, initial=done, **shown) as bar:
-        count, largest, ended = done, 0, threading.Event()
+        count, ended = done, threading.Event()
 
         def advance(by: int = 1) -> None:
-            nonlocal count, largest
-            count, largest = count + by, max(largest, by)
+            nonlocal count
+            count += by
             bar.update(by)
 
         def tick() -> None:  # tasks may take minutes: the clock shows that they run
             start = told = time.monotonic()
-            compared = 0.0
             while not ended.wait(TICK_SECONDS):
                 words, elapsed = _read(notes), time.monotonic() - start
-                epochs = [(int(a), int(b)) for a, b in re.findall(r"epoch (\d+)/(\d+)", words)]
-                made = count - done + sum(a / b for a, b in epochs)
-                left = total - done - made
-                if made > compared:  # something has just ended
-                    compared, unit = made, 1 / epochs[0][1] if epochs else largest
-                    if line := _pace.correct(name, made, unit, left, elapsed):
-                        tqdm.write(redact(line), file=sys.stderr)
+                epochs = re.findall(r"epoch (\d+)/(\d+)", words)
+                made = count - done + sum(int(a) / int(b) for a, b in epochs)
+                left = _left(name, made, total - done - made, elapsed)
                 if not bar.disable:
-                    bar.set_postfix_str(words)
+                    bar.set_postfix_str(", ".join(filter(None, [left, words])))
                 elif time.monotonic() - told > LINE_SECONDS:
                     told = time.monotonic()
-                    about = f", about {duration(elapsed / made * left)} left" if made else ""
-                    say(f"{name} {count}/{total}{about}{words and ', '}{words}")
+                    say(", ".join(filter(None, [f"{name} {count}/{total}", left, words])))
 
         threading.Thread(target=tick, daemon=True).start()
         try:
             yield advance
         finally:
             ended.set()
+
+
+def _left(name: str, made: float, left: float, elapsed: float) -> str:
+    """How long a bar, and then the command, still takes, in words; empty before anything is made."""
+    if not made:
+        return ""
+    own, whole = map(duration, _pace.left(name, made, left, elapsed))
+    return f"about {own} left" + (f", {whole} in all" if whole != own else "")
 
 
 @contextmanager
