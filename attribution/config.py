@@ -126,7 +126,7 @@ class Config:
     num_seeds: int = option("ablation", "paired retrainings of each arm", at_least=2)
     contrasts: str = option("ablation", "comma list of pairs of compared arms, such as harmful-loss, whose paired difference is judged too; empty is harmful-loss where both are compared", "")
     num_splits: int = option("splits", "repeat the whole experiment on so many splits of the data, from data_seed on, and compare with the split as the unit", 1, at_least=1)
-    groups: str = option("ablation", "groups of targets: label, a column of the data set (group with shortcut=patch), or auto (splits each label in two by its scores)", "label")
+    groups: str = option("ablation", "groups of targets: label, a column of the data set (group with shortcut=patch), auto (splits each label in two by its scores), or auto_uncentred (as the authors' code of D3M splits)", "label")
     group_weights: str = option("ablation", "weight of each group in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
     num_subsets: int = option("evaluate", "random subsets of the training set that models are retrained on", at_least=10)
     num_repeats: int = option("evaluate", "models per subset; a noise ceiling needs at least 2", at_least=1)

@@ -99,7 +99,7 @@ def check(config: Config, data: ImageData) -> None:
     """
     train = data.table("train")
     missing = []
-    if config.groups == AUTO:
+    if config.groups in AUTO:
         missing.append("groups")
     if not train["is_flipped"].any():
         missing.append("is_flipped")
@@ -139,7 +139,7 @@ def compare_arms(
 
 def _test_groups(config: Config, data: ImageData) -> np.ndarray | None:
     """The group of each test example, if groups are a column other than the label."""
-    if config.groups in ("label", AUTO):
+    if config.groups in ("label", *AUTO):
         return None
     return group_ids(data.table("test"), config.groups)
 

@@ -61,7 +61,7 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
     weights = group_weights(losses, groups, config.group_weights)
     alignment = group_alignment(scores.values, groups, weights)
     own_groups = None
-    if config.groups != AUTO:
+    if config.groups not in AUTO:
         own_groups = group_ids(data.table("train"), config.groups)
     asked = {"groups": config.groups, "group_weights": config.group_weights}
     train = {name: column.to_numpy() for name, column in scores.train.items()}

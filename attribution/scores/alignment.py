@@ -10,7 +10,7 @@ from attribution.data.splits import SPLITS
 from attribution.errors import InputError
 from attribution.runtime.npy_blocks import pieces, row_blocks
 
-AUTO = "auto"
+AUTO = ("auto", "auto_uncentred")
 SMALLEST_HALF = 0.05  # share of a label's targets; a smaller half stays with its label
 
 
@@ -19,17 +19,17 @@ def group_ids(targets: pd.DataFrame, groups: str, scores: np.ndarray | None = No
 
     Args:
         targets: one row per target.
-        groups: a column of `targets`, or 'auto'.
-        scores: (n_train, n_targets); only needed for 'auto'.
+        groups: a column of `targets`, or one of AUTO.
+        scores: (n_train, n_targets); only needed for AUTO.
 
     Raises:
         InputError: an unknown column, or one with a single value or a missing value.
     """
-    if groups == AUTO:
+    if groups in AUTO:
         assert scores is not None
-        return auto_groups(scores, targets["label"].to_numpy())
+        return auto_groups(scores, targets["label"].to_numpy(), is_centred=groups == "auto")
     if groups not in targets.columns:
-        valid = [AUTO, *targets]
+        valid = [*AUTO, *targets]
         raise InputError(f"groups={groups}: no such column; {nearest(groups, valid, limit=10)}")
     ids = pd.factorize(targets[groups], sort=True)[0]
     if ids.min() < 0 or ids.max() < 1:
@@ -44,12 +44,12 @@ def check_groups(examples: pd.DataFrame, groups: str) -> None:
 
     Args:
         examples: all examples, with their split.
-        groups: a column of `examples`, or 'auto'.
+        groups: a column of `examples`, or one of AUTO.
 
     Raises:
         InputError: an unknown column, a single value, or a group without validation examples.
     """
-    if groups == AUTO:
+    if groups in AUTO:
         return
     examples = examples[examples["split"].isin(SPLITS)]
     splits = {name: part for name, part in examples.groupby("split")}
@@ -64,7 +64,7 @@ def check_groups(examples: pd.DataFrame, groups: str) -> None:
         )
 
 
-def auto_groups(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def auto_groups(scores: np.ndarray, labels: np.ndarray, is_centred: bool = True) -> np.ndarray:
     """Pseudo-groups of targets that different training examples help, (n_targets,) from 0.
 
     The targets of each label are split by the sign of the first principal component of their
@@ -74,6 +74,8 @@ def auto_groups(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Args:
         scores: (n_train, n_targets); may be a memory map.
         labels: (n_targets,) labels of the targets.
+        is_centred: whether the sign is that of the projection less its mean, as principal components
+            are defined. The authors' code takes the sign of the projection itself.
     """
     columns = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     grams = [np.zeros((len(c), len(c))) for c in columns]
@@ -83,7 +85,7 @@ def auto_groups(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
             gram += part.T @ part
     ids, count = np.zeros(len(labels), dtype=np.int64), 0
     for gram, c in zip(grams, columns, strict=True):
-        positive = _first_component(gram) > 0
+        positive = _first_component(gram, is_centred) > 0
         smaller = min(positive.sum(), len(c) - positive.sum())
         is_split = smaller >= max(2, SMALLEST_HALF * len(c))
         ids[c] = count + (positive if is_split else 0)
@@ -91,14 +93,21 @@ def auto_groups(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ids
 
 
-def _first_component(gram: np.ndarray) -> np.ndarray:
-    """First principal component of vectors scaled to length one, (n,), from their Gram matrix (n, n)."""
+def _first_component(gram: np.ndarray, is_centred: bool) -> np.ndarray:
+    """Projections, up to a factor, of vectors scaled to length one on their first principal component.
+
+    Args:
+        gram: (n, n) Gram matrix of the vectors.
+        is_centred: whether the projections (n,) have their mean subtracted.
+    """
     lengths = np.sqrt(np.diag(gram))
     scale = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     cosine = gram * np.outer(scale, scale)
     centred = cosine - cosine.mean(0) - cosine.mean(1, keepdims=True) + cosine.mean()
     values, vectors = np.linalg.eigh(centred)
-    return vectors[:, -1] if values[-1] > 1e-9 else np.zeros(len(gram))
+    if values[-1] <= 1e-9:
+        return np.zeros(len(gram))
+    return vectors[:, -1] if is_centred else cosine @ vectors[:, -1]
 
 
 def group_weights(losses: np.ndarray, groups: np.ndarray, kind: str) -> np.ndarray:

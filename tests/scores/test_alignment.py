@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.decomposition import PCA
 
 from attribution.config import FIELDS
 from attribution.errors import InputError
@@ -242,6 +243,19 @@ def test_two_clusters_within_each_label_are_found(sizes) -> None:
     assert partition(ids) == partition(2 * labels + cluster)
     assert_numbered(ids)
     assert ids.tolist() == group_ids(pd.DataFrame({"label": labels}), "auto", scores).tolist()
+
+
+@pytest.mark.parametrize("groups", ["auto", "auto_uncentred"])
+def test_the_split_is_the_sign_of_a_projection_on_scikit_learn_s_component(groups: str) -> None:
+    rng = np.random.default_rng(4)
+    scores = (rng.normal(size=(30, 24)) + rng.normal(size=(30, 1))).astype(np.float32)
+    rows = (scores / np.linalg.norm(scores, axis=0)).T.astype(np.float64)
+    component = PCA(1).fit(rows).components_[0]
+    projected = rows @ component
+    if groups == "auto":
+        projected -= projected.mean()
+    targets = pd.DataFrame({"label": np.zeros(24, int)})
+    assert partition(group_ids(targets, groups, scores)) == partition((projected > 0).astype(int))
 
 
 def test_clusters_that_two_labels_share_stay_apart() -> None:
