@@ -37,9 +37,10 @@ def run(stage: Stage, given: dict[str, Any]) -> int:
             mlflow.set_tag("stage", "splits")  # no other command takes it for one ablation
             done = {each.config.data_seed: _compare(each) for each in commands}
             rows = _rows(done)
-            table = replication.summary(rows)
-            log_record(_record(table, rows))
-        terminal.print_splits(table, rows)
+            pairs = {seed: each.result.contrasts for seed, each in done.items()}
+            table, contrasts = replication.summary(rows, pairs)
+            log_record(_record(table, contrasts, rows))
+        terminal.print_splits(table, rows, answer.contrasts(contrasts))
         print(f"splits run: {run.info.run_id}")
         for seed, each in done.items():
             print(f"ablation run of data_seed {seed}: {each.run_id}")
@@ -79,8 +80,8 @@ def _rows(done: dict[int, Upstream]) -> pd.DataFrame:
     return rows.assign(run_id=rows["data_seed"].map({s: each.run_id for s, each in done.items()}))
 
 
-def _record(table: pd.DataFrame, rows: pd.DataFrame) -> Record:
-    """The summary and its rows as tables, each arm's difference as a metric, links to the splits' runs."""
+def _record(table: pd.DataFrame, contrasts: pd.DataFrame, rows: pd.DataFrame) -> Record:
+    """The summaries and the rows behind them as tables, each arm's difference as a metric, links to the splits' runs."""
     here = current_run().experiment_id
     links = [
         f"- [data_seed {seed}]({run_link(here, run_id)})"
@@ -92,5 +93,7 @@ def _record(table: pd.DataFrame, rows: pd.DataFrame) -> Record:
         for end in ("", "_ci_low", "_ci_high")
         for name in [f"{row['metric']}_vs_random{end}"]
     }
-    note = "\n".join([answer.sentences(table)[0], "", "One ablation for each split:", "", *links])
-    return Record(metrics=metrics, tables={"splits": table, "by_split": rows}, note=lambda _: note)
+    words = [answer.sentences(table)[0], *answer.contrasts(contrasts)]
+    note = "\n".join([*words, "", "One ablation for each split:", "", *links])
+    tables = {"splits": table, "contrasts": contrasts, "by_split": rows}
+    return Record(metrics=metrics, tables=tables, note=lambda _: note)

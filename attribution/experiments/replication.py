@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from attribution.errors import InputError
 from attribution.experiments.arms import trial_name
+from attribution.experiments.contrasts import COLUMNS
 from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import holm, mean_estimate
-from attribution.experiments.verdicts import CONTROLS, headline_of, judged_metrics, verdict
+from attribution.experiments.verdicts import CONTROLS, headline_of, judge, judged_metrics, verdict
 
 
 def check(data_fingerprints: Sequence[str]) -> None:
@@ -52,14 +55,22 @@ def _trial(row: pd.Series) -> str:
     return trial_name(row["arm"], row["action"], None if is_free else row["frac"])
 
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per trial, with the columns of comparison.csv: means over splits, not over seeds.
+def summary(
+    rows: pd.DataFrame, contrasts: Mapping[int, pd.DataFrame] = MappingProxyType({})
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Means over splits, not over seeds: of every trial, and of every contrast that all splits have.
 
     Intervals and p-values are Student's t over splits, of each split's mean over its seeds. P-values
-    are Holm-adjusted over the trials with the same control and metric.
+    are Holm-adjusted over the trials with the same control and metric; contrasts are in one family
+    with the differences from `random` of the headline metric.
 
     Args:
         rows: from by_split, of at least two splits.
+        contrasts: contrasts.csv by data seed.
+
+    Returns:
+        A row per trial with the columns of comparison.csv, and a row per contrast with those of
+        contrasts.csv.
     """
     found = []
     for _, own in rows.groupby("trial", sort=False):
@@ -77,10 +88,29 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
                 row |= {f"{metric}_p": estimate.p} if versus else {}
         found.append(row)
     table = pd.DataFrame(found).reindex(columns=_columns(rows, found))
+    pairs = _contrasts(contrasts)
     for name in [name for name in table if name.endswith("_p")]:
-        known = table[name].notna()
-        table.loc[known, f"{name}_holm"] = holm(table.loc[known, name].tolist())
-    return table.assign(verdict=[verdict(row) for _, row in table.iterrows()])
+        known, is_family = table[name].notna(), name == f"{headline_of(rows)}_vs_random_p"
+        more = [row["p"] for row in pairs] if is_family else []
+        adjusted = holm([*table.loc[known, name], *more])
+        table.loc[known, f"{name}_holm"] = adjusted[: known.sum()]
+        for row, p in zip(pairs, adjusted[known.sum() :], strict=False):
+            row["p_holm"] = p
+            row["verdict"] = judge(row["ci_low"], row["ci_high"], p, row["against"])
+    table = table.assign(verdict=[verdict(row) for _, row in table.iterrows()])
+    return table, pd.DataFrame(pairs, columns=COLUMNS)
+
+
+def _contrasts(tables: Mapping[int, pd.DataFrame]) -> list[dict[str, Any]]:
+    """One row per contrast that every split has; p_holm and verdict stay open."""
+    found = []
+    rows = pd.concat(tables.values()) if tables else pd.DataFrame({"contrast": []})
+    for _, own in rows.groupby("contrast", sort=False):
+        if len(own) == len(tables):
+            estimate = mean_estimate(own["difference"].to_numpy())
+            ends = {"ci_low": estimate.ci_low, "ci_high": estimate.ci_high, "p": estimate.p}
+            found.append({**own.iloc[0], "difference": estimate.mean, **ends})
+    return found
 
 
 def _columns(rows: pd.DataFrame, found: list[dict]) -> list[str]:

@@ -58,11 +58,12 @@ def print_comparison(
     console.print()
 
 
-def print_splits(table: pd.DataFrame, rows: pd.DataFrame) -> None:
+def print_splits(table: pd.DataFrame, rows: pd.DataFrame, contrasts: Sequence[str] = ()) -> None:
     """Print the summary of several splits, each split's difference from random, and the answer in words.
 
     Args:
         table, rows: of replication.summary and by_split.
+        contrasts: lines on arm against arm.
     """
     console = _console()
     splits = int(table["n_splits"].iloc[0])
@@ -76,7 +77,8 @@ def print_splits(table: pd.DataFrame, rows: pd.DataFrame) -> None:
     texts = [[str(seed), *(f"{x:+.4f}" for x in row)] for seed, row in wide[names].T.items()]
     title = f"Test {METRICS[headline].words} against random removal on each split"
     _print(title, ["data_seed", *names], texts)
-    console.print(answer.sentences(table)[0], soft_wrap=not console.is_terminal, highlight=False)
+    for sentence in (answer.sentences(table)[0], *contrasts):
+        console.print(sentence, soft_wrap=not console.is_terminal, highlight=False)
 
 
 def other_metrics(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
