@@ -68,8 +68,11 @@ def _effect(row: pd.Series, verb: str) -> str:
 def _interval(row: pd.Series, control: str, sign: int = 1) -> str:
     """The 95 % interval in points, of the difference times `sign`."""
     ends = (sign * 100 * row[f"{row['metric']}_vs_{control}_ci_{end}"] for end in ("low", "high"))
-    low, high = sorted(ends)
-    return f"95 % interval {low:.1f} to {high:.1f}"
+    return _ends(*sorted(ends))
+
+
+def _ends(low: float, high: float) -> str:
+    return f"95 % interval {round(low, 1) + 0.0:.1f} to {round(high, 1) + 0.0:.1f}"  # no -0.0
 
 
 def _list(rows: pd.DataFrame) -> str:
@@ -92,9 +95,8 @@ def contrasts(table: pd.DataFrame) -> list[str]:
         table: contrasts.csv.
     """
     return [
-        f"{row.arm} against {row.against}: {100 * row.difference:+.1f} points (95 % interval "
-        f"{100 * row.ci_low:.1f} to {100 * row.ci_high:.1f}, p {row.p_holm:.2g} after Holm), "
-        f"{row.verdict}."
+        f"{row.arm} against {row.against}: {100 * row.difference:+.1f} points "
+        f"({_ends(100 * row.ci_low, 100 * row.ci_high)}, p {row.p_holm:.2g} after Holm), {row.verdict}."
         for row in table.itertuples()
     ]
 
