@@ -125,7 +125,8 @@ class Config:
     metric: str = option("ablation", "test metric that differences, p-values and verdicts are of; auto is accuracy, or balanced_accuracy where the largest class has more than 3 times the training images of the smallest", "auto", choices=("auto", "accuracy", "balanced_accuracy", "macro_f1", "worst_class"))
     num_seeds: int = option("ablation", "paired retrainings of each arm", at_least=2)
     contrasts: str = option("ablation", "comma list of pairs of compared arms, such as harmful-loss, whose paired difference is judged too; empty is harmful-loss where both are compared", "")
-    num_splits: int = option("splits", "repeat the whole experiment on so many splits of the data, from data_seed on, and compare with the split as the unit", 1, at_least=1)
+    count: str = option("design", "number of training examples to remove, in place of frac: one value or a comma list", "")
+    num_splits: int = option("design", "repeat the whole experiment on so many splits of the data, from data_seed on, and compare with the split as the unit", 1, at_least=1)
     groups: str = option("ablation", "groups of targets: label, a column of the data set (group with shortcut=patch), auto (splits each label in two by its scores), or auto_uncentred (as the authors' code of D3M splits)", "label")
     group_weights: str = option("ablation", "weight of each group in the alignment", "exp_loss", choices=("exp_loss", "loss", "uniform", "paper"))
     num_subsets: int = option("evaluate", "random subsets of the training set that models are retrained on", at_least=10)
@@ -160,6 +161,13 @@ class Config:
     @property
     def fracs(self) -> list[float]:
         return [float(value) for value in self.frac.split(",")]
+
+    @property
+    def counts(self) -> list[int]:
+        try:
+            return [int(value) for value in split_list(self.count)]
+        except ValueError:
+            raise InputError(f"count={self.count}: not a comma list of whole numbers") from None
 
     @property
     def arm_names(self) -> list[str]:

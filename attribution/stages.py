@@ -26,7 +26,7 @@ class Stage:
         upstream_for: a further upstream stage that is needed only where a parameter is given.
         enough_for: the upstream stage whose result is enough where a parameter is given and no run
             of this stage is finished.
-        outputs: parameter groups of the files that the command writes outside MLflow.
+        more_groups: further parameter groups of the command, which do not change the result itself.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Stage:
     upstream: tuple[str, ...] = ()
     upstream_for: Mapping[str, str] = field(default_factory=dict)
     enough_for: Mapping[str, str] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
+    more_groups: tuple[str, ...] = ()
 
     @property
     def all_groups(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ _STAGES = (
         about="Fine-tune an ensemble of classifiers, each on a random part of the training set.",
         examples=("--dataset path/to/images", "--dataset path/to/images --keep keep.csv --labels labels.csv --export corrected"),
         groups=("data", "training", "finetune"),
-        outputs=("corrected data", "files"),
+        more_groups=("corrected data", "files"),
         artifacts=("training/logits.npz", "checkpoint_{m:03d}/model.safetensors"),
         results=("training/logits.npz",),
         note="""\
@@ -107,7 +107,7 @@ How much each training example helps (positive) or hurts (negative) each validat
         groups=("ablation",),
         upstream=("trak",),
         enough_for={"export_arm": "trak"},  # an arm chooses by scores: nothing is retrained
-        outputs=("splits", "export", "output", "files"),
+        more_groups=("design", "export", "output", "files"),
         artifacts=("comparison.csv", "contrasts.csv", "report.html"),
         results=("comparison.csv", "per_class.csv"),
         note="The arms are being retrained. The comparison appears here when the run is finished.",
@@ -135,7 +135,7 @@ Is the attribution right? Each method's predictions against models retrained on 
         groups=("explain",),
         upstream=("trak",),
         upstream_for={"image": "finetune"},  # a new picture needs the checkpoints themselves
-        outputs=("output", "files"),
+        more_groups=("output", "files"),
         artifacts=("explanation.html", "explanation.csv"),
         results=("explanation.csv",),
         note="Why the model predicts what it does: open `explanation.html` under **Artifacts**.",

@@ -31,7 +31,7 @@ KINDS = {"int": "N", "float": "X", "str": "TEXT"}
 
 def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The parameters that the caller gave, by name. An unknown flag ends the process (exit code 2)."""
-    groups = (*STAGES[stage].all_groups, *STAGES[stage].outputs, "lineage", "execution")
+    groups = (*STAGES[stage].all_groups, *STAGES[stage].more_groups, "lineage", "execution")
     names = list(STAGES)
     unknown = {f"{later}_run_id" for later in names[names.index(stage) :]}
     command = f"python -m scripts.{stage}"

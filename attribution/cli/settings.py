@@ -55,11 +55,25 @@ def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
         known = {name for name, value in (asked | inherited).items() if value != "auto"}
         config = _choose_by_data(stage, config, listing, known)
     data = load_data(config, listing)
+    config = _by_count(config, len(data.rows("train")))
     _check_unchanged(config, data)
     _say_data(config, data)
     if config.time_budget and not config.replay:
         config = time_budget.fit(stage, config, data, asked.keys() | inherited.keys())
     return config, data
+
+
+def _by_count(config: Config, n_train: int) -> Config:
+    """Turn `count` into `frac`, so that one comparison has one description.
+
+    Raises:
+        InputError: a number below 1, or as large as the training set.
+    """
+    for count in config.counts:
+        if not 0 < count < n_train:
+            raise InputError(f"count={count}: must be from 1 to {n_train - 1} training examples")
+    fracs = ",".join(f"{count / n_train:.9g}" for count in config.counts)
+    return dataclasses.replace(config, count="", frac=fracs) if fracs else config
 
 
 def _of_earlier_run(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _commands(stage: Stage, given: dict[str, Any]) -> list[Command]:
     replication.check([each.data.fingerprint for each in commands])
     for each in commands:
         stage.script().check(each.config, each.data)
-    log_params(first.group(*stage.all_groups, "splits"))
+    log_params(first.group(*stage.all_groups, "design"))
     name_run(f"splits {first.dataset} {len(seeds)} from data_seed {first.data_seed}")
     return commands
 

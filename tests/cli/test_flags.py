@@ -39,7 +39,7 @@ def test_a_stage_cannot_be_told_to_build_on_itself_or_a_later_one(stage: str) ->
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_parameter_of_a_stage_has_a_flag_that_is_read_with_its_type(stage: str) -> None:
     samples = {"int": ("7", 7), "float": ("0.25", 0.25), "str": ("x", "x")}
-    groups = (*STAGES[stage].all_groups, *STAGES[stage].outputs, "lineage", "execution")
+    groups = (*STAGES[stage].all_groups, *STAGES[stage].more_groups, "lineage", "execution")
     for f in FIELDS.values():
         if f.metadata["group"] in groups and f.name not in LATER_RUNS[stage]:
             text, value = samples[f.type]

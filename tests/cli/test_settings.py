@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attribution.cli import settings
 from attribution.config import resolve
+from attribution.errors import InputError
 from attribution.stages import STAGES
 
 
@@ -88,3 +91,19 @@ def test_finetune_takes_no_corrections_from_another_run(take, capsys) -> None:
     assert resolve(found | {"keep": "new.csv"}) == resolve(OWN | {"keep": "new.csv"})
     assert "; --dataset digits takes the digits" in capsys.readouterr().err
     assert take("trak", {}, runs)["keep"] == "old.csv"  # its checkpoints are of these images
+
+
+@given(st.lists(st.integers(1, 9_999), min_size=1, max_size=4), st.integers(1, 100_000))
+def test_counts_become_shares_of_just_so_many_examples(counts: list[int], more: int) -> None:
+    n = max(counts) + more
+    found = settings._by_count(resolve({"count": ",".join(map(str, counts))}), n)
+    assert [round(frac * n) for frac in found.fracs] == counts and not found.count
+    resolve({"frac": found.frac})  # the next command is told in shares
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [("0", "from 1 to 99"), ("5,100", "count=100"), ("x", "whole")]
+)
+def test_a_count_that_cannot_be_removed_is_refused(count: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        settings._by_count(resolve({"count": count}), 100)
