@@ -61,7 +61,7 @@ def _effect(row: pd.Series, verb: str) -> str:
     )
     if pd.notna(row.get(f"{metric}_vs_none")):
         change = 100 * row[f"{metric}_vs_none"]
-        text += f" Compared with all examples: {change:+.1f} points ({_interval(row, 'none')})."
+        text += f" Compared with all examples: {change:+z.1f} points ({_interval(row, 'none')})."
     return text
 
 
@@ -72,13 +72,13 @@ def _interval(row: pd.Series, control: str, sign: int = 1) -> str:
 
 
 def _ends(low: float, high: float) -> str:
-    return f"95 % interval {round(low, 1) + 0.0:.1f} to {round(high, 1) + 0.0:.1f}"  # no -0.0
+    return f"95 % interval {low:z.1f} to {high:z.1f}"  # z: no -0.0
 
 
 def _list(rows: pd.DataFrame) -> str:
     return ", ".join(
         f"{trial_name(row['arm'], row['action'], row['frac'])} "
-        f"({round(100 * row[row['metric'] + '_vs_random'], 1) + 0.0:+.1f} points)"
+        f"({100 * row[row['metric'] + '_vs_random']:+z.1f} points)"
         for _, row in rows.iterrows()
     )
 
@@ -95,7 +95,7 @@ def contrasts(table: pd.DataFrame) -> list[str]:
         table: contrasts.csv.
     """
     return [
-        f"{row.arm} against {row.against}: {100 * row.difference:+.1f} points "
+        f"{row.arm} against {row.against}: {100 * row.difference:+z.1f} points "
         f"({_ends(100 * row.ci_low, 100 * row.ci_high)}, p {row.p_holm:.2g} after Holm), {row.verdict}."
         for row in table.itertuples()
     ]

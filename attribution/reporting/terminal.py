@@ -74,7 +74,7 @@ def print_splits(table: pd.DataFrame, rows: pd.DataFrame, contrasts: Sequence[st
             _print_verdicts(console, title, metric, table)
     wide = rows.pivot(index="data_seed", columns="trial", values=f"{headline}_vs_random")
     names = [name for name in rows["trial"].unique() if wide[name].notna().all()]
-    texts = [[str(seed), *(f"{x:+.4f}" for x in row)] for seed, row in wide[names].T.items()]
+    texts = [[str(seed), *(f"{x:+z.4f}" for x in row)] for seed, row in wide[names].T.items()]
     title = f"Test {METRICS[headline].words} against random removal on each split"
     _print(title, ["data_seed", *names], texts)
     for sentence in (answer.sentences(table)[0], *contrasts):
@@ -291,7 +291,7 @@ def cells(row: pd.Series, metric: str) -> list[str]:
         f"{100 * row['frac']:.3g} %",
         str(int(row["n_removed"])),
         f"{row[f'{metric}_mean']:.4f} {_spread(row, f'{metric}_mean', metric)}",
-        f"{row[versus]:+.4f} {_spread(row, versus, versus)}" if compared else "",
+        f"{row[versus]:+z.4f} {_spread(row, versus, versus)}" if compared else "",
         f"{row[f'{versus}_p_holm']:.2g}" if compared else "",
         verdict(row, metric),
     ]

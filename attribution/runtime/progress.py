@@ -71,8 +71,8 @@ def progress(
 
 
 def _left(name: str, made: float, left: float, elapsed: float) -> str:
-    """How long a bar, and then the command, still takes, in words; empty before anything is made."""
-    if not made:
+    """How long a bar, and then the command, still takes, in words; empty before a twentieth is made."""
+    if not 0 < left < 20 * made:
         return ""
     own, whole = map(duration, _pace.left(name, made, left, elapsed))
     return f"about {own} left" + (f", {whole} in all" if whole != own else "")
