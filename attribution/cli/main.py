@@ -50,7 +50,7 @@ def run_command(stage: str, argv: Sequence[str]) -> int:
                 resolve(given)  # a value out of bounds is refused before the slow imports
             if sys.stderr.isatty():
                 say("loading PyTorch and MLflow, which takes some seconds")
-            kind = "splits" if given.get("num_splits", 1) > 1 else "command"
+            kind = "replicate" if given.get("num_splits", 1) > 1 else "command"
             return importlib.import_module(f"attribution.cli.{kind}").run(STAGES[stage], given)
         except InputError as error:
             return _stopped(received) if received else _say_error(error, BAD_INPUT)

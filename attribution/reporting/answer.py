@@ -7,7 +7,7 @@ import pandas as pd
 from attribution.experiments.arms import trial_name
 from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
-from attribution.experiments.verdicts import BETTER, CONTROLS, WORSE, headline_of
+from attribution.experiments.verdicts import BETTER, CONTROLS, NOT_AFTER_HOLM, WORSE, headline_of
 
 VERBS = {"remove": "removing", "relabel": "relabelling"}
 
@@ -32,7 +32,9 @@ def sentences(table: pd.DataFrame) -> list[str]:
     found = []
     top, metric = best(table), headline_of(table)
     if top is None:
-        found.append(f"No arm raised test {METRICS[metric].words} more than random removal did.")
+        found.append(
+            f"No arm was shown to raise test {METRICS[metric].words} more than random removal."
+        )
     else:
         found.append(_effect(top, "raised"))
     worse = rows[rows["verdict"] == WORSE]
@@ -42,7 +44,13 @@ def sentences(table: pd.DataFrame) -> list[str]:
     others = rows[(rows["verdict"] == BETTER) & ~rows.index.isin(shown)]
     if not others.empty:
         found.append(f"Also better than random: {_list(others)}.")
-    unclear = rows[~rows["verdict"].isin([BETTER, WORSE])]
+    is_close = rows["verdict"] == NOT_AFTER_HOLM
+    if is_close.any():
+        found.append(
+            "Not certain: each interval excludes zero, but among so many arms one may do so by chance "
+            f"(Holm): {_list(rows[is_close])}."
+        )
+    unclear = rows[~rows["verdict"].isin([BETTER, WORSE]) & ~is_close]
     if not unclear.empty:
         found.append(f"Not distinguishable from random with this many seeds: {_list(unclear)}.")
     return found

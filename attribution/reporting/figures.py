@@ -171,7 +171,7 @@ def comparison(table: pd.DataFrame) -> Figure:
     blocks, metric = _with_their_control(table), headline_of(table)
     rows = pd.concat(blocks)
     y = np.arange(len(rows))
-    figure = Figure(figsize=(WIDTH, 1.7 + 0.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.9 + 0.5 * len(rows)), layout="constrained")
     upper, lower = figure.subplots(2, 1)
     _intervals(upper, rows, f"{metric}_vs_random", f"{metric}_vs_random")
     _intervals(lower, rows, f"{metric}_mean", metric)
@@ -189,7 +189,9 @@ def comparison(table: pd.DataFrame) -> Figure:
                 end = sum(map(len, blocks[: i + 1])) - 0.5
                 axes.axhspan(end - len(block), end, color=NEUTRAL, alpha=0.08, linewidth=0)
     upper.axvline(0, color=NEUTRAL, linewidth=0.8)
-    upper.set_xlabel("vs random (paired, 95 % interval)\nblue ▲ better, orange ▼ worse")
+    upper.set_xlabel(
+        "vs random (paired, 95 % interval)\nblue ▲ better, orange ▼ worse\ngrey ● not certain after Holm's correction"
+    )
     lower.set_xlabel(f"test {METRICS[metric].words} (mean, 95 % over seeds)")
     return figure
 

@@ -9,9 +9,9 @@ from typing import Any
 
 # Columns of the view for a headline metric, in this order, with their width in pixels.
 COLUMNS = {
-    "metrics.`{}`": 100,
+    "metrics.`{}`": 80,
+    "tags.`verdict`": 200,
     "metrics.`{}_vs_random`": 160,
-    "tags.`verdict`": 210,
     "params.`n_removed`": 100,
     "metrics.`{}_vs_random_p_holm`": 210,
 }
@@ -24,7 +24,7 @@ ARM = "`removed.png` under **Artifacts** shows the examples that it chose."
 def arms_view(run_id: str, name: str, metric: str) -> tuple[str, str]:
     """The experiment tag (name, value) that saves the table of arms as a view, which arms_link opens."""
     columns = {column.format(metric): width for column, width in COLUMNS.items()}
-    widths = {"attributes.`Run Name`": 140, **columns, "runDateAndNestInfo": 130, "duration": 90}
+    widths = {"attributes.`Run Name`": 120, **columns, "runDateAndNestInfo": 130, "duration": 90}
     charts = [_chart(kind, [key.format(metric)]) for key, kind in CHARTS.items()]
     table = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{run_id}'",

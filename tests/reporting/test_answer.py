@@ -34,7 +34,7 @@ def test_an_arm_that_lowers_accuracy_is_said_to_with_figures_above_zero() -> Non
     }
     table = table_of(worse)
     first, second = answer.sentences(table)[:2]
-    assert first == "No arm raised test accuracy more than random removal did."
+    assert first == "No arm was shown to raise test accuracy more than random removal."
     assert re.match(
         r"Removing the 8 most harmful examples lowered test accuracy by 3.8 points", second
     )
@@ -43,7 +43,7 @@ def test_an_arm_that_lowers_accuracy_is_said_to_with_figures_above_zero() -> Non
 
 def test_an_arm_that_differs_by_chance_is_said_not_to_be_distinguishable() -> None:
     found = answer.sentences(table_of(only("loss")))
-    assert found[0].startswith("No arm raised")
+    assert found[0].startswith("No arm was shown")
     assert found[-1].startswith("Not distinguishable from random with this many seeds: loss 0.1 (")
 
 
@@ -87,3 +87,12 @@ def test_every_arm_has_its_words() -> None:
     assert list(ARM_SPECS) == list(ARMS) and list(METHOD_WORDS) == list(METHODS)
     for words in ARM_SPECS.values():
         assert words.about[0].islower() and not words.about.endswith(".")
+
+
+def test_an_interval_clear_of_zero_that_does_not_count_is_explained() -> None:
+    table = table_of(MORE)
+    close = table["verdict"].where(table["arm"] != "harmful", "not significant after Holm")
+    found = answer.sentences(table.assign(verdict=close))
+    (line,) = (each for each in found if "(Holm)" in each)
+    assert "excludes zero" in line and "harmful 0.1" in line and "harmful 0.2" in line
+    assert not any("harmful" in each for each in found if each != line)

@@ -190,7 +190,8 @@ def test_the_view_of_arms_has_the_best_first_with_verdicts_and_charts(ui, page, 
     shoot("arms")
     page.goto(f"/{links.arms_link(ui.experiment_id, ui.run_id)}&compareRunsMode=CHART")
     for name in mlflow_notes.CHARTS:
-        expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
+        heading = name.format("accuracy")
+        expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible()
     bar = page.locator("svg text", has_text=f"{best_first['accuracy_mean'].iloc[0]:.2f}")
     expect(bar.first).to_be_visible()  # the charts are drawn
     shoot("arms-charts")
