@@ -189,8 +189,9 @@ def comparison(table: pd.DataFrame) -> Figure:
                 end = sum(map(len, blocks[: i + 1])) - 0.5
                 axes.axhspan(end - len(block), end, color=NEUTRAL, alpha=0.08, linewidth=0)
     upper.axvline(0, color=NEUTRAL, linewidth=0.8)
+    upper.xaxis.set_major_formatter(lambda x, _: f"{100 * x:+g}" if x else "0")
     upper.set_xlabel(
-        "vs random (paired, 95 % interval)\nblue ▲ better, orange ▼ worse\ngrey ● not certain after Holm's correction"
+        "points vs random (95 % interval)\nblue ▲ better, orange ▼ worse\ngrey ● not certain (Holm)"
     )
     lower.set_xlabel(f"test {METRICS[metric].words} (mean, 95 % over seeds)")
     return figure
