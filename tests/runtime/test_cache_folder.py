@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -35,23 +38,26 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
 
-def test_a_lock_is_waited_for_and_released_by_an_error(tmp_path: Path, capsys) -> None:
+def test_a_lock_is_waited_for_and_released_by_an_error(tmp_path: Path) -> None:
     order = []
 
     def second() -> None:
         with alone(tmp_path, "name", "another has it; waiting"):
             order.append("second")
 
-    with pytest.raises(ValueError), alone(tmp_path, "name", "never said"):
-        other = threading.Thread(target=second)
-        other.start()
-        while not capsys.readouterr().err.startswith("another has it; waiting"):
-            assert other.is_alive()
-        with alone(tmp_path, "another name", "never said"):
-            order.append("first")
-        raise ValueError
-    other.join(30)
-    assert order == ["first", "second"] and capsys.readouterr().err == ""
+    other = threading.Thread(target=second)
+    # capsys would lose what is written while it is read.
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        with pytest.raises(ValueError), alone(tmp_path, "name", "never said"):
+            other.start()
+            while not said.getvalue():
+                assert other.is_alive()
+                time.sleep(0.01)
+            with alone(tmp_path, "another name", "never said"):
+                order.append("first")
+            raise ValueError
+        other.join(30)
+    assert order == ["first", "second"] and said.getvalue() == "another has it; waiting\n"
 
 
 @pytest.mark.parametrize("name", ["work", "a[b]*"])
