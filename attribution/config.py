@@ -164,10 +164,7 @@ class Config:
 
     @property
     def counts(self) -> list[int]:
-        try:
-            return [int(value) for value in split_list(self.count)]
-        except ValueError:
-            raise InputError(f"count={self.count}: not a comma list of whole numbers") from None
+        return _whole_numbers("count", self.count)
 
     @property
     def arm_names(self) -> list[str]:
@@ -179,10 +176,7 @@ class Config:
 
     @property
     def target_numbers(self) -> list[int]:
-        try:
-            return [int(part) for part in split_list(self.target)]
-        except ValueError:
-            raise InputError(f"target={self.target}: not a comma list of whole numbers") from None
+        return _whole_numbers("target", self.target)
 
     @property
     def given_folders(self) -> list[str]:
@@ -234,6 +228,13 @@ def split_list(text: str) -> list[str]:
     """Split a comma list: 'a, b' is ['a', 'b'], '"a, b"' is ['a, b'], an empty text no items."""
     items = re.finditer(r'\s*"([^"]*)"\s*(?=,|\Z)|[^,]+', text)
     return [item for each in items if (item := (each[1] or each[0]).strip())]
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in split_list(text)]
+    except ValueError:
+        raise InputError(f"{name}={text}: not a comma list of whole numbers") from None
 
 
 def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
@@ -297,7 +298,7 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
             f"val_fraction={config.val_fraction}: leaves nothing to train on with test_fraction="
             f"{config.test_fraction}; their sum must be below 1"
         )
-    _ = config.target_numbers, config.budget_seconds
+    _ = config.target_numbers, config.counts, config.budget_seconds
     return config
 
 
