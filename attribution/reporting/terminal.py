@@ -38,23 +38,15 @@ def print_comparison(
     for arm in arms:
         about = Text(f"  {arm:<{width}}  {ARM_SPECS[arm].about}")
         console.print(about, soft_wrap=not console.is_terminal)
-
-    def say(sentence: str) -> None:
-        console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
-
     if about_metric:
         console.print()
-        say(about_metric)
-    seeds = int(table["n_seeds"].iloc[0])
-    for metric in judged_metrics(headline_of(table)):
-        if f"{metric}_mean" in table:
-            title = f"Test {METRICS[metric].words} over {seeds} paired seeds, 95 % intervals"
-            _print_verdicts(console, title, metric, table)
+        _say(console, about_metric)
+    _print_judged(console, table, f"{int(table['n_seeds'].iloc[0])} paired seeds")
     if about_metric:
         _print("Other test metrics, means over seeds", *other_metrics(table))
     for sentence in (*answer.warnings(table), *answer.sentences(table), *contrasts, power(table)):
         if sentence:
-            say(sentence)
+            _say(console, sentence)
     console.print()
 
 
@@ -66,19 +58,28 @@ def print_splits(table: pd.DataFrame, rows: pd.DataFrame, contrasts: Sequence[st
         contrasts: lines on arm against arm.
     """
     console = _console()
-    splits = int(table["n_splits"].iloc[0])
     headline = headline_of(table)
-    for metric in judged_metrics(headline):
-        if f"{metric}_mean" in table:
-            title = f"Test {METRICS[metric].words} over {splits} splits of the data, 95 % intervals"
-            _print_verdicts(console, title, metric, table)
+    _print_judged(console, table, f"{int(table['n_splits'].iloc[0])} splits of the data")
     wide = rows.pivot(index="data_seed", columns="trial", values=f"{headline}_vs_random")
     names = [name for name in rows["trial"].unique() if wide[name].notna().all()]
     texts = [[str(seed), *(f"{x:+z.4f}" for x in row)] for seed, row in wide[names].T.items()]
     title = f"Test {METRICS[headline].words} against random removal on each split"
     _print(title, ["data_seed", *names], texts)
     for sentence in (answer.sentences(table)[0], *contrasts):
-        console.print(sentence, soft_wrap=not console.is_terminal, highlight=False)
+        _say(console, sentence)
+
+
+def _say(console: Console, sentence: str) -> None:
+    """Print a sentence as it is: rich would read brackets as markup."""
+    console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
+
+
+def _print_judged(console: Console, table: pd.DataFrame, over: str) -> None:
+    """Print the verdicts on each metric that has some."""
+    for metric in judged_metrics(headline_of(table)):
+        if f"{metric}_mean" in table:
+            title = f"Test {METRICS[metric].words} over {over}, 95 % intervals"
+            _print_verdicts(console, title, metric, table)
 
 
 def other_metrics(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
