@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlflow
 import pandas as pd
 
 from attribution.cli.command import Command, ended_well, own_run
-from attribution.cli.settings import cache_of, prepare
+from attribution.cli.settings import prepare
 from attribution.config import resolve
 from attribution.errors import InputError
 from attribution.experiments import replication
@@ -51,8 +52,7 @@ def _commands(stage: Stage, given: dict[str, Any]) -> list[Command]:
     """One command for each split, all checked before the first one computes anything."""
     first = resolve(given)
     for name in ("output", "export_arm", "trak_run_id", "finetune_run_id", "replay"):
-        if getattr(first, name):
-            value = getattr(first, name)
+        if value := getattr(first, name):
             raise InputError(f"{name}={value}: is of one split; leave it out, or num_splits")
     seeds = range(first.data_seed, first.data_seed + first.num_splits)
     commands = [Command(stage, *prepare(stage, {**given, "data_seed": seed})) for seed in seeds]
@@ -68,7 +68,7 @@ def _compare(command: Command) -> Upstream:
     """One split's comparison, in a nested run."""
     say(f"\nsplits: data_seed {command.config.data_seed}")
     stage = command.stage.name
-    tags = {"stage": stage, **signature(cache_of({"cache_dir": command.config.cache_dir}))}
+    tags = {"stage": stage, **signature(Path(command.config.cache_dir))}
     with open_run(run_name=stage, nested=True, tags=tags) as run:
         done = command.find_or_make(run)
     command.tidy(done)
