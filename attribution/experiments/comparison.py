@@ -129,7 +129,7 @@ def compare_arms(
     logits = retrain(config, data, trials, seeds, work)
     labels, train_labels = data.labels("test"), data.labels("train")
     metric, _ = headline(config, train_labels, data.class_names)
-    outcomes = compare(trials, logits, labels, _test_groups(config, data), metric)
+    outcomes = compare(trials, logits, labels, judged_groups(config, data), metric)
     warn(outcomes, train_labels, data.class_names)
     contrasted = contrasts.contrast(outcomes, contrasts.pairs_of(config))
     classes = class_effects(outcomes, labels, data.class_names)
@@ -137,11 +137,16 @@ def compare_arms(
     return Comparison(outcomes, table, contrasted, classes, scores.train, evidence)
 
 
-def _test_groups(config: Config, data: ImageData) -> np.ndarray | None:
-    """The group of each test example, if groups are a column other than the label."""
-    if config.groups in ("label", *AUTO):
-        return None
-    return group_ids(data.table("test"), config.groups)
+def judged_groups(config: Config, data: ImageData) -> np.ndarray | None:
+    """The group of each test example, if groups are known that are not the labels.
+
+    They are of the column `groups`; with a planted patch of its groups, which also judge arms that
+    know nothing of them.
+    """
+    if config.groups not in ("label", *AUTO):
+        return group_ids(data.table("test"), config.groups)
+    is_planted = config.shortcut != "none"
+    return group_ids(data.table("test"), "group") if is_planted else None
 
 
 def retrain(

@@ -17,6 +17,8 @@ from planted_trials import (
 from scipy import stats
 from toy import toy_config, toy_data
 
+from attribution.config import resolve
+from attribution.data.dataset import load_data
 from attribution.errors import InputError
 from attribution.experiments.arms import Trial
 from attribution.experiments.comparison import (
@@ -24,6 +26,7 @@ from attribution.experiments.comparison import (
     Comparison,
     check,
     class_effects,
+    judged_groups,
     retrain,
 )
 from attribution.experiments.outcome import Outcome
@@ -72,6 +75,17 @@ def test_bad_input_is_refused_by_name(tmp_path: Path, given, message) -> None:
 
 def arm(name: str, *removed: list[int]) -> Trial:
     return Trial(name, len(removed[0]) / 24, tuple(np.array(r, dtype=np.int64) for r in removed))
+
+
+@pytest.mark.parametrize("groups", ["label", "auto", "auto_uncentred", "group"])
+def test_a_planted_patch_judges_arms_that_do_not_know_its_groups(tmp_path: Path, groups) -> None:
+    given = {"dataset": "digits", "shortcut": "patch", "groups": groups}
+    config = resolve(given | {"cache_dir": str(tmp_path)})
+    data = load_data(config)
+    found = judged_groups(config, data)
+    assert pd.Series(data.table("test")["group"]).groupby(found).nunique().tolist() == [1] * 20
+    plain = replace(config, shortcut="none")
+    assert groups == "group" or judged_groups(plain, load_data(plain)) is None
 
 
 def test_a_trial_trains_each_seed_on_what_it_does_not_remove(tmp_path, monkeypatch) -> None:
