@@ -105,8 +105,9 @@ class Config:
     schedule: str = option("training", "course of the learning rate", "one_cycle", choices=("one_cycle", "cosine"))
     patience: int = option("training", "stop after this many epochs without a better validation loss; 0 never stops early", at_least=0)
     precision: str = option("training", "precision of training; auto is bfloat16 autocast if the hardware supports it", choices=("auto", "float32", "bfloat16"))
-    num_models: int = option("finetune", "checkpoints in the ensemble", at_least=1)
-    subset_fraction: float = option("finetune", "share of the training set that each checkpoint sees, drawn separately for each", 0.5, above=0, at_most=1)
+    num_models: int = option("finetune", "models that are trained independently; each leaves one checkpoint, or those of checkpoint_epochs", at_least=1)
+    checkpoint_epochs: str = option("finetune", "epochs after which each model leaves a checkpoint: a comma list of numbers from 1, or last:3 for the last 3 that are run, also where patience would keep an earlier one; empty leaves the final weights", "")
+    subset_fraction: float = option("finetune", "share of the training set that each model sees, drawn separately for each", 0.5, above=0, at_most=1)
     checkpoints: str = option("finetune", "comma list of folders with your own trained models, in place of training: save_pretrained folders (safetensors), or folders of them such as a Trainer's output", "")
     seed: int = option("training", "root of every seed except data_seed", 0, at_least=0)
     finetune_run_id: str = option("lineage", "id of the finetune run whose checkpoints are scored; empty finds or makes one", "")
@@ -177,6 +178,29 @@ class Config:
     @property
     def target_numbers(self) -> list[int]:
         return _whole_numbers("target", self.target)
+
+    @property
+    def epoch_numbers(self) -> list[int]:
+        """`checkpoint_epochs` in ascending order; those of last:K from -K to -1, as list indices."""
+        if last := re.fullmatch(r"last:(\d{1,6})", self.checkpoint_epochs.strip()):
+            numbers = list(range(-int(last[1]), 0))
+        else:
+            numbers = sorted(set(_whole_numbers("checkpoint_epochs", self.checkpoint_epochs)))
+        if self.checkpoint_epochs and not (numbers and (last or numbers[0] > 0)):
+            raise InputError(
+                f"checkpoint_epochs={self.checkpoint_epochs}: name epochs from 1, such as 5,10, or the "
+                "last ones, such as last:3"
+            )
+        return numbers
+
+    @property
+    def checkpoints_per_run(self) -> int:
+        return len(self.epoch_numbers) or 1
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Checkpoints in the ensemble, ordered by run and within a run by epoch."""
+        return self.num_models * self.checkpoints_per_run
 
     @property
     def given_folders(self) -> list[str]:
@@ -298,7 +322,7 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
             f"val_fraction={config.val_fraction}: leaves nothing to train on with test_fraction="
             f"{config.test_fraction}; their sum must be below 1"
         )
-    _ = config.target_numbers, config.counts, config.budget_seconds
+    _ = config.target_numbers, config.counts, config.budget_seconds, config.epoch_numbers
     return config
 
 

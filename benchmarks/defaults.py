@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from attribution.data.splits import TARGETS
 from attribution.experiments.statistics import detection, lds, noise_ceiling
 from attribution.experiments.subset_bank import build_bank
 from attribution.gradients.sketch import Sketch
-from attribution.models import classifier, memory_layout, model_facts
+from attribution.models import classifier, memory_layout
 from attribution.models.batches import batches_of
 from attribution.models.checkpoints import Checkpoint, subset_masks, train_checkpoints
-from attribution.models.predict import margins, predict
-from attribution.models.train import train, training_key
+from attribution.models.predict import margins
+from attribution.models.train import training_key
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import derive_seed
 from attribution.scores.features import feature_batch_size
@@ -85,12 +86,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         members = train_checkpoints(own, data, masks, folder)
         settings = [default, *_around(default, options)] if is_default else [default]
         judge("independent", Ensemble(own, data, members), settings)
-        epochs = _epochs_of_one_run(own, data, masks[0], default.checkpoints, work)
-        judge(
-            "epochs of one",
-            Ensemble(own, data, epochs),
-            [dataclasses.replace(default, checkpoints=len(epochs))],
-        )
+        last = min(default.checkpoints, own.epochs)
+        own = dataclasses.replace(own, num_models=1, checkpoint_epochs=f"last:{last}")
+        (one,) = train_checkpoints(own, data, masks[:1], folder.with_name(f"{folder.name}-epochs"))
+        setting = dataclasses.replace(default, checkpoints=last)
+        judge("epochs of one", Ensemble(own, data, one.epochs), [setting])
     return sorted(rows, key=lambda row: -row["choice"])
 
 
@@ -110,7 +110,7 @@ class Ensemble:
     The sketch of a block is the sum over its layers, so one pass serves every number of blocks.
     """
 
-    def __init__(self, config: Config, data: ImageData, members: list[Checkpoint]) -> None:
+    def __init__(self, config: Config, data: ImageData, members: Sequence[Checkpoint]) -> None:
         self.config, self.data, self.members = config, data, members
         labels = data.labels("train")
         # 1 - p of each training example under each checkpoint.
@@ -171,19 +171,3 @@ def _figures(values: np.ndarray, bank: Any, data: ImageData) -> dict[str, float]
     figures = detection(flipped, values.mean(axis=1), draws=0)
     figures.pop("recall_20pct", None)
     return {"choice": half(0), "lds": half(1)} | figures
-
-
-def _epochs_of_one_run(
-    config: Config, data: ImageData, mask: np.ndarray, count: int, work: Path
-) -> list[Checkpoint]:
-    """The first checkpoint's training run after each of its last `count` epochs."""
-    members: list[Checkpoint] = []
-
-    def keep(metrics: dict[str, float], model: Any) -> None:
-        folder = work / "epochs" / f"{config.subset_fraction:g}-{len(members):03d}"
-        classifier.save(model, folder, config.image_size, *model_facts.normalisation(config.model))
-        both = (predict(config, model, data, split) for split in ("train", "validation"))
-        members.append(Checkpoint(folder, [metrics], *both))
-
-    train(config, data, derive_seed(config.seed, "checkpoint", 0), mask, keep, validate=False)
-    return members[-count:]

@@ -54,9 +54,9 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     matrices = sum(name not in ("loss", "confident", "random") for name in config.method_names)
     work, gradients = kept + matrices * 4 * n * targets, 0
     if FEATURISING.intersection(config.method_names):
-        gradients = config.num_models * (n + targets)
+        gradients = config.num_checkpoints * (n + targets)
         length = config.proj_dim * config.num_blocks
-        work += 4 * config.num_models * length * (n + 2 * targets + config.proj_dim)
+        work += 4 * config.num_checkpoints * length * (n + 2 * targets + config.proj_dim)
     return retraining_estimate(config, bank + brittle, round(size), gradients, work, kept)
 
 

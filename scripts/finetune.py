@@ -61,30 +61,34 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     most = "at most " if config.patience else ""
     weights = 4 * parameter_count(config.model, len(data.class_names))
     logits = 8 * (n + targets + test) * len(data.class_names)
-    size = config.num_models * (weights + logits)
+    kept = config.num_checkpoints * (weights + logits)
     if config.checkpoints:
         images = config.num_models * (n + targets + test)
         what = f"{config.num_models} checkpoints as they are given, {images:,} predictions"
-        return Estimate(what, images / 3, tasks=config.num_models, work=size, kept=size)
-    repeats, also = 1, ""
+        return Estimate(what, images / 3, tasks=config.num_models, work=kept, kept=kept)
+    trainings, also = config.num_models, ""
     if cleaning.is_measured(config):
-        repeats, also = 2, ", twice: with keep and labels, and without"
+        trainings, also = 2 * trainings, ", twice: with keep and labels, and without"
+    work = trainings * (weights + logits)  # of final weights
+    what = f"{config.num_checkpoints} checkpoints"
+    if config.checkpoint_epochs:
+        what, work = f"{what} of {config.num_models} training runs", work + kept
     return Estimate(
-        f"{config.num_models} checkpoints, {most}{config.epochs} epochs of {share:,} images{also}",
-        trained=repeats * config.num_models * config.epochs * share,
-        tasks=repeats * config.num_models,
-        work=repeats * size,
-        kept=size,
+        f"{what}, {most}{config.epochs} epochs of {share:,} images{also}",
+        trained=trainings * config.epochs * share,
+        tasks=trainings,
+        work=work,
+        kept=kept,
     )
 
 
 def run(job: Job) -> Finetuned:
-    """Draw each checkpoint's part of the training set, then train the checkpoints."""
+    """Draw each model's part of the training set, then train the models."""
     work = job.stage_folder("finetune")
     found = checkpoints.finetune(job.config, job.data, work)
     if not cleaning.is_measured(job.config):
         return found
-    test = cleaning.test_metrics(job.config, job.data, found.members, work / "uncleaned")
+    test = cleaning.test_metrics(job.config, job.data, found.runs, work / "uncleaned")
     return replace(found, test=test)
 
 
@@ -96,32 +100,33 @@ def record(job: Job, result: Finetuned) -> Record:
         training.mkdir()
         np.savez(training / "logits.npz", allow_pickle=False, **result.members.arrays())
         job.data.examples.to_parquet(training / "examples.parquet", index=False)
-        if any(result.histories):
-            figures.save(figures.training_curves(result.histories), training / "curves.png")
+        histories = [run.history for run in result.runs]
+        if any(histories):
+            figures.save(figures.training_curves(histories), training / "curves.png")
 
     if job.config.checkpoints:
         return Record(
             tags={"source": "given"},
             metrics=result.members.metrics(job.data),
-            models=_models(job.data, result, job.config.given_folders),
+            models=_models(job.data, result, [{"folder": f} for f in job.config.given_folders]),
             write=write,
             note=lambda _: GIVEN_NOTE,
         )
     name, view = mlflow_notes.curves_view(
         job.run_id,
         f"Curves of {job.run_name}",
-        [checkpoint_name(m) for m in range(len(result.folders))],
+        [checkpoints.run_name(job.config, r) for r in range(len(result.runs))],
     )
     return Record(
         metrics=result.members.metrics(job.data) | result.test,
         series=[
-            (f"{checkpoint_name(m)}/{name}", value, int(epoch["epoch"]))
-            for m, history in enumerate(result.histories)
-            for epoch in history
+            (f"{checkpoints.run_name(job.config, r)}/{name}", value, int(epoch["epoch"]))
+            for r, run in enumerate(result.runs)
+            for epoch in run.history
             for name, value in epoch.items()
             if name != "epoch"
         ],
-        models=_models(job.data, result),
+        models=_models(job.data, result, _origins(job.config, result)),
         write=write,
         note=partial(_note, job),
         experiment_tags={name: view},
@@ -135,13 +140,15 @@ def _note(job: Job, _: list[str]) -> str:
         "models": models_link(job.experiment_id),
     }
     first = " · ".join(f"[{text}]({to})" for text, to in links.items())
-    return f"{first}\n\n{STAGES['finetune'].note}"
+    shared = "- Epochs of one training run (tag `training_run`) saw the same part\n"
+    more = shared if job.config.checkpoint_epochs else ""
+    return f"{first}\n\n{STAGES['finetune'].note}{more}"
 
 
 def _models(
-    data: ImageData, result: Finetuned, origins: Sequence[str] = ()
+    data: ImageData, result: Finetuned, origins: Sequence[dict[str, str]]
 ) -> dict[str, TrainedModel]:
-    """The checkpoints by name, with the folders they came from and a tag for the best on validation."""
+    """The checkpoints by name, with tags of their origins and one for the best on validation."""
     labels = data.labels("validation")
     best, found = result.members.best(labels), {}
     for m, metrics in enumerate(result.members.metrics_of_each(labels)):
@@ -149,14 +156,28 @@ def _models(
         shown = {f"validation_{key}": value for key, value in metrics.items()}
         if f"{name}/test_accuracy" in result.test:
             shown["test_accuracy"] = result.test[f"{name}/test_accuracy"]
-        tags = {"folder": origins[m]} if origins else {}
-        found[name] = TrainedModel(result.folders[m], shown, tags | (BEST if m == best else {}))
+        tags = origins[m] | (BEST if m == best else {})
+        found[name] = TrainedModel(result.folders[m], shown, tags)
+    return found
+
+
+def _origins(config: Config, result: Finetuned) -> list[dict[str, str]]:
+    """Tags of each checkpoint: its run from 0 and its epoch from 1, and the epoch that patience would keep."""
+    if not config.checkpoint_epochs:
+        return [{} for _ in result.folders]
+    found = []
+    for r, run in enumerate(result.runs):
+        tags = {"training_run": f"{r}"}
+        if config.patience:
+            losses = [epoch["validation_log_loss"] for epoch in run.history]
+            tags["best_epoch"] = f"{1 + int(np.argmin(losses))}"
+        found += [tags | {"epoch": f"{len(each.history)}"} for each in run.epochs]
     return found
 
 
 def load(run_id: str, config: Config, data: ImageData) -> Finetuned:
     """The result of an earlier run."""
-    folders = [artifact_path(run_id, checkpoint_name(m)) for m in range(config.num_models)]
+    folders = [artifact_path(run_id, checkpoint_name(m)) for m in range(config.num_checkpoints)]
     test = {k: v for k, v in run_metrics(run_id).items() if k.startswith("test_")}
     return replace(Finetuned.load(artifact_path(run_id, LOGITS), folders), test=test)
 

@@ -36,7 +36,7 @@ def check(config: Config, data: ImageData) -> None:
 def estimate(config: Config, data: ImageData) -> Estimate:
     """How many gradients are computed, and how much is written."""
     n, targets, test = (len(data.rows(split)) for split in SPLITS)
-    length, models = config.proj_dim * config.num_blocks, config.num_models
+    length, models = config.proj_dim * config.num_blocks, config.num_checkpoints
     scores, stored = 4 * n * targets, 2 * models * n * length
     wants = {"yes": True, "no": False, "auto": stored <= stored_features.AUTO_BYTES}
     stored = stored if wants[config.keep_features] else 0

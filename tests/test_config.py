@@ -238,6 +238,21 @@ def test_a_comma_list_gives_its_items_back_without_blanks(items: list[str]) -> N
     assert split_list(" , ".join(items)) == [item for item in items if item]
 
 
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("", []), ("10,9", [9, 10]), (" 3 , 3", [3]), ("last:3", [-3, -2, -1])],
+)
+def test_epochs_are_read_in_the_order_of_numbers(text: str, numbers: list[int]) -> None:
+    config = resolve({"checkpoint_epochs": text, "num_models": 4})
+    assert config.epoch_numbers == numbers
+    assert config.num_checkpoints == 4 * max(1, len(numbers))
+
+
+@pytest.mark.parametrize("text", ["0", "last:0", "last", "last:-1", "3,-1", "two", "1.5", ",", " "])
+def test_what_names_no_epochs_is_refused(text: str) -> None:
+    assert refusal(checkpoint_epochs=text).startswith(f"checkpoint_epochs={text}: ")
+
+
 def test_an_item_with_a_comma_is_given_in_quotes() -> None:
     assert split_list('"tench, Tinca tinca", b ,"c"') == ["tench, Tinca tinca", "b", "c"]
     assert split_list('say "a", 5"') == ['say "a"', '5"']

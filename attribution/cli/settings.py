@@ -153,7 +153,8 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
         other = run.data.tags.get("reused_run_id")
         raise InputError(f"{shown}: only points to run {other}; name that one")
     groups = (*stage.all_groups, *more_groups)
-    values: dict[str, Any] = {"train_layers": "all"}  # runs of earlier versions do not say it
+    # Runs of earlier versions do not say these.
+    values: dict[str, Any] = {"train_layers": "all", "checkpoint_epochs": ""}
     values |= {
         name: convert(name, text)
         for name, text in params_of(run).items()

@@ -1,4 +1,4 @@
-"""Choose fewer checkpoints and seeds, so that a command fits into the time that the user gives it."""
+"""Choose fewer models and seeds, so that a command fits into the time that the user gives it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attribution.tracking import stage_runs
 from attribution.tracking.fingerprint import fingerprint
 
 LEAST = {"num_models": 2, "num_seeds": 3}
-NAMES = {"num_models": "checkpoints", "num_seeds": "seeds"}
+NAMES = {"num_models": "models", "num_seeds": "seeds"}
 STEPS = 10  # in which both numbers are lowered together
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData, load_data
 from attribution.experiments.statistics import paired_difference
 from attribution.models import classifier
-from attribution.models.checkpoints import checkpoint_name, train_checkpoints
-from attribution.models.ensemble import Ensemble
+from attribution.models.checkpoints import Checkpoint, run_name, train_checkpoints
 from attribution.models.predict import classification_metrics, predict
 
 CHANGE = "test_accuracy_change"
@@ -26,27 +25,28 @@ def is_measured(config: Config) -> bool:
 
 
 def test_metrics(
-    config: Config, data: ImageData, cleaned: Ensemble, work: Path
+    config: Config, data: ImageData, cleaned: Sequence[Checkpoint], work: Path
 ) -> dict[str, float]:
     """Train the same models on the training set before its cleaning, and test both.
 
     Args:
         data: cleaned; both kinds of models are tested on its test split.
-        cleaned: the checkpoints that were trained on it.
+        cleaned: the final weights of each training run on it.
         work: as of train_checkpoints.
 
     Returns:
-        Test accuracy of each checkpoint, the means with and without the cleaning, and the mean of the
-        paired differences; with two checkpoints or more also its 95 % interval.
+        Test accuracy of each run, the means with and without the cleaning, and the mean of the
+        paired differences; with two runs or more also its 95 % interval.
     """
-    config = dataclasses.replace(config, keep="", labels="")
+    names = [run_name(config, r) for r in range(config.num_models)]
+    config = dataclasses.replace(config, keep="", labels="", checkpoint_epochs="")
     before = load_data(config)
     masks = np.ones((config.num_models, len(before.rows("train"))), dtype=bool)
     trained = train_checkpoints(config, before, masks, work)
     models = (classifier.load(checkpoint.folder) for checkpoint in trained)
     without = _accuracy([predict(config, model, data, "test") for model in models], data)
-    own = _accuracy(cleaned.test_logits, data)
-    found = {f"{checkpoint_name(m)}/test_accuracy": value for m, value in enumerate(own)}
+    own = _accuracy([run.test_logits for run in cleaned], data)
+    found = {f"{name}/test_accuracy": value for name, value in zip(names, own, strict=True)}
     found |= {
         "test_accuracy_mean": own.mean(),
         "test_accuracy_uncleaned_mean": without.mean(),

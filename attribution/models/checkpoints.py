@@ -29,7 +29,10 @@ from attribution.runtime.progress import progress
 from attribution.runtime.safe_files import Files, read_arrays, read_folder, read_json, write_folder
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
+
+EPOCHS = "epochs"  # the folder of a run with a checkpoint for each of `checkpoint_epochs`
 
 
 def checkpoint_name(m: int) -> str:
@@ -37,18 +40,35 @@ def checkpoint_name(m: int) -> str:
     return f"checkpoint_{m:03d}"
 
 
+def run_name(config: Config, r: int) -> str:
+    """The name in metrics of a training run, which is that of its checkpoint unless it leaves several."""
+    return f"run_{r:03d}" if config.checkpoint_epochs else checkpoint_name(r)
+
+
 def check(config: Config, data: ImageData) -> None:
-    """Refuse a model or a subset size that cannot be trained, before any training starts.
+    """Refuse a model, epochs or a subset size that cannot be trained, before any training starts.
 
     Raises:
-        InputError: the model cannot be built, does not take images of this size, or a checkpoint
-            would see fewer than two training examples.
+        InputError: the model cannot be built, does not take images of this size, a checkpoint would
+            see fewer than two training examples, or a run may end before an epoch that is wanted.
     """
+    _check_epochs(config)
     if config.checkpoints:
         given.check(config, data.class_names)
     trained_paths(config.model, config.train_layers)
     classifier.check(config.model, data.class_names, config.image_size)
     check_subset_fraction(config, len(data.rows("train")))
+
+
+def _check_epochs(config: Config) -> None:
+    certain, why = config.epochs, ""
+    if config.patience and config.patience + 1 < config.epochs:
+        certain, why = config.patience + 1, f"that patience={config.patience} is certain to allow "
+    if max(map(abs, config.epoch_numbers), default=0) > certain:
+        raise InputError(
+            f"checkpoint_epochs={config.checkpoint_epochs}: more than the {certain} epochs "
+            f"{why}of every run; name fewer" + (", or set patience=0" if why else "")
+        )
 
 
 def check_subset_fraction(config: Config, n: int) -> None:
@@ -86,13 +106,19 @@ def subset_masks(n: int, num_models: int, fraction: float, seed: int) -> np.ndar
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model in a folder, with its logits on each split."""
+    """A trained model in a folder, with its logits on each split.
+
+    Attributes:
+        history: the metrics of every epoch that was run; up to its own for an epoch of a run.
+        epochs: the same model after each of `checkpoint_epochs`, ascending.
+    """
 
     folder: Path
     history: list[dict[str, float]]
     train_logits: np.ndarray
     validation_logits: np.ndarray
     test_logits: np.ndarray
+    epochs: tuple[Checkpoint, ...] = ()
 
     @property
     def logits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -105,22 +131,24 @@ class Finetuned:
     """The result of the finetune stage.
 
     Attributes:
-        members: masks and logits of all checkpoints.
+        members: masks and logits of all checkpoints, run by run and by epoch within a run.
         folders: the from_pretrained folder of each checkpoint, in order; empty where not loaded.
-        histories: the metrics of every epoch of each checkpoint; empty where loaded from a run.
+        runs: the final weights of each training run; empty where loaded from MLflow.
         test: test metrics with and without a cleaning of the training set, if there was one.
     """
 
     members: Ensemble
     folders: list[Path]
-    histories: list[list[dict[str, float]]]
+    runs: list[Checkpoint] = field(default_factory=list)
     test: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, masks: np.ndarray, checkpoints: list[Checkpoint]) -> Finetuned:
-        """Gather checkpoints that were just trained, in the order of masks (M, n_train)."""
-        members = Ensemble(masks, *map(np.stack, zip(*(c.logits for c in checkpoints))))
-        return cls(members, [c.folder for c in checkpoints], [c.history for c in checkpoints])
+    def of(cls, masks: np.ndarray, runs: list[Checkpoint]) -> Finetuned:
+        """Gather the checkpoints of runs that were just trained, in the order of masks (R, n_train)."""
+        found = [each for run in runs for each in run.epochs or (run,)]
+        masks = masks.repeat(len(found) // len(runs), axis=0)
+        members = Ensemble(masks, *map(np.stack, zip(*(c.logits for c in found))))
+        return cls(members, [c.folder for c in found], runs)
 
     @classmethod
     def load(cls, logits_file: Path, folders: list[Path]) -> Finetuned:
@@ -133,11 +161,11 @@ class Finetuned:
         Raises:
             InputError: as Ensemble.load does.
         """
-        return cls(Ensemble.load(logits_file), folders, [])
+        return cls(Ensemble.load(logits_file), folders)
 
 
 def finetune(config: Config, data: ImageData, work: Path) -> Finetuned:
-    """Train num_models checkpoints, each on its own random share of the training set, or take those given.
+    """Train num_models models, each on its own random share of the training set, or take those given.
 
     Args:
         work: as of train_checkpoints.
@@ -150,14 +178,14 @@ def finetune(config: Config, data: ImageData, work: Path) -> Finetuned:
 def train_checkpoints(
     config: Config, data: ImageData, masks: np.ndarray, work: Path
 ) -> list[Checkpoint]:
-    """Train a checkpoint for each row of masks (num_models, n_train), or take those that are given.
+    """Train a model for each row of masks (num_models, n_train), or take those that are given.
 
     Args:
         work: holds a folder for each finished checkpoint; those of an earlier call are not trained
             again.
     """
     folders = [work / f"{m:03d}" for m in range(len(masks))]
-    missing = [m for m, folder in enumerate(folders) if not _is_whole(folder, data)]
+    missing = [m for m, folder in enumerate(folders) if not _is_whole(folder, config, data)]
     names = [f"checkpoint {m:03d}" for m in missing]
     jobs = resolve_jobs(config.jobs, resolve_device(config.device).type, len(folders))
     finished = len(folders) - len(missing)
@@ -182,10 +210,29 @@ def train_checkpoints(
 def _train_checkpoint(
     config: Config, data: ImageData, seed: int, keep: np.ndarray, notes: str
 ) -> Files:
-    """Train one checkpoint; return its files as bytes, because workers may not share a disk."""
-    with noting_epochs(config, notes) as on_epoch:
+    """Train one model; return its files as bytes, because workers may not share a disk.
+
+    The files of its final weights are followed by those of `checkpoint_epochs`, in a folder for each
+    epoch. Weights are only copied while it trains, so that the training does not change.
+    """
+    wanted, states = set(config.epoch_numbers), {}
+    with noting_epochs(config, notes) as note:
+
+        def on_epoch(metrics: dict[str, float], model: nn.Module) -> None:
+            note(metrics, model)
+            now = int(metrics["epoch"]) + 1
+            if wanted:
+                states[now] = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
+            for epoch in [e for e in states if not wanted & {e, e - now - 1}]:
+                del states[epoch]
+
         trained = train(config, data, seed, keep, on_epoch)
-    return _files(config, data, trained.model, trained.history)
+    files = _files(config, data, trained.model, trained.history)
+    for epoch, state in states.items():
+        trained.model.load_state_dict(state)
+        own = _files(config, data, trained.model, trained.history[:epoch])
+        files |= {f"{EPOCHS}/{epoch}/{name}": content for name, content in own.items()}
+    return files
 
 
 def _take_checkpoint(config: Config, data: ImageData, folder: Path) -> Files:
@@ -210,20 +257,26 @@ def _files(
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
-    arrays = read_arrays(folder / "logits.npz", SPLITS)
-    return Checkpoint(folder / "model", read_json(folder / "history.json"), *arrays)
+    train, validation, test = read_arrays(folder / "logits.npz", SPLITS)
+    after = sorted(folder.glob(f"{EPOCHS}/*"), key=lambda path: int(path.name))
+    epochs = tuple(map(_read_checkpoint, after))
+    history = read_json(folder / "history.json")
+    return Checkpoint(folder / "model", history, train, validation, test, epochs)
 
 
-def _is_whole(folder: Path, data: ImageData) -> bool:
+def _is_whole(folder: Path, config: Config, data: ImageData) -> bool:
     """Whether a folder holds a finished checkpoint of this data; a damaged folder is deleted."""
     if not folder.exists():
         return False
     try:
-        found = _read_checkpoint(folder)
-        classifier.load(found.folder)
+        run = _read_checkpoint(folder)
         wanted = [(len(data.rows(split)), len(data.class_names)) for split in SPLITS]
-        finite = all(np.isfinite(each).all() for each in found.logits)
-        if [each.shape for each in found.logits] == wanted and finite:
+        fits = len(run.epochs) == len(config.epoch_numbers)
+        for found in (run, *run.epochs):
+            classifier.load(found.folder)
+            fits &= [each.shape for each in found.logits] == wanted
+            fits &= all(np.isfinite(each).all() for each in found.logits)
+        if fits:
             return True
     except Exception:  # numpy, json and zipfile raise many kinds on damaged files
         pass

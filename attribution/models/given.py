@@ -85,8 +85,8 @@ def implied(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str,
     """
     folders = find(given.get("checkpoints") or inherited["checkpoints"])
     listed = ",".join(f'"{folder}"' if "," in folder else folder for folder in folders)
-    fixed = {"checkpoints": listed, "num_models": len(folders), "subset_fraction": 1.0}
-    for name in ("num_models", "subset_fraction"):
+    fixed = {"num_models": len(folders), "subset_fraction": 1.0, "checkpoint_epochs": ""}
+    for name in fixed:
         if given.get(name, fixed[name]) != fixed[name]:
             raise InputError(
                 f"{name}={given[name]}: the {len(folders)} checkpoints are given and taken to know all "
@@ -105,7 +105,7 @@ def implied(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str,
                     f"{sizes[folders[0]]}; choose with --image_size"
                 )
         own["image_size"] = sizes[folders[0]]
-    return own | fixed
+    return own | fixed | {"checkpoints": listed}
 
 
 @lru_cache(maxsize=8)  # it reads every file

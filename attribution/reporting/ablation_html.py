@@ -95,11 +95,14 @@ def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str
     how = "given, and count as trained on" if config.checkpoints else "trained, each on"
     flips = int(data.table("train")["is_flipped"].sum())
     planted = f" ({flips} labels were flipped on purpose)" if flips else ""
+    left = ""
+    if config.checkpoint_epochs:
+        left = f" and left {config.num_checkpoints} checkpoints (epochs {config.checkpoint_epochs})"
     seeds = int(table["n_seeds"].iloc[0])
     acted = ACTED.get(config.action, "removed or relabelled")
     return [
         f"{config.num_models} models ({Path(config.model).name}) were {how} {share} of "
-        f"{n['train']} training images of {len(data.class_names)} classes{planted}. TRAK then scored "
+        f"{n['train']} training images of {len(data.class_names)} classes{planted}{left}. TRAK then scored "
         f"the effect of every training image on {n['validation']} validation images.",
         f"Each arm chose examples, which were {acted}. The model was then retrained "
         f"with {seeds} paired seeds and tested on {n['test']} test images that no choice depended on.",

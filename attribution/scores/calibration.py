@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-FEWEST = 3  # checkpoints from which a scale is estimated
+FEWEST = 3  # independent checkpoints from which a scale is estimated
 MARGIN = "margin (log-odds of the target's label)"
 NO_UNIT = "none: the scores rank, but their size means nothing"
 
@@ -20,7 +20,7 @@ class Calibration:
     Attributes:
         scale: measured change of a margin for each unit of predicted change.
         low, high: its 95 % interval.
-        num_checkpoints: from which it was estimated.
+        num_checkpoints: independent ones from which it was estimated.
     """
 
     scale: float
@@ -30,7 +30,7 @@ class Calibration:
 
 
 def calibrate(predicted: np.ndarray, measured: np.ndarray) -> Calibration | None:
-    """Estimate the scale from checkpoints that saw different examples.
+    """Estimate the scale from independent checkpoints that saw different examples.
 
     It is the slope, through the origin, of the measured margins on the predicted ones, each less its
     mean over checkpoints. The interval is Student's t around it, with the standard error of the

@@ -22,7 +22,7 @@ from attribution.runtime.npy_blocks import open_matrix
 from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
-from attribution.scores.calibration import Calibration, calibrate, describe
+from attribution.scores.calibration import FEWEST, Calibration, calibrate, describe
 from attribution.scores.features import Store, featurize
 from attribution.scores.stored_features import StoredFeatures
 from attribution.scores.suspects import suspects
@@ -122,6 +122,11 @@ def check(config: Config, data: ImageData) -> None:
     """
     check_proj_dim(config, len(data.rows("train")))
     check_gradients(config, data.class_names)
+    if config.checkpoint_epochs and config.num_models < FEWEST:
+        say(
+            f"checkpoint_epochs={config.checkpoint_epochs}: the scores will have no unit; it takes "
+            f"{FEWEST} independent runs (num_models), and epochs of one run are not"
+        )
 
 
 def score_training_set(
@@ -157,8 +162,11 @@ def score_training_set(
         features = stored_features.write_features(work / "stored", stores, config, scale)
     targets = data.table(TARGETS).assign(loss=members.loss(TARGETS, data.labels(TARGETS)))
     train = _train_table(data, members, found, targets)
+    ensemble: dict[str, Any] = {"num_models": config.num_models}
+    if config.checkpoint_epochs:
+        ensemble["checkpoint_epochs"] = config.checkpoint_epochs
     metadata = {
-        "estimator": config.group("trak") | {"num_models": config.num_models},
+        "estimator": config.group("trak") | ensemble,
         **describe(calibration),
         "alignment": {"groups": "label", "group_weights": "exp_loss"},
         "loss_is_out_of_sample": members.is_out_of_sample,
@@ -184,8 +192,11 @@ def _calibrate(
 ) -> Calibration | None:
     """Bring the scores into margins, as far as the checkpoints tell how; say so."""
     labels = data.labels(TARGETS)
-    measured = np.stack([margins(logits, labels) for logits in members.validation_logits])
-    found = calibrate(predicted_margins(config, stores, members.masks), measured)
+    each = np.stack([margins(logits, labels) for logits in members.validation_logits])
+    # The epochs of a run saw the same examples, so that they count as one.
+    step = config.checkpoints_per_run
+    measured = each.reshape(-1, step, len(labels)).mean(axis=1)
+    found = calibrate(predicted_margins(config, stores, members.masks[::step]), measured)
     if found:
         interval = f"95 % interval {found.low:.3g} to {found.high:.3g}"
         say(f"trak: scores are in margins, by the factor {found.scale:.3g} ({interval})")

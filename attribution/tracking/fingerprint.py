@@ -33,6 +33,8 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     if not STAGES[stage].upstream:
         replay = [config.replay] if config.replay else []
         settings = config.group(stage)
+        if not config.checkpoint_epochs:  # as runs of earlier versions, which had no such parameter
+            del settings["checkpoint_epochs"]
         key = given.key if settings.pop("checkpoints") else training_key
         return digest(stage, key(config, data), settings, *replay)
     upstream = fingerprint(STAGES[stage].upstream[0], config, data)

@@ -102,7 +102,7 @@ def _finished(stage: str, tags: dict[str, str]) -> list[Any]:
 def is_whole(stage: str, run_id: str, config: Config) -> bool:
     """Whether a run is still there, with the artifacts that later stages need."""
     paths = STAGES[stage].artifacts
-    numbers = range(config.num_models)
+    numbers = range(config.num_checkpoints)
     needed = dict.fromkeys(path.format(m=m) for path in paths for m in numbers)
     return bool(find_run(run_id)) and all(has_artifact(run_id, path) for path in needed)
 

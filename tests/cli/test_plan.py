@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from collections import namedtuple
@@ -19,7 +20,7 @@ from attribution.cli.plan import Estimate, bytes_text, check_disk, describe, sec
 from attribution.config import resolve
 from attribution.data.dataset import load_data
 from attribution.errors import InputError
-from attribution.models import classifier, model_facts
+from attribution.models import checkpoints, classifier, model_facts
 from attribution.scores.features import featurize
 from attribution.scores.trak import score
 from scripts import finetune, trak
@@ -100,6 +101,20 @@ def test_the_estimate_of_scoring_is_what_scoring_leaves(tmp_path: Path) -> None:
     stores = featurize(config, data, [tmp_path / "model"] * 2, tmp_path / "work")
     score(config, stores, tmp_path / "work" / "scores.npy")
     assert trak.estimate(config, data).work == pytest.approx(size(tmp_path / "work"), rel=0.1)
+
+
+def test_the_estimate_of_finetuning_counts_every_epoch_that_is_kept(tmp_path: Path) -> None:
+    data = toy_data(tmp_path / "data")
+    config = toy_config(num_models=2, checkpoint_epochs="last:2")
+    found = checkpoints.finetune(config, data, tmp_path / "work")
+    estimate = finetune.estimate(config, data)
+    assert estimate.what == "4 checkpoints of 2 training runs, 2 epochs of 16 images"
+    assert (estimate.tasks, estimate.trained) == (2, 2 * 2 * 16)
+    assert estimate.work == pytest.approx(size(tmp_path / "work"), rel=0.2)
+    assert estimate.kept == pytest.approx(sum(map(size, found.folders)), rel=0.2)
+    twice = dataclasses.replace(config, keep="kept.csv", subset_fraction=1.0)
+    more = finetune.estimate(twice, data).work - finetune.estimate(config, data).work
+    assert more == pytest.approx(estimate.kept / 2)  # without the cleaning, final weights alone
 
 
 @pytest.mark.slow

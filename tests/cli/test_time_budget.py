@@ -67,7 +67,7 @@ def test_the_largest_numbers_that_fit_are_chosen_and_their_cost_is_said(
 ) -> None:
     assert chosen(tmp_path, time_budget="10") == (5, 5)
     assert capsys.readouterr().err == (
-        "time_budget=10: 5 checkpoints instead of 10, 5 seeds instead of 10; scores are noisier; "
+        "time_budget=10: 5 models instead of 10, 5 seeds instead of 10; scores are noisier; "
         "differences must be about 1.7 times as large to be seen\n"
     )
     assert chosen(tmp_path, time_budget="1h") == (10, 10)
@@ -76,7 +76,7 @@ def test_the_largest_numbers_that_fit_are_chosen_and_their_cost_is_said(
 
 def test_what_the_user_gave_stays(tmp_path: Path, speed, capsys) -> None:
     assert chosen(tmp_path, {"num_models"}, time_budget="14min") == (10, 4)
-    assert "checkpoints" not in capsys.readouterr().err
+    assert "models" not in capsys.readouterr().err
     assert chosen(tmp_path, stage="trak", time_budget="14min") == (4, 10)  # it has no seeds
 
 
@@ -94,7 +94,7 @@ def test_splits_share_the_time(tmp_path: Path, speed) -> None:
 
 
 def test_a_time_that_nothing_fits_into_is_refused(tmp_path: Path, speed) -> None:
-    message = r"^time_budget=90s: the smallest plan \(2 checkpoints, 3 seeds\) takes about 5 min"
+    message = r"^time_budget=90s: the smallest plan \(2 models, 3 seeds\) takes about 5 min"
     with pytest.raises(InputError, match=message):
         chosen(tmp_path, time_budget="90s")
     with pytest.raises(InputError, match="all numbers are given"):
@@ -107,6 +107,6 @@ def test_a_time_that_nothing_fits_into_is_refused(tmp_path: Path, speed) -> None
 def test_a_budget_is_no_part_of_a_result(finished, new_place) -> None:
     place = new_place("budget", like=finished[0])
     assert place.done("ablation", time_budget="10min").tags["reused_run_id"] == finished[1].run_id
-    fragments = ("time_budget=1s", "(2 checkpoints, 3 seeds)")
+    fragments = ("time_budget=1s", "(2 models, 3 seeds)")
     open_numbers = {"num_models": None, "num_seeds": None}
     refused(place, "ablation", *fragments, time_budget="1s", seed=5, **open_numbers)

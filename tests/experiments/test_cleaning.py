@@ -32,19 +32,22 @@ def test_only_models_of_a_whole_cleaned_training_set_are_tested(given: Any, is_m
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("epochs", "name"), [("", "checkpoint"), ("1", "run")])
 def test_both_models_start_from_the_same_seed_and_differ_in_their_training_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: str, name: str
 ) -> None:
     before = toy_data(tmp_path / "data")
     split = before.examples["split"].to_numpy(object).copy()
     split[before.rows("train")[::3]] = "left out"
     data = dataclasses.replace(before, examples=before.examples.assign(split=split))
-    config = toy_config(num_models=2, subset_fraction=1.0, keep="kept.csv")
+    config = toy_config(
+        num_models=2, subset_fraction=1.0, keep="kept.csv", checkpoint_epochs=epochs
+    )
     monkeypatch.setattr(cleaning, "load_data", lambda c: data if c.keep else before)
     masks = np.ones((2, len(data.rows("train"))), bool)
     cleaned = Finetuned.of(masks, train_checkpoints(config, data, masks, tmp_path / "work"))
 
-    found = cleaning.test_metrics(config, data, cleaned.members, tmp_path / "uncleaned")
+    found = cleaning.test_metrics(config, data, cleaned.runs, tmp_path / "uncleaned")
 
     labels = data.labels("test")
     accuracy = np.empty((2, 2))
@@ -55,7 +58,7 @@ def test_both_models_start_from_the_same_seed_and_differ_in_their_training_set(
             model = train(config, each, seed, everything).model
             logits = predict(config, model, data, "test")
             accuracy[row, m] = np.mean(logits.argmax(1) == labels)
-    assert [found[f"checkpoint_{m:03d}/test_accuracy"] for m in range(2)] == list(accuracy[0])
+    assert [found[f"{name}_{m:03d}/test_accuracy"] for m in range(2)] == list(accuracy[0])
     assert found["test_accuracy_mean"] == accuracy[0].mean()
     assert found["test_accuracy_uncleaned_mean"] == accuracy[1].mean()
     assert found["test_accuracy_change"] == pytest.approx((accuracy[0] - accuracy[1]).mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import pickle
 import shutil
@@ -13,13 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
 
+import scripts.finetune
 from attribution.config import Config
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
 from attribution.errors import InputError
 from attribution.models import checkpoints, classifier
-from attribution.models.checkpoints import Finetuned, finetune, subset_masks, train_checkpoints
+from attribution.models.checkpoints import (
+    Checkpoint,
+    Finetuned,
+    finetune,
+    subset_masks,
+    train_checkpoints,
+)
 from attribution.models.ensemble import Ensemble
 from attribution.models.predict import predict
+from attribution.models.train import train
+from attribution.runtime.hashing import derive_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,6 +210,96 @@ def test_checkpoints_differ_from_one_another(setting, tmp_path: Path) -> None:
     assert (first.train_logits != second.train_logits).any()
 
 
+# Epochs of a run as checkpoints
+
+
+def weights(checkpoint: Checkpoint) -> bytes:
+    return (checkpoint.folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def worsening(tmp_path_factory) -> ImageData:
+    """The labels of its validation split are swapped, so that training makes it worse."""
+    data = toy_data(tmp_path_factory.mktemp("data"), n_train=24, n_other=6)
+    is_swapped = data.examples["split"] == "validation"
+    label = data.examples["label"].where(~is_swapped, 1 - data.examples["label"])
+    return dataclasses.replace(data, examples=data.examples.assign(label=label))
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        ({"epochs": 4, "checkpoint_epochs": "3,1"}, [1, 3]),
+        ({"epochs": 4, "checkpoint_epochs": "last:2"}, [3, 4]),
+        ({"epochs": 9, "patience": 2, "checkpoint_epochs": "last:2"}, None),
+    ],
+)
+def test_epochs_of_a_run_are_what_it_passes_through_and_leave_it_as_it_was(
+    worsening, tmp_path: Path, given, numbers
+) -> None:
+    """Early stopping keeps an earlier epoch; the last two are those that were really run."""
+    config, keep = toy_config(**given), np.ones((1, 24), bool)
+    plain = dataclasses.replace(config, checkpoint_epochs="")
+    (alone,) = train_checkpoints(plain, worsening, keep, tmp_path / "alone")
+    (run,) = train_checkpoints(config, worsening, keep, tmp_path / "epochs")
+    assert weights(run) == weights(alone) and alone.epochs == ()
+    assert run.history == alone.history and run.test_logits.tobytes() == alone.test_logits.tobytes()
+    ran = len(run.history)
+    if numbers is None:
+        assert ran < 9 and weights(run) not in map(weights, run.epochs)
+        numbers = [ran - 1, ran]
+        tags = scripts.finetune._origins(config, Finetuned.of(keep, [run]))
+        assert [each["best_epoch"] for each in tags] == [f"{ran - 2}"] * 2
+    elif ran in numbers:
+        assert weights(run.epochs[-1]) == weights(run)
+    passed = []
+    seed = derive_seed(config.seed, "checkpoint", 0)
+    train(plain, worsening, seed, keep[0], lambda _, model: passed.append(copy.deepcopy(model)))
+    assert [len(each.history) for each in run.epochs] == numbers
+    for number, each in zip(numbers, run.epochs, strict=True):
+        for split in SPLITS:
+            expected = predict(plain, passed[number - 1], worsening, split)
+            np.testing.assert_array_equal(getattr(each, f"{split}_logits"), expected)
+        kept = classifier.load(each.folder).state_dict()
+        assert all((kept[k] == v).all() for k, v in passed[number - 1].state_dict().items())
+
+
+def test_checkpoints_stand_run_by_run_and_by_epoch_and_share_their_runs_examples(
+    setting, tmp_path: Path, trained: list[str]
+) -> None:
+    given = {"epochs": 11, "num_models": 2, "subset_fraction": 0.5, "checkpoint_epochs": "10,9"}
+    config, data = toy_config(**given), setting[1]
+    found = finetune(config, data, tmp_path)
+    names = [str(folder.relative_to(tmp_path)) for folder in found.folders]
+    assert names == [f"{r}/epochs/{e}/model" for r in ("000", "001") for e in (9, 10)]
+    masks = subset_masks(24, 2, 0.5, 0)
+    np.testing.assert_array_equal(found.members.masks, masks[[0, 0, 1, 1]])
+    tags = scripts.finetune._origins(config, found)
+    expected = [("0", "9"), ("0", "10"), ("1", "9"), ("1", "10")]
+    assert [(each["training_run"], each["epoch"]) for each in tags] == expected
+    shutil.rmtree(tmp_path / "001" / "epochs" / "9")
+    again = finetune(config, data, tmp_path)
+    assert trained == ["000", "001", "001"]
+    np.testing.assert_array_equal(again.members.train_logits, found.members.train_logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"checkpoint_epochs": "1,3"}, "more than the 2 epochs of every run"),
+        ({"checkpoint_epochs": "last:3"}, "more than the 2 epochs of every run"),
+        ({"checkpoint_epochs": "5", "epochs": 9, "patience": 3}, "4 epochs that patience=3"),
+    ],
+)
+def test_epochs_that_a_run_may_not_reach_are_refused(setting, given, says) -> None:
+    with pytest.raises(
+        InputError, match=f"^checkpoint_epochs={given['checkpoint_epochs']}: .*{says}"
+    ):
+        checkpoints.check(toy_config(**given), setting[1])
+    highest = {"checkpoint_epochs": "last:4", "epochs": 9, "patience": 3}
+    checkpoints.check(toy_config(**highest), setting[1])
+
+
 # The result of the stage
 
 
@@ -206,7 +308,7 @@ def test_the_result_of_finetuning_is_that_of_its_checkpoints(setting, tmp_path: 
     found = finetune(toy_config(epochs=1, num_models=3, subset_fraction=0.5), data, tmp_path)
     assert found.folders == [tmp_path / name / "model" for name in ("000", "001", "002")]
     np.testing.assert_array_equal(found.members.masks, subset_masks(24, 3, 0.5, 0))
-    assert [len(history) for history in found.histories] == [1, 1, 1]
+    assert [len(run.history) for run in found.runs] == [1, 1, 1]
     for m, folder in enumerate(found.folders):
         logits = predict(config, classifier.load(folder), data, "train")
         np.testing.assert_allclose(found.members.train_logits[m], logits, atol=1e-6)
@@ -219,7 +321,7 @@ def test_a_result_loaded_from_files_is_the_one_that_was_kept(tmp_path: Path) -> 
     found = Finetuned.load(tmp_path / "logits.npz", [tmp_path / "a", tmp_path / "b"])
     for name, array in members.arrays().items():
         np.testing.assert_array_equal(getattr(found.members, name), array)
-    assert found.folders == [tmp_path / "a", tmp_path / "b"] and found.histories == []
+    assert found.folders == [tmp_path / "a", tmp_path / "b"] and found.runs == []
 
 
 def test_what_cannot_be_trained_is_refused_before_training(setting) -> None:

@@ -85,8 +85,13 @@ def test_an_adapter_is_refused_with_what_to_type(tmp_path: Path) -> None:
     assert "merge_and_unload()" in said and said.endswith("then type --checkpoints FOLDER")
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_models", 3), ("subset_fraction", 0.5)])
-def test_a_number_or_share_beside_checkpoints_is_refused(tmp_path: Path, name, value) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_models", 3), ("subset_fraction", 0.5), ("checkpoint_epochs", "last:2")],
+)
+def test_a_number_share_or_epochs_beside_checkpoints_is_refused(
+    tmp_path: Path, name, value
+) -> None:
     asked = {"checkpoints": str(saved(tmp_path / "one"))}
     assert refusal(given.implied, asked | {name: value}, {}).startswith(f"{name}={value}")
     assert given.implied(asked | {"num_models": 1}, {})["num_models"] == 1
@@ -159,7 +164,7 @@ def test_they_predict_as_they_are_and_count_as_having_seen_all(tmp_path: Path) -
     folders = [saved(tmp_path / "a"), saved(tmp_path / "b", CLASSES[::-1], seed=1)]
     config = configured(*folders)
     found = finetune(config, data, tmp_path / "work")
-    assert found.members.masks.all() and found.histories == [[], []]
+    assert found.members.masks.all() and not any(run.history for run in found.runs)
     for m, folder in enumerate(folders):
         wanted = predict(config, classifier.load(folder), data, "test")[:, :: 1 - 2 * m]
         np.testing.assert_allclose(found.members.test_logits[m], wanted, atol=1e-6)

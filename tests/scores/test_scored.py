@@ -8,12 +8,14 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from toy import toy_config
 
 from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
 from attribution.runtime import safe_files
 from attribution.scores import artifact, features
+from attribution.scores import scored as scored_module
 from attribution.scores.scored import Scored, score_training_set
 from attribution.scores.stored_features import load_features
 from attribution.scores.trak import predicted_margins
@@ -75,6 +77,38 @@ def test_scores_and_stored_features_are_in_the_margins_that_the_checkpoints_have
     stored = found.features.scores([np.concatenate(s.features("validation")) for s in found.stores])
     bound = 2e-3 * np.abs(found.scores.values).max()
     np.testing.assert_allclose(stored, found.scores.values, rtol=0, atol=bound)
+
+
+def test_the_epochs_of_a_run_count_as_one_where_scores_get_their_unit(
+    ensemble, monkeypatch
+) -> None:
+    """The slope is that over all checkpoints; its interval and least number are those of runs."""
+    data, _ = ensemble
+    rng, sign = np.random.default_rng(0), np.where(data.labels("validation") == 1, 1, -1)
+    masks, values = rng.random((4, 32)) < 0.5, rng.normal(size=(32, 16))
+    monkeypatch.setattr(scored_module, "predicted_margins", lambda config, stores, m: m @ values)
+    margins = 3 * np.repeat(masks @ values, 3, axis=0) + rng.normal(size=(12, 16))
+    logits = np.stack([np.zeros_like(margins), sign * margins], axis=2)
+    members = Ensemble(np.repeat(masks, 3, axis=0), logits, logits, logits)
+
+    def slope(runs: list[int]) -> float:
+        rows = np.isin(np.repeat(np.arange(4), 3), runs)
+        x, y = members.masks[rows] @ values, margins[rows]
+        return np.polyfit((x - x.mean(0)).ravel(), (y - y.mean(0)).ravel(), 1)[0]
+
+    config = toy_config(num_models=4, checkpoint_epochs="last:3", epochs=3)
+    found = scored_module._calibrate(config, data, members, [])
+    assert found.num_checkpoints == 4 and found.scale == pytest.approx(slope([0, 1, 2, 3]))
+    without = [slope([r for r in range(4) if r != left_out]) for left_out in range(4)]
+    error = np.sqrt(3 / 4 * np.square(without - np.mean(without)).sum())
+    assert found.high - found.scale == pytest.approx(stats.t.ppf(0.975, 3) * error)
+    two = Ensemble(*(array[:6] for array in members.arrays().values()))
+    assert scored_module._calibrate(config, data, two, []) is None
+
+
+def test_that_few_runs_give_no_unit_is_said_before_training(ensemble, capsys) -> None:
+    scored_module.check(configured(checkpoint_epochs="last:2"), ensemble[0])
+    assert "checkpoint_epochs=last:2: the scores will have no unit" in capsys.readouterr().err
 
 
 def test_metrics_and_rankings(scored) -> None:

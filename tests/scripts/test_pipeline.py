@@ -358,7 +358,7 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
     other = {
         "augment": "flip", "model": str(model), "epochs": 3, "learning_rate": 0.02,
         "batch_size": 4, "weight_decay": 0.1, "schedule": "cosine", "patience": 1,
-        "precision": "bfloat16", "num_models": 3, "subset_fraction": 0.7, "seed": 1, "proj_dim": 8, "num_blocks": 2,
+        "precision": "bfloat16", "num_models": 3, "checkpoint_epochs": "last:1", "subset_fraction": 0.7, "seed": 1, "proj_dim": 8, "num_blocks": 2,
         "projector": "normal", "feature_precision": "bfloat16", "lambda_reg": 0.2, "loss_gradient_weight": "none", "train_layers": "head", "frac": "0.3",
         "checkpoints": str(model),
         "arms": "none", "action": "relabel", "metric": "macro_f1", "contrasts": "loss-none", "num_seeds": 3, "groups": "is_flipped", "group_weights": "loss",

@@ -63,6 +63,17 @@ def test_a_run_whose_upstream_is_gone_is_not_found_again(place, delete, tmp_path
         artifact_path(above, "suspects.csv")
 
 
+def test_a_finetune_run_is_whole_with_a_model_of_every_epoch_of_every_run(
+    place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(stage_runs, "has_artifact", lambda run, path: not asked.append(path))
+    config = toy_config(num_models=2, checkpoint_epochs="last:2")
+    assert stage_runs.is_whole("finetune", finished(stage="finetune"), config)
+    models = [f"checkpoint_{m:03d}/model.safetensors" for m in range(4)]
+    assert asked == ["training/logits.npz", *models]
+
+
 @pytest.mark.parametrize("length", [5999, 6000, 6001, 20_000])
 def test_a_parameter_of_any_length_is_read_back_in_full(place, length: int) -> None:
     classes = ("a class," * 3000)[:length]
