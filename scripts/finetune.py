@@ -72,7 +72,7 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     work = trainings * (weights + logits)  # of final weights
     what = f"{config.num_checkpoints} checkpoints"
     if config.checkpoint_epochs:
-        what, work = f"{what} of {config.num_models} training runs", work + kept
+        what, work = f"{what} ({config.checkpoints_per_run} per training run)", work + kept
     return Estimate(
         f"{what}, {most}{config.epochs} epochs of {share:,} images{also}",
         trained=trainings * config.epochs * share,

@@ -25,7 +25,7 @@ from attribution.models.train import noting_epochs, train
 from attribution.runtime.device import resolve_device
 from attribution.runtime.hashing import derive_seed
 from attribution.runtime.parallel import parallel_map, resolve_jobs
-from attribution.runtime.progress import progress
+from attribution.runtime.progress import progress, say
 from attribution.runtime.safe_files import Files, read_arrays, read_folder, read_json, write_folder
 
 if TYPE_CHECKING:
@@ -61,13 +61,19 @@ def check(config: Config, data: ImageData) -> None:
 
 
 def _check_epochs(config: Config) -> None:
-    certain, why = config.epochs, ""
+    certain, advice = config.epochs, ""
     if config.patience and config.patience + 1 < config.epochs:
-        certain, why = config.patience + 1, f"that patience={config.patience} is certain to allow "
+        certain = config.patience + 1
+        advice = f", or set patience=0: with patience={config.patience} no more are certain"
     if max(map(abs, config.epoch_numbers), default=0) > certain:
         raise InputError(
-            f"checkpoint_epochs={config.checkpoint_epochs}: more than the {certain} epochs "
-            f"{why}of every run; name fewer" + (", or set patience=0" if why else "")
+            f"checkpoint_epochs={config.checkpoint_epochs}: goes beyond the {certain} epochs of a run; "
+            f"use numbers up to {certain}, or at most last:{certain}{advice}"
+        )
+    if config.checkpoint_epochs and config.patience:
+        say(
+            f"checkpoint_epochs={config.checkpoint_epochs}: these epochs are scored, although "
+            f"patience={config.patience} keeps the best epoch of every retraining (tag best_epoch)"
         )
 
 

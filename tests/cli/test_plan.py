@@ -108,7 +108,7 @@ def test_the_estimate_of_finetuning_counts_every_epoch_that_is_kept(tmp_path: Pa
     config = toy_config(num_models=2, checkpoint_epochs="last:2")
     found = checkpoints.finetune(config, data, tmp_path / "work")
     estimate = finetune.estimate(config, data)
-    assert estimate.what == "4 checkpoints of 2 training runs, 2 epochs of 16 images"
+    assert estimate.what == "4 checkpoints (2 per training run), 2 epochs of 16 images"
     assert (estimate.tasks, estimate.trained) == (2, 2 * 2 * 16)
     assert estimate.work == pytest.approx(size(tmp_path / "work"), rel=0.2)
     assert estimate.kept == pytest.approx(sum(map(size, found.folders)), rel=0.2)

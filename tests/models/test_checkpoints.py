@@ -286,18 +286,19 @@ def test_checkpoints_stand_run_by_run_and_by_epoch_and_share_their_runs_examples
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"checkpoint_epochs": "1,3"}, "more than the 2 epochs of every run"),
-        ({"checkpoint_epochs": "last:3"}, "more than the 2 epochs of every run"),
-        ({"checkpoint_epochs": "5", "epochs": 9, "patience": 3}, "4 epochs that patience=3"),
+        ({"checkpoint_epochs": "1,3"}, "beyond the 2 epochs of a run"),
+        ({"checkpoint_epochs": "last:3"}, "beyond the 2 epochs of a run"),
+        ({"checkpoint_epochs": "5", "epochs": 9, "patience": 3}, "beyond the 4 .* with patience=3"),
     ],
 )
-def test_epochs_that_a_run_may_not_reach_are_refused(setting, given, says) -> None:
+def test_epochs_that_a_run_may_not_reach_are_refused(setting, given, says, capsys) -> None:
     with pytest.raises(
         InputError, match=f"^checkpoint_epochs={given['checkpoint_epochs']}: .*{says}"
     ):
         checkpoints.check(toy_config(**given), setting[1])
     highest = {"checkpoint_epochs": "last:4", "epochs": 9, "patience": 3}
     checkpoints.check(toy_config(**highest), setting[1])
+    assert "patience=3 keeps the best epoch of every retraining" in capsys.readouterr().err
 
 
 # The result of the stage
