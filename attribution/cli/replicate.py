@@ -93,7 +93,7 @@ def _record(table: pd.DataFrame, contrasts: pd.DataFrame, rows: pd.DataFrame) ->
         for end in ("", "_ci_low", "_ci_high")
         for name in [f"{row['metric']}_vs_random{end}"]
     }
-    words = [answer.sentences(table)[0], *answer.contrasts(contrasts)]
+    words = [answer.short(table), *answer.contrasts(contrasts)]
     note = "\n".join([*words, "", "One ablation for each split:", "", *links])
     tables = {"splits": table, "contrasts": contrasts, "by_split": rows}
     return Record(metrics=metrics, tables=tables, note=lambda _: note)

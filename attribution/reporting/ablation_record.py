@@ -190,7 +190,7 @@ def _note(job: Job, result: Comparison, children: list[str]) -> str:
     first = " · ".join(f"[{text}]({to})" for text, to in links.items())
     figure = f"![Test result of each arm]({artifact_link(job.run_id, 'comparison.png')})"
     # The links come first: MLflow folds the rest of a long note away.
-    return "\n".join([first, "", answer.sentences(result.table)[0], "", *arms, "", figure])
+    return "\n".join([first, "", answer.short(result.table), "", *arms, "", figure])
 
 
 @dataclass(frozen=True)

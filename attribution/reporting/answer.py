@@ -7,7 +7,14 @@ import pandas as pd
 from attribution.experiments.arms import trial_name
 from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
-from attribution.experiments.verdicts import BETTER, CONTROLS, NOT_AFTER_HOLM, WORSE, headline_of
+from attribution.experiments.verdicts import (
+    BETTER,
+    CONTROLS,
+    NOT_AFTER_HOLM,
+    WORSE,
+    headline_of,
+    verdict,
+)
 
 VERBS = {"remove": "removing", "relabel": "relabelling"}
 
@@ -24,6 +31,11 @@ def best(table: pd.DataFrame) -> pd.Series | None:
     return None if rows.empty else rows.loc[rows[f"{headline_of(table)}_vs_random"].idxmax()]
 
 
+def short(table: pd.DataFrame) -> str:
+    """The best arm against random removal, and the best for the worst group where groups are known."""
+    return " ".join([sentences(table)[0], *_worst_group(table)])
+
+
 def sentences(table: pd.DataFrame) -> list[str]:
     """The best and the worst arm against random removal, then the others that differ from it."""
     rows = judged(table)
@@ -37,6 +49,7 @@ def sentences(table: pd.DataFrame) -> list[str]:
         )
     else:
         found.append(_effect(top, "raised"))
+    found += _worst_group(table)
     worse = rows[rows["verdict"] == WORSE]
     if not worse.empty:
         found.append(_effect(worse.loc[worse[f"{metric}_vs_random"].idxmin()], "lowered"))
@@ -54,6 +67,19 @@ def sentences(table: pd.DataFrame) -> list[str]:
     if not unclear.empty:
         found.append(f"Not distinguishable from random with this many seeds: {_list(unclear)}.")
     return found
+
+
+def _worst_group(table: pd.DataFrame) -> list[str]:
+    """A sentence on the arm with the largest gain for the worst group, if groups are known and one gains."""
+    metric = "worst_group_accuracy"
+    rows = judged(table)
+    if metric == headline_of(table) or f"{metric}_vs_random" not in rows:
+        return []
+    rows = rows[[verdict(row, metric) == BETTER for _, row in rows.iterrows()]]
+    if rows.empty:
+        return [f"No arm was shown to raise test {METRICS[metric].words} more than random removal."]
+    row = rows.loc[rows[f"{metric}_vs_random"].idxmax()]
+    return [_effect(pd.Series({**row, "metric": metric}), "raised")]
 
 
 def _effect(row: pd.Series, verb: str) -> str:

@@ -60,12 +60,14 @@ def print_splits(table: pd.DataFrame, rows: pd.DataFrame, contrasts: Sequence[st
     console = _console()
     headline = headline_of(table)
     _print_judged(console, table, f"{int(table['n_splits'].iloc[0])} splits of the data")
-    wide = rows.pivot(index="data_seed", columns="trial", values=f"{headline}_vs_random")
-    names = [name for name in rows["trial"].unique() if wide[name].notna().all()]
-    texts = [[str(seed), *(f"{x:+z.4f}" for x in row)] for seed, row in wide[names].T.items()]
-    title = f"Test {METRICS[headline].words} against random removal on each split"
-    _print(title, ["data_seed", *names], texts)
-    for sentence in (answer.sentences(table)[0], *contrasts):
+    for metric in judged_metrics(headline):
+        if f"{metric}_vs_random" in rows:
+            wide = rows.pivot(index="trial", columns="data_seed", values=f"{metric}_vs_random")
+            wide = wide.loc[list(rows["trial"].unique())].dropna()
+            _say(console, f"Test {METRICS[metric].words} against random removal, by data_seed")
+            texts = [[trial, *(f"{x:+z.4f}" for x in row)] for trial, row in wide.T.items()]
+            _print("", ["arm", *map(str, wide)], texts)
+    for sentence in (answer.short(table), *contrasts):
         _say(console, sentence)
 
 

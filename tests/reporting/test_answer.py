@@ -41,6 +41,32 @@ def test_an_arm_that_lowers_accuracy_is_said_to_with_figures_above_zero() -> Non
     assert answer.best(table) is None
 
 
+def test_the_best_arm_for_the_worst_group_has_a_sentence_where_groups_are_known() -> None:
+    table = table_of(MORE)
+    assert answer.short(table) == answer.sentences(table)[0]
+    versus = [name for name in table if name.startswith("accuracy_vs_random")]
+    groups = table.assign(**{f"worst_group_{name}": table[name] / 2 for name in versus})
+    groups["worst_group_accuracy_vs_random_p_holm"] = table["accuracy_vs_random_p_holm"]
+    # Of two arms that are better by accuracy, the other one gains most for the worst group.
+    better = answer.judged(table)
+    better = better[better["verdict"] == "better than random"]["accuracy_vs_random"].sort_values()
+    best, other = better.index[-1], better.index[-2]
+    ends = ["", "_ci_low", "_ci_high"]
+    for end in ends:
+        groups.loc[best, f"worst_group_accuracy_vs_random{end}"] = -0.1
+    gain, low, high = (100 * groups.loc[other, f"worst_group_accuracy_vs_random{e}"] for e in ends)
+    assert answer.sentences(groups)[0] == answer.sentences(table)[0]
+    said = answer.sentences(groups)[1]
+    assert answer.short(groups).endswith(said)
+    assert (
+        f"raised test worst group accuracy by {gain:.1f} points "
+        f"(95 % interval {low:.1f} to {high:.1f}) compared with" in said
+    )
+    groups["worst_group_accuracy_vs_random_p_holm"] = 1.0
+    none = "No arm was shown to raise test worst group accuracy more than random removal."
+    assert answer.sentences(groups)[1] == none
+
+
 def test_an_arm_that_differs_by_chance_is_said_not_to_be_distinguishable() -> None:
     found = answer.sentences(table_of(only("loss")))
     assert found[0].startswith("No arm was shown")

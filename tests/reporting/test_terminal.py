@@ -11,6 +11,7 @@ from made_comparison import BASE, GROUPS, MORE, N_SEEDS, N_TEST, only, table_of
 from rich.console import Console
 
 from attribution.experiments.names import ARM_SPECS
+from attribution.experiments.replication import by_split, summary
 from attribution.experiments.statistics import detectable_effect, seeds_needed
 from attribution.experiments.verdicts import verdict
 from attribution.reporting import answer, terminal
@@ -92,6 +93,23 @@ def test_a_second_table_tells_the_worst_group_where_groups_are_known(capsys) -> 
     np.testing.assert_allclose(means, worst)
     for mean, line in zip(worst, lines_of(both, "harmful")[2:], strict=True):
         assert f"{mean:.4f}" in line
+
+
+def test_the_differences_on_each_split_are_told_for_every_judged_metric(capsys) -> None:
+    tables = {seed: table_of(MORE, GROUPS) for seed in (3, 4, 5)}
+    for seed, table in tables.items():
+        versus = [name for name in table if name.endswith("_vs_random")]
+        table[versus] += seed / 100
+    rows = by_split(tables)
+    terminal.print_splits(summary(rows)[0], rows)
+    output = capsys.readouterr().out
+    titles = {"accuracy": "Test accuracy", "worst_group_accuracy": "Test worst group accuracy"}
+    for metric, title in titles.items():
+        shown = output.partition(f"{title} against random removal, by data_seed")[2]
+        first = lines_of(shown, "harmful")[0]
+        row = tables[3][tables[3]["arm"] == "harmful"].iloc[0]
+        expected = [row[f"{metric}_vs_random"] + more for more in (0, 0.01, 0.02)]
+        assert first.split()[-3:] == [f"{value:+.4f}" for value in expected]
 
 
 def test_the_terminal_tells_relabelling_from_removal_and_ends_with_the_power(capsys) -> None:
