@@ -183,6 +183,15 @@ class Place:
         return {str(file.relative_to(work)) for file in work.rglob("*") if file.is_file()}
 
 
+@contextlib.contextmanager
+def unreadable_artifacts() -> Iterator[None]:
+    """Inside the block no artifact of a run can be read, from disk or by a download."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlflow.artifacts.download_artifacts", None)
+        patch.setattr("attribution.tracking.artifacts.local_root", lambda uri: None)
+        yield
+
+
 def child_environment(place: Place) -> dict[str, str]:
     """The environment of a subprocess: this interpreter, this place, one thread."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

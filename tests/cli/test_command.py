@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import mlflow
 import pytest
-from places import Place, refused
+from places import Place, refused, unreadable_artifacts
 
 from attribution.cli import main
-from attribution.tracking import artifacts
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -44,23 +42,14 @@ def test_only_checkpoints_that_the_command_made_go_at_its_end_and_they_come_back
 
 
 def test_a_command_fetches_nothing_back_that_it_has_just_computed(
-    new_place: Callable[..., Place], images: Path, monkeypatch: pytest.MonkeyPatch
+    new_place: Callable[..., Place], images: Path
 ) -> None:
-    """Commands that need all upstream stages, in a store whose artifacts cannot be read."""
-    small = {"epochs": 1, "num_models": 1}
-    commands = {
-        "ablation": small,
-        "evaluate": {**small, "num_subsets": 10, "num_repeats": 1},
-        "explain": {**small, "image": next(images.glob("*/*.png"))},
-    }
-    for stage, given in commands.items():
-        place = new_place(f"unreadable-{stage}")
-        with monkeypatch.context() as patch:
-            patch.setattr(mlflow.artifacts, "download_artifacts", None)
-            patch.setattr(artifacts, "local_root", lambda uri: None)
-            result = place.done(stage, **given)
-        assert result.made() == {"finetune", "trak", stage}
-        assert place.unfinished() == {f for f in place.unfinished() if f.startswith("retrainings")}
+    """For ablation and evaluate see tests/scripts/test_pipeline.py and test_evaluation.py."""
+    place, image = new_place("unreadable"), next(images.glob("*/*.png"))
+    with unreadable_artifacts():
+        result = place.done("explain", epochs=1, num_models=1, image=image)
+    assert result.made() == {"finetune", "trak", "explain"}
+    assert not place.unfinished()
 
 
 def test_an_error_of_the_code_is_shown_whole_but_without_credentials(

@@ -24,7 +24,12 @@ pytestmark = pytest.mark.slow
 
 def test_two_commands_at_once_on_a_new_store_make_one_result(new_place: NewPlace) -> None:
     place = new_place("two")
-    command = [sys.executable, "-m", "scripts.finetune", *place.argv("finetune")]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.finetune",
+        *place.argv("finetune", num_models=1, epochs=1),
+    ]
     environment = child_environment(place) | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{place.root / 'new.db'}",
         "MLFLOW_EXPERIMENT_NAME": "Default",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import Place, refused
+from places import Place, Result, refused, run_id
 from toy import toy_config, toy_data
 
 from attribution.cli import plan
@@ -118,25 +118,26 @@ def test_the_estimate_of_finetuning_counts_every_epoch_that_is_kept(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_command_prints_its_plan_and_leaves_as_much_as_that_says(new_place: NewPlace) -> None:
-    place = new_place("plan")
-    made = place.done("trak")
-    lines = made.err.split("plan:\n")[1].splitlines()
+def test_a_command_prints_its_plan_and_leaves_as_much_as_that_says(
+    finished: tuple[Place, Result], new_place: NewPlace
+) -> None:
+    place = new_place("plan", like=finished[0])
+    lines = finished[1].err.split("plan:\n")[1].splitlines()
     assert re.match(r" +finetune +2 checkpoints, 2 epochs of \d+ images +about \d+ s", lines[0])
-    assert "gradients" in lines[1] and "Total: about" in lines[2]
+    assert "gradients" in lines[1] and "models" in lines[2] and "Total: about" in lines[3]
 
     config = resolve(parse("trak", place.argv("trak")) | {"cache_dir": str(place.cache)})
     data = load_data(config)
     scores, features = (
-        size(place.artifacts(made.run_id), name) for name in ("scores.npy", "train.npy")
+        size(place.artifacts(run_id(place, "trak")), name) for name in ("scores.npy", "train.npy")
     )
     assert trak.estimate(config, data).kept == pytest.approx(scores + features, rel=0.2)
-    models = place.checkpoints(made.tags["finetune_run_id"])
+    models = place.checkpoints(run_id(place, "finetune"))
     weights = sum(size(folder, "*.safetensors") for folder in models)
     assert finetune.estimate(config, data).kept == pytest.approx(weights, rel=0.1)
 
-    reused = place.done("ablation").err.split("plan:\n")[1].splitlines()
-    assert f"reuses run {made.run_id}" in reused[0] and "models" in reused[1]
+    reused = place.done("ablation", arms="none").err.split("plan:\n")[1].splitlines()
+    assert f"reuses run {run_id(place, 'trak')}" in reused[0] and "models" in reused[1]
     assert "plan:" not in place.done("ablation").err  # nothing is left to do
 
 

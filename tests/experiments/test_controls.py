@@ -36,10 +36,10 @@ def with_copies(data: ImageData) -> tuple[ImageData, np.ndarray]:
 def ranks(tmp_path_factory) -> dict[str, np.ndarray]:
     """How many training examples beat each copy, from the helpful and from the harmful end."""
     folder = tmp_path_factory.mktemp("copies")
-    config = resolve({"num_models": 6, "label_noise": 0.0, "cache_dir": str(folder), "jobs": 1})
+    config = resolve({"num_models": 2, "label_noise": 0.0, "cache_dir": str(folder), "jobs": 1})
     data, targets = with_copies(load_data(config))
     n = len(data.rows("train"))
-    masks = subset_masks(n, 6, 0.5, 0)
+    masks = subset_masks(n, 2, 0.5, 0)  # each copy is seen by one of them
     folders = [c.folder for c in train_checkpoints(config, data, masks, folder / "checkpoints")]
     stores = featurize(config, data, folders, folder / "features")
     own, found = n - 2 * COPIES + np.arange(2 * COPIES), {}  # the copies are the last examples

@@ -251,15 +251,15 @@ def test_a_planted_twin_is_on_the_list_of_the_stage(new_place, tmp_path) -> None
 
 
 @pytest.mark.slow
-def test_scores_without_suspects_are_logged(new_place, monkeypatch) -> None:
+def test_scores_without_suspects_are_logged(finished, new_place, monkeypatch) -> None:
     from attribution.scores import scored as module
 
-    place = new_place("none")
+    place = new_place("none", like=finished[0])
     original = module.suspects
     monkeypatch.setattr(module, "suspects", lambda *args: original(*args)[:0])
-    result = place.done("trak", epochs=1)
-    assert "suspects: 0 of " in result.out
-    assert not place.done("trak", epochs=1).made()
+    result = place.done("trak", lambda_reg=0.7)
+    assert result.made() == {"trak"} and "suspects: 0 of " in result.out
+    assert not place.done("trak", lambda_reg=0.7).made()
 
 
 def test_images_without_contrast_are_near_duplicates_of_nothing() -> None:
