@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import shutil
 import sqlite3
 import tempfile
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import sqlalchemy
 import torch
+from filelock import FileLock
 from places import Place, Result, write_images
 
 from attribution.runtime import signals
@@ -56,22 +58,43 @@ def _do_not_wait_for_the_disk(connection: Any, _: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 3 classes with 14 images of 16 by 16 pixels each; not to be changed."""
-    return write_images(tmp_path_factory.mktemp("data") / "images")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A function that returns what another one makes, in the first of xdist's workers to need it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def get(name: str, make: Callable[[], Any]) -> Any:
+        file = shared / f"{name}.pickle"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                made = make()
+                file.write_bytes(pickle.dumps(made))
+            return pickle.loads(file.read_bytes())
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory, once: Callable[..., Any]) -> Path:
+    """A folder of 3 classes with 14 images of 16 by 16 pixels each; not to be changed."""
+    return once("images", lambda: write_images(tmp_path_factory.mktemp("data") / "images"))
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory, once: Callable[..., Any]) -> Path:
     """The database of a store without runs, to be copied: making its tables takes seconds."""
     import logging
 
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
+
+    def make() -> Path:
+        file = tmp_path_factory.mktemp("store") / "mlflow.db"
+        MlflowClient(f"sqlite:///{file}").search_experiments()
+        return file
+
+    return once("store", make)
 
 
 @pytest.fixture(scope="session")
@@ -98,10 +121,16 @@ def new_place(
 
 
 @pytest.fixture(scope="session")
-def finished(new_place: Callable[..., Place]) -> tuple[Place, Result]:
+def finished(
+    new_place: Callable[..., Place], once: Callable[..., Any], one_thread: None
+) -> tuple[Place, Result]:
     """A place where `ablation` alone made every stage, and its result; tests change copies of it."""
-    place = new_place("finished")
-    return place, place.done("ablation")
+
+    def make() -> tuple[Place, Result]:
+        place = new_place("finished")
+        return place, place.done("ablation")
+
+    return once("finished", make)
 
 
 def _copy_store(old: Path, new: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import contextlib
+import multiprocessing
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,41 +14,53 @@ from typing import Any
 
 import mlflow
 import pytest
-from places import Place, child_environment
+from places import Place
 
 from attribution.cli.main import run_command
 
 NewPlace = Callable[..., Place]
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
+
+
+def finetune(folder: Path, environment: dict[str, str], argv: list[str], name: str) -> None:
+    """The command in a process of its own; what it says goes to two files."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    out, err = (folder / f"{name}.{end}" for end in ("out", "err"))
+    with (
+        contextlib.redirect_stdout(out.open("w", buffering=1)),
+        contextlib.redirect_stderr(err.open("w", buffering=1)),
+    ):
+        sys.exit(run_command("finetune", argv))
 
 
 def test_two_commands_at_once_on_a_new_store_make_one_result(new_place: NewPlace) -> None:
     place = new_place("two")
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.finetune",
-        *place.argv("finetune", num_models=1, epochs=1),
-    ]
-    environment = child_environment(place) | {
+    environment = place.environment | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{place.root / 'new.db'}",
         "MLFLOW_EXPERIMENT_NAME": "Default",
     }
+    # Processes that are forked from one that has imported everything start at the same time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripts.finetune"])
+    argv = place.argv("finetune", num_models=1, epochs=1)
     both = [
-        subprocess.Popen(
-            command, cwd=place.root, env=environment | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    ids = {out.split("finetune run: ")[1].split()[0] for out, _ in said}
+        context.Process(target=finetune, args=(place.root, environment, argv, name))
+        for name in ("one", "two")
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=300)
+    out, err = (
+        [(place.root / f"{n}.{end}").read_text() for n in ("one", "two")] for end in ("out", "err")
+    )
+    assert [process.exitcode for process in both] == [0, 0], err
+    ids = {text.split("finetune run: ")[1].split()[0] for text in out}
     assert len(ids) == 1
-    assert sum("reusing run" in err for _, err in said) == 1
-    assert sum("another process is making it" in err for _, err in said) == 1
+    assert sum("reusing run" in text for text in err) == 1
+    assert sum("another process is making it" in text for text in err) == 1
 
 
 def test_a_result_is_finished_before_another_process_may_look_for_it(
