@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from attribution.runtime.npy_blocks import write_matrix
 from attribution.scores.artifact import load_scores, write_scores
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "analysis.py"
@@ -46,7 +47,9 @@ def write(folder: Path, flipped: bool) -> Path:
     )
     if flipped:
         train = train.assign(is_flipped=is_flipped, true_label=(train["label"] + is_flipped) % 3)
-    write_scores(folder, values, train, table(np.arange(9) % 3, "b"), {})
+    matrix = folder.with_name(f"{folder.name}.npy")
+    write_matrix(matrix, [values], values.shape)
+    write_scores(folder, matrix, train, table(np.arange(9) % 3, "b"), {})
     return folder
 
 

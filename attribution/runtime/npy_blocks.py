@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
@@ -11,7 +11,7 @@ from typing import BinaryIO, TypeGuard
 import numpy as np
 
 from attribution.errors import InputError
-from attribution.runtime.safe_files import atomic, regular
+from attribution.runtime.safe_files import atomic, check_hash, regular
 
 BLOCK_ROWS = 4096  # enough for a matrix product to run at full speed
 BLOCK_BYTES = 1 << 27
@@ -90,6 +90,21 @@ def open_matrix(file: Path) -> np.ndarray:
         Exception: of many types, if it is not such a file or is shorter than its header says.
     """
     return np.lib.format.open_memmap(regular(file), mode="r")
+
+
+def checked_matrix(file: Path, promised: str, dtype: type, shape: Sequence[int] = ()) -> np.ndarray:
+    """Memory map of a matrix that must have this SHA-256, type and shape; by default any matrix's shape.
+
+    Raises:
+        Exception: of many types, if the file is anything else.
+    """
+    check_hash(file, promised)
+    matrix = open_matrix(file)
+    fits = matrix.shape == tuple(shape) if shape else matrix.ndim == 2 and matrix.size > 0
+    if matrix.dtype != dtype or not fits:
+        wanted = f"{dtype.__name__} {tuple(shape) or '(n, k)'}"
+        raise ValueError(f"{file.name} is {matrix.dtype} {matrix.shape}, not {wanted}")
+    return matrix
 
 
 def reserve(files: Iterable[Path]) -> None:

@@ -105,6 +105,17 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_hash(file: Path, promised: str) -> None:
+    """Refuse a file with another content than metadata.json promises.
+
+    Raises:
+        ValueError: its SHA-256 is another one.
+        OSError: it cannot be read.
+    """
+    if sha256(file) != promised:
+        raise ValueError(f"{file.name} does not have the hash in metadata.json")
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file.
 

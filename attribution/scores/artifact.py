@@ -18,8 +18,8 @@ import pandas as pd
 from pyarrow.parquet import ParquetFile
 
 from attribution.errors import InputError, reason
-from attribution.runtime.npy_blocks import open_matrix, row_blocks, write_matrix
-from attribution.runtime.safe_files import read_json, sha256
+from attribution.runtime.npy_blocks import checked_matrix, open_matrix, row_blocks
+from attribution.runtime.safe_files import check_hash, read_json, sha256
 from attribution.scores.gallery import Gallery, gallery
 
 SCHEMA_VERSION = 2
@@ -122,49 +122,42 @@ class Scores:
 
 def write_scores(
     folder: Path,
-    values: np.ndarray | Path,
+    matrix: Path,
     train: pd.DataFrame,
     targets: pd.DataFrame,
     metadata: dict[str, Any],
-) -> Scores:
+) -> None:
     """Write the artifact into a folder. metadata.json is written last and makes it complete.
 
     Args:
-        values: (n_train, n_targets), positive = helpful; or a file that write_matrix made of them,
-            which is linked into the folder (copied on another file system) and stays in its place.
-
-    Returns:
-        The scores in the folder, with the metadata that was written.
+        matrix: file of the scores (n_train, n_targets), positive = helpful, by write_matrix. It is
+            linked into the folder (copied on another file system) and stays in its place.
 
     Raises:
-        InputError: a score is not finite, or the tables do not fit the matrix.
+        InputError: the tables do not fit the matrix.
     """
-    matrix = open_matrix(values) if isinstance(values, Path) else values
-    if matrix.shape != (len(train), len(targets)):
+    values = open_matrix(matrix)
+    if values.shape != (len(train), len(targets)):
         raise InputError(
-            f"scores: shape {matrix.shape} does not fit {len(train)} examples, {len(targets)} targets"
+            f"scores: shape {values.shape} does not fit {len(train)} examples, {len(targets)} targets"
         )
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "scores.npy"
-    if isinstance(values, Path):
-        try:
-            os.link(values, file)
-        except OSError:  # another file system
-            shutil.copyfile(values, file)
-    else:
-        write_matrix(file, row_blocks(values), (len(train), len(targets)))
+    try:
+        os.link(matrix, file)
+    except OSError:  # another file system
+        shutil.copyfile(matrix, file)
     train.to_parquet(folder / "train.parquet", index=False)
     targets.to_parquet(folder / "targets.parquet", index=False)
     document = {
         "schema_version": SCHEMA_VERSION,
         "sign": SIGN,
-        "shape": list(matrix.shape),
+        "shape": list(values.shape),
         "sha256": sha256(file),
         "sha256_tables": {name: sha256(folder / name) for name in REQUIRED_COLUMNS},
         **metadata,
     }
     (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
-    return Scores(open_matrix(file), train, targets, document)
 
 
 def load_scores(source: str | Path) -> Scores:
@@ -184,7 +177,7 @@ def load_scores(source: str | Path) -> Scores:
     tables = []
     for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True):
         with _reading(source, name):
-            _check_hash(folder / name, metadata["sha256_tables"][name])
+            check_hash(folder / name, metadata["sha256_tables"][name])
             tables.append(_read_table(folder / name, length))
     train, targets = tables
     return Scores(values, train, targets, metadata)
@@ -220,11 +213,6 @@ def _reading(source: str | Path, name: str) -> Iterator[None]:
         raise InputError(f"scores={source}: {name} cannot be used: {reason(error)}") from None
 
 
-def _check_hash(file: Path, promised: str) -> None:
-    if sha256(file) != promised:
-        raise ValueError("it does not have the hash in metadata.json")
-
-
 def _read_metadata(file: Path) -> dict[str, Any]:
     metadata = read_json(file)
     if not isinstance(metadata, dict) or metadata.get("schema_version") != SCHEMA_VERSION:
@@ -243,12 +231,7 @@ def _read_metadata(file: Path) -> dict[str, Any]:
 
 
 def _read_matrix(file: Path, metadata: dict[str, Any]) -> np.ndarray:
-    _check_hash(file, metadata["sha256"])
-    values, shape = open_matrix(file), tuple(metadata["shape"])
-    if values.dtype != np.float32 or values.shape != shape:
-        raise ValueError(
-            f"it is {values.dtype} {values.shape}, not float32 {shape} as in metadata.json"
-        )
+    values = checked_matrix(file, metadata["sha256"], np.float32, metadata["shape"])
     if not all(np.isfinite(block).all() for block in row_blocks(values)):
         raise ValueError("it has values that are not finite")
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class Ridge:
         if not 0 <= self.lambda_reg < float("inf"):
             raise InputError(f"lambda_reg={self.lambda_reg}: must be finite and not negative")
 
-    def gram(self, parts: Iterable[Tensor]) -> Tensor:
+    def gram(self, parts: Iterable[np.ndarray | Tensor]) -> Tensor:
         """Gram matrices Phi'Phi of the blocks, (blocks, k, k) float64.
 
         Args:
@@ -46,7 +47,7 @@ class Ridge:
         """
         products = (
             torch.stack([_lower(x) for x in part.chunk(self.num_blocks, 1)])
-            for part in (rows.to(self.device, torch.float32) for rows in parts)
+            for part in (torch.as_tensor(x).to(self.device, torch.float32) for x in parts)
         )
         gram = next(products).double()
         for product in products:
@@ -84,7 +85,7 @@ class Ridge:
             )
         return factor
 
-    def whiten(self, rows: Tensor, factors: Tensor) -> Tensor:
+    def whiten(self, rows: np.ndarray | Tensor, factors: np.ndarray | Tensor) -> Tensor:
         """Whitened features X L^-T, (n, blocks k), in the precision of the factors.
 
         The product of two whitened rows is x' A^-1 y. In float32 its error is about 1e-7 times the
@@ -95,8 +96,9 @@ class Ridge:
             rows: X, (n, blocks k).
             factors: L of each block, (blocks, k, k) or one below the other, (blocks k, k).
         """
+        factors = torch.as_tensor(factors).to(self.device)
         factors = factors.view(self.num_blocks, -1, factors.shape[-1])
-        parts = rows.to(self.device, factors.dtype).chunk(self.num_blocks, 1)
+        parts = torch.as_tensor(rows).to(self.device, factors.dtype).chunk(self.num_blocks, 1)
         each = [
             torch.linalg.solve_triangular(f.T, x, upper=True, left=False)
             for x, f in zip(parts, factors, strict=True)

@@ -16,9 +16,15 @@ from attribution.data.transforms import to_batch
 from attribution.errors import InputError, reason
 from attribution.models import classifier, model_facts
 from attribution.runtime.device import resolve_device
-from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write_matrix
+from attribution.runtime.npy_blocks import (
+    ahead,
+    checked_matrix,
+    open_matrix,
+    row_blocks,
+    write_matrix,
+)
 from attribution.runtime.safe_files import read_json, sha256
-from attribution.scores.features import Store, run_traker
+from attribution.scores.features import Store, load_checkpoint, run_traker
 from attribution.scores.ridge import Ridge
 from attribution.scores.trak import row_scale
 
@@ -26,11 +32,11 @@ SCHEMA_VERSION = 1
 AUTO_BYTES = 2 << 30  # most that keep_features=auto stores
 
 
-def are_wanted(config: Config, stores: Sequence[Store]) -> bool:
-    """Whether parameter `keep_features` asks for stored features; auto asks for up to 2 GiB."""
+def are_wanted(config: Config, length: int) -> bool:
+    """Whether parameter `keep_features` asks for so many stored float16; auto asks for up to 2 GiB."""
     if config.keep_features != "auto":
         return config.keep_features == "yes"
-    return sum(2 * part.size for store in stores for part in store.features("train")) <= AUTO_BYTES
+    return 2 * length <= AUTO_BYTES
 
 
 def write_features(
@@ -66,7 +72,7 @@ def write_features(
 
 def _whitened(factors: np.ndarray, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     ridge = Ridge(0, num_blocks=len(factors) // factors.shape[1])
-    return (ridge.whiten(*map(torch.from_numpy, (block, factors))).numpy() for block in blocks)
+    return (ridge.whiten(block, factors).numpy() for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -127,25 +133,19 @@ def load_features(folder: Path) -> StoredFeatures:
             raise ValueError(f"metadata.json does not have schema_version {SCHEMA_VERSION}")
         if type(count) is not int or not 0 < count < len(hashes):  # two files each, and scale.npy
             raise ValueError(f"num_models {count!r} does not fit its {len(hashes)} hashes")
-        n, one = _check_matrix(folder, "scale.npy", hashes, np.float32)
+
+        def shape(name: str, dtype: type) -> tuple[int, ...]:
+            return checked_matrix(folder / name, hashes[name], dtype).shape
+
+        n, one = shape("scale.npy", np.float32)
         for m in range(count):
-            length, k = _check_matrix(folder, f"{m:03d}/factor.npy", hashes, np.float32)
-            train = _check_matrix(folder, f"{m:03d}/train.npy", hashes, np.float16)
+            length, k = shape(f"{m:03d}/factor.npy", np.float32)
+            train = shape(f"{m:03d}/train.npy", np.float16)
             if one != 1 or length % k or train != (n, length):
                 raise ValueError(f"factors {length, k} and features {train} of {n} do not fit")
     except Exception as error:  # numpy and json raise many kinds on broken files
         raise InputError(f"features={folder}: cannot be read ({reason(error)})") from None
     return StoredFeatures(folder, count)
-
-
-def _check_matrix(folder: Path, name: str, hashes: dict, dtype: type) -> tuple[int, int]:
-    """Shape of a file, which must have its hash, this dtype and two dimensions."""
-    if sha256(folder / name) != hashes.get(name):
-        raise ValueError(f"{name} does not have its hash")
-    matrix = open_matrix(folder / name)
-    if matrix.dtype != dtype or matrix.ndim != 2 or not matrix.size:
-        raise ValueError(f"{name} is {matrix.dtype} {matrix.shape}, not {dtype.__name__} (n, k)")
-    return matrix.shape
 
 
 def probabilities(config: Config, checkpoints: Sequence[Path], pixels: np.ndarray) -> np.ndarray:
@@ -172,7 +172,8 @@ def new_features(
     batch = images, torch.from_numpy(labels).to(images.device)
     for m, checkpoint in enumerate(checkpoints):
         with tempfile.TemporaryDirectory() as name:
-            run_traker(config, checkpoint, m, [batch], len(labels), Path(name))
+            model = load_checkpoint(config, checkpoint)
+            run_traker(config, model, m, [batch], len(labels), Path(name))
             found.append(np.array(open_matrix(Path(name) / str(m) / "grads.mmap")))
     return found
 

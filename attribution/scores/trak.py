@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from attribution.runtime.npy_blocks import ahead, open_matrix, row_blocks, write
 from attribution.runtime.progress import progress
 from attribution.scores.features import Store
 from attribution.scores.ridge import Ridge
-
-SOLVED_BYTES = 5 << 29  # most memory for all factors and targets; larger ones are read per block
 
 
 @dataclass(frozen=True)
@@ -172,9 +169,9 @@ def trust_of_unseen(
     ridge = _ridge(config, stores)
     total = torch.zeros(stores[0].count(split), device=ridge.device)
     for store, weights in zip(stores, held_out, strict=True):
-        factor = torch.from_numpy(np.array(open_matrix(store.factor_file))).to(ridge.device)
-        target = ridge.whiten(torch.from_numpy(_weighted_sums(store, weights[None])), factor)[0]
-        rows = map(torch.from_numpy, row_blocks(*store.features(split)))
+        factor = np.load(store.factor_file)
+        target = ridge.whiten(_weighted_sums(store, weights[None]), factor)[0]
+        rows = row_blocks(*store.features(split))
         total += torch.cat([ridge.whiten(block, factor) @ target for block in rows])
     return (total / len(stores)).cpu().numpy()
 
@@ -199,12 +196,8 @@ def predicted_margins(config: Config, stores: list[Store], subsets: np.ndarray) 
     weights = subsets * row_scale(stores, config.loss_gradient_weight)[:, 0]
     total = np.zeros((len(subsets), stores[0].count(TARGETS)))
     for store in stores:
-        factor, targets = (
-            torch.from_numpy(np.array(open_matrix(file))).to(ridge.device)
-            for file in (store.factor_file, store.whitened_targets_file)
-        )
-        white = ridge.whiten(torch.from_numpy(_weighted_sums(store, weights)), factor)
-        total += (white @ targets.T).double().cpu().numpy()
+        white = ridge.whiten(_weighted_sums(store, weights), np.load(store.factor_file))
+        total += (white @ _targets(store, ridge).T).double().cpu().numpy()
     return total
 
 
@@ -222,12 +215,11 @@ def _factorise_all(stores: list[Store], ridge: Ridge) -> None:
 def _factorise(store: Store, ridge: Ridge) -> None:
     """Write the Cholesky factors of a checkpoint's Phi'Phi + lambda I, and its whitened targets."""
     blocks = ahead(row_blocks(*store.features("train")))
-    factors = ridge.factor(ridge.gram(map(torch.from_numpy, blocks)))
+    factors = ridge.factor(ridge.gram(blocks))
     flat = factors.flatten(0, 1)
     write_matrix(store.factor_file, [flat.cpu().numpy()], (len(flat), flat.shape[1]))
     targets = (
-        ridge.whiten(torch.from_numpy(block), factors).cpu().numpy()
-        for block in row_blocks(*store.features(TARGETS))
+        ridge.whiten(block, factors).cpu().numpy() for block in row_blocks(*store.features(TARGETS))
     )
     write_matrix(store.whitened_targets_file, targets, (store.count(TARGETS), len(flat)))
 
@@ -259,14 +251,9 @@ def _score_blocks(
         per_example: (n_train, 2) zeros; the rows of a block are filled before it is yielded, with
             self-influence and the sum over held-out examples.
     """
-    load = _loader(stores, ridge.device)
-
-    def whitened(store: Store, rows: np.ndarray) -> torch.Tensor:
-        return ridge.whiten(torch.from_numpy(rows), load(store.factor_file))
-
     m, start = len(open_matrix(stores[0].whitened_targets_file)), 0
     held_out_sums = [
-        whitened(store, _weighted_sums(store, weight[None]))[0]
+        ridge.whiten(_weighted_sums(store, weight[None]), np.load(store.factor_file))[0]
         for store, weight in zip(stores, weights, strict=True)
     ]
     features = [row_blocks(*store.features("train"), columns=m) for store in stores]
@@ -278,8 +265,8 @@ def _score_blocks(
         for store, block, held_out_sum, held_out_weight in zip(
             stores, blocks, held_out_sums, weights
         ):
-            white = whitened(store, block)
-            scores.addmm_(white, load(store.whitened_targets_file).T)
+            white = ridge.whiten(block, np.load(store.factor_file))
+            scores.addmm_(white, _targets(store, ridge).T)
             norms = torch.linalg.vector_norm(white, dim=1).square().cpu().numpy()
             aligned = (white @ held_out_sum).cpu().numpy() - held_out_weight[rows] * norms
             per_example[rows] += np.stack([norms, aligned], axis=1) / len(stores)
@@ -288,19 +275,9 @@ def _score_blocks(
         del scores, white  # free their memory before the next block is made
 
 
-def _loader(stores: list[Store], device: torch.device | str) -> Callable[[Path], torch.Tensor]:
-    """A function that reads a factor or targets file, and keeps them all if they fit in memory."""
-    (length, k), m = (
-        open_matrix(stores[0].factor_file).shape,
-        len(open_matrix(stores[0].whitened_targets_file)),
-    )
-    all_fit = 4 * length * (k + m) * len(stores) <= SOLVED_BYTES
-
-    @lru_cache(maxsize=2 * len(stores) if all_fit else 2)
-    def load(file: Path) -> torch.Tensor:
-        return torch.from_numpy(np.load(file, allow_pickle=False)).to(device)
-
-    return load
+def _targets(store: Store, ridge: Ridge) -> torch.Tensor:
+    """Whitened features of the targets, (n_targets, blocks k), on the device."""
+    return torch.from_numpy(np.load(store.whitened_targets_file)).to(ridge.device)
 
 
 def _weighted_sums(store: Store, weights: np.ndarray) -> np.ndarray:

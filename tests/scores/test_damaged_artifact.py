@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from attribution.errors import InputError
+from attribution.runtime.npy_blocks import write_matrix
 from attribution.scores.artifact import REQUIRED_COLUMNS, Scores, load_scores, write_scores
 
 COLUMNS = sorted(set.union(*REQUIRED_COLUMNS.values()))
@@ -51,8 +52,10 @@ def table(n: int) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of an undamaged artifact of 4 training examples and 3 targets."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_scores(folder, np.arange(12.0).reshape(4, 3), table(4), table(3), {})
+    folder = tmp_path_factory.mktemp("whole") / "scores"
+    matrix = folder.with_name("matrix.npy")
+    write_matrix(matrix, [np.arange(12.0).reshape(4, 3)], (4, 3))
+    write_scores(folder, matrix, table(4), table(3), {})
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
