@@ -90,6 +90,7 @@ def capture(
     receive: Callable[[Call | Stray], None] | None = None,
     copies: Mapping[str, tuple[int, ...]] | None = None,
     call_type: type[Call] = Call,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
 ) -> Captured:
     """Record one forward and one backward pass of the summed margins; images (B, ...), labels (B,).
 
@@ -102,6 +103,7 @@ def capture(
             The call is then released, so that memory stays that of a training step.
         copies: the shape of a sample's copy of each parameter without a rule, as copy_shapes finds it.
         call_type: what a call is recorded as.
+        logits_of: called in place of the model; it runs the model's layers that are trained.
 
     Raises:
         GradientError: something would make a gradient wrong or incomplete: train mode, a parameter
@@ -149,7 +151,7 @@ def capture(
         if under_vmap:
             logits = _run_under_vmap(model, images.detach(), layers, record, own)
         else:
-            run = partial(functional_call, model, own) if own else model
+            run = partial(functional_call, model, own) if own else logits_of or model
             logits = _run(run, images.detach(), layers, record)
         _check_labels(logits, labels, least, most)
         _check_calls(model, layers.keys(), calls)

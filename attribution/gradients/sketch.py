@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -118,17 +118,26 @@ class Sketch:
         self._copies: WeakKeyDictionary[nn.Module, dict[tuple, dict | None]] = WeakKeyDictionary()
         self._call_types: WeakKeyDictionary[nn.Module, type[Call]] = WeakKeyDictionary()
 
-    def features(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def features(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        logits_of: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Sketch of each sample's gradient, (B, blocks x proj_dim) in `dtype`, and margin, (B,).
 
         Layers are sketched during the backward pass, so that a layer's gradients are released
         before the next are formed, and activations take no more memory than in a training step.
+
+        Args:
+            logits_of: as of capture.
         """
         shapes = {name: p.shape for name, p in trained_parameters(model).items()}
         sums = self._start(len(images), next(model.parameters()), shapes)
         copies, call_type = self._copies_of(model, images), self._call_type(model, images, labels)
         captured = capture(
-            model, images, labels, lambda call: self._add(call, sums), copies, call_type
+            model, images, labels, lambda call: self._add(call, sums), copies, call_type, logits_of
         )
         return self._finish(sums), captured.margins
 

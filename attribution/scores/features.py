@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -186,91 +184,85 @@ def _featurize(config: Config, data: ImageData, shard: Shard, checkpoint: Path) 
         torch.OutOfMemoryError: a single image does not fit.
     """
     keep_freed_memory()
-    while (files := _featurize_if_it_fits(config, data, shard, checkpoint)) is None:
-        shard = shard.in_smaller_batches()
-    return files
-
-
-def _featurize_if_it_fits(
-    config: Config, data: ImageData, shard: Shard, checkpoint: Path
-) -> Files | None:
-    """The files of traker's folder; None if a batch does not fit in memory."""
-    device = resolve_device(config.device)
-    batches: Any = batches_of(config, data, shard.split, shard.batch_size, device, shard.rows)
-    # Stored outputs of the frozen layers have the precision of training.
-    same = config.precision == config.feature_precision and config.projector == "sketch"
-    if config.train_layers == "head" and same:
-        batches = partial(_skipping, data, shard, config, batches)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    while True:
         try:
-            run_traker(config, checkpoint, shard.model_id, batches, len(shard.rows), folder)
+            return _files(config, data, shard, checkpoint)
         except torch.OutOfMemoryError:
             if shard.batch_size == 1:
                 raise
-            return None
+        shard = shard.in_smaller_batches()
+
+
+def _files(config: Config, data: ImageData, shard: Shard, checkpoint: Path) -> Files:
+    """The files of traker's folder."""
+    model, device = load_checkpoint(config, checkpoint), resolve_device(config.device)
+    logits_of = None
+    # Stored outputs of the frozen layers have the precision of training.
+    same = config.precision == config.feature_precision and config.projector == "sketch"
+    if config.train_layers == "head" and same:
+        logits_of = frozen.stored_logits(config, data, model, shard.split)
+    batches: Iterable = batches_of(config, data, shard.split, shard.batch_size, device, shard.rows)
+    if logits_of:  # of positions in the split
+        labels = torch.from_numpy(data.labels(shard.split))
+        batches = ((x, labels[x]) for x in torch.tensor(shard.rows).split(shard.batch_size))
+    with tempfile.TemporaryDirectory() as name:
+        folder, n = Path(name), len(shard.rows)
+        run_traker(config, model, shard.model_id, batches, n, folder, logits_of)
         # traker leaves a second array of this size, for its own way of scoring.
         (folder / str(shard.model_id) / "features.mmap").unlink(missing_ok=True)
         return read_folder(folder)
 
 
-def _skipping(
-    data: ImageData, shard: Shard, config: Config, batches: Iterable, model: torch.nn.Module
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """Let a model take positions in the split for images where its frozen layers can be skipped.
-
-    Returns:
-        Batches of positions (B,) and labels (B,), or the given ones.
-    """
-    logits_of = frozen.stored_logits(config, data, model, shard.split)
-    if not logits_of:
-        return batches
-    model.forward = lambda rows: SimpleNamespace(logits=logits_of(rows))
-    labels = torch.from_numpy(data.labels(shard.split))
-    return ((x, labels[x]) for x in torch.tensor(shard.rows).split(shard.batch_size))
+def load_checkpoint(config: Config, folder: Path) -> torch.nn.Module:
+    """A checkpoint on its device, in which only the parameters that are scored require gradients."""
+    model = classifier.load(folder).requires_grad_()
+    classifier.freeze(model, config.model, config.train_layers)
+    memory_layout.place(model, resolve_device(config.device), config.image_size)
+    return model
 
 
 def run_traker(
     config: Config,
-    checkpoint: Path,
+    model: torch.nn.Module,
     model_id: int,
-    batches: Iterable[tuple[Tensor, Tensor]] | Callable[[torch.nn.Module], Iterable],
+    batches: Iterable[tuple[Tensor, Tensor]],
     n: int,
     folder: Path,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Write the features of n examples under a checkpoint into traker's folder.
 
     Args:
-        batches: images (B, 3, H, W) and labels (B,), on the device of the config; or a function that
-            makes them for the loaded model.
+        model: from load_checkpoint.
+        batches: images (B, 3, H, W), or what `logits_of` takes, and labels (B,), on the model's device.
+        logits_of: computes logits by the model's trained layers alone; only with projector=sketch.
 
     Raises:
         OSError: the disk is full.
     """
-    traker, state = make_traker(config, n, checkpoint, folder)
-    traker.load_checkpoint(state, model_id=model_id)
+    traker = make_traker(config, n, model, folder, logits_of)
+    traker.load_checkpoint(model.state_dict(), model_id=model_id)
     # On a full disk this raises. A write to the memory map would end the process.
     reserve(folder.glob("*/grads.mmap"))
-    for batch in batches(traker.model) if callable(batches) else batches:
+    for batch in batches:
         traker.featurize(batch, num_samples=len(batch[1]))
 
 
 def make_traker(
-    config: Config, n: int, checkpoint: Path, folder: Path
-) -> tuple[TRAKer, dict[str, Tensor]]:
-    """traker's engine with the gradients and projection of parameter `projector`.
-
-    Returns:
-        The engine, and the checkpoint's state dictionary for its `load_checkpoint`.
-    """
+    config: Config,
+    n: int,
+    model: torch.nn.Module,
+    folder: Path,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
+) -> TRAKer:
+    """traker's engine with the gradients and projection of parameter `projector`; see run_traker."""
     logging.getLogger("TRAK").setLevel(logging.ERROR)
     device = resolve_device(config.device)
-    model = classifier.load(checkpoint).requires_grad_()
-    classifier.freeze(model, config.model, config.train_layers)
-    memory_layout.place(model, str(device), config.image_size)
-    make_parts = _sketch_parts if config.projector == "sketch" else _normal_parts
-    gradients, projector = make_parts(config, model, device)
-    traker = TRAKer(
+    if config.projector == "sketch":
+        gradients, projector = _sketch_parts(config, model, device, logits_of)
+    else:
+        gradients, projector = _normal_parts(config, model, device)
+    return TRAKer(
         model=model,
         task=MarginOutput(),
         train_set_size=n,
@@ -283,10 +275,11 @@ def make_traker(
         logging_level=logging.ERROR,
         use_half_precision=False,  # its float16 default overflows and rounds
     )
-    return traker, model.state_dict()
 
 
-def _sketch_parts(config: Config, model: torch.nn.Module, device: torch.device) -> tuple:
+def _sketch_parts(
+    config: Config, model: torch.nn.Module, device: torch.device, logits_of: Callable | None
+) -> tuple:
     """Gradients by hooks, and the sketch, for projector=sketch."""
     shapes = {name: p.shape for name, p in trained_parameters(model).items()}
     num_blocks = 1 + max(dealt(shapes, config.num_blocks).values())
@@ -295,7 +288,7 @@ def _sketch_parts(config: Config, model: torch.nn.Module, device: torch.device) 
     projector = SketchProjector(
         num_blocks * config.proj_dim, seed, str(device), num_blocks, config.gpu_kernels == "on"
     )
-    return partial(HookGradientComputer, bfloat16=is_bfloat16), projector
+    return partial(HookGradientComputer, bfloat16=is_bfloat16, logits_of=logits_of), projector
 
 
 def _normal_parts(config: Config, model: torch.nn.Module, device: torch.device) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ class Pending:
     Attributes:
         images, labels: (B, channels, height, width) and (B,).
         bfloat16: whether the model runs under bfloat16 autocast. Sums stay in float32.
+        logits_of: as of Sketch.features.
         margins: (B,), set when the batch is projected.
     """
 
@@ -62,6 +64,7 @@ class Pending:
     images: Tensor
     labels: Tensor
     bfloat16: bool
+    logits_of: Callable[[Tensor], Tensor] | None = None
     margins: Tensor | None = None
 
 
@@ -74,12 +77,13 @@ class HookGradientComputer(AbstractGradientComputer):
         task: AbstractModelOutput,
         grad_wrt: object = None,
         bfloat16: bool = False,
+        logits_of: Callable[[Tensor], Tensor] | None = None,
         **given: Any,
     ) -> None:
         if grad_wrt is not None:
             raise InputError("grad_wrt is not supported: the sketch takes all parameters")
         super().__init__(model, task, **given)
-        self.bfloat16 = bfloat16
+        self.bfloat16, self.logits_of = bfloat16, logits_of
         self.load_model_params(model)
 
     def load_model_params(self, model: nn.Module) -> None:
@@ -87,7 +91,7 @@ class HookGradientComputer(AbstractGradientComputer):
         self._last: Pending | None = None
 
     def compute_per_sample_grad(self, batch: Batch) -> Pending:
-        self._last = Pending(self.model, *batch, self.bfloat16)
+        self._last = Pending(self.model, *batch, self.bfloat16, self.logits_of)
         return self._last
 
     def compute_loss_grad(self, batch: Batch) -> Tensor:
@@ -136,7 +140,7 @@ class SketchProjector(AbstractProjector):
         with torch.autocast(grads.images.device.type, torch.bfloat16, enabled=grads.bfloat16):
             try:
                 features, grads.margins = self._sketch.features(
-                    grads.model, grads.images, grads.labels
+                    grads.model, grads.images, grads.labels, grads.logits_of
                 )
             except GradientError as error:
                 raise InputError(f"model: {error}") from error

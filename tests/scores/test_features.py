@@ -39,7 +39,7 @@ def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
 ) -> None:
     sizes = []
 
-    def run(config, checkpoint, model_id, batches, n, folder) -> None:
+    def run(config, model, model_id, batches, n, folder, logits_of) -> None:
         size = len(next(iter(batches))[1])
         sizes.append(size)
         if size > most:
@@ -49,15 +49,16 @@ def test_batches_that_do_not_fit_into_a_gpu_s_memory_are_quartered(
 
     monkeypatch.setattr(module, "run_traker", run)
     data, config = toy_data(tmp_path / "data", n_train=40), toy_config()
+    checkpoint = saved_model(tmp_path / "model", data)
     shard = Shard(0, "train", range(40), 32)
     for fits, expected in ((3, [32, 8, 2]), (32, [32])):
         most = fits
         sizes.clear()
-        files = module._featurize(config, data, shard, tmp_path)
+        files = module._featurize(config, data, shard, checkpoint)
         assert sizes == expected and list(files) == ["0/grads.mmap"]
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        module._featurize(config, data, shard, tmp_path)
+        module._featurize(config, data, shard, checkpoint)
 
 
 @pytest.mark.parametrize(("after", "left"), [(1, 6), (3, 5), (5, 3), (6, 3)])
@@ -121,7 +122,8 @@ def test_features_are_of_the_layers_that_are_trained(tmp_path: Path, projector: 
     for layers in ("head", "last", "all"):
         changed = dataclasses.replace(config, train_layers=layers)
         batch = next(module.batches_of(changed, data, "train", 8, torch.device("cpu")))
-        module.run_traker(changed, folder, 0, [batch], 8, tmp_path / layers)
+        model = module.load_checkpoint(changed, folder)
+        module.run_traker(changed, model, 0, [batch], 8, tmp_path / layers)
         found = open_matrix(tmp_path / layers / "0" / "grads.mmap")
         assert found.any(axis=1).all()
         shapes[layers] = found.shape[1] // 24
