@@ -37,9 +37,8 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     """How many gradients are computed, and how much is written."""
     n, targets, test = (len(data.rows(split)) for split in SPLITS)
     length, models = config.proj_dim * config.num_blocks, config.num_checkpoints
-    scores, stored = 4 * n * targets, 2 * models * n * length
-    wants = {"yes": True, "no": False, "auto": stored <= stored_features.AUTO_BYTES}
-    stored = stored if wants[config.keep_features] else 0
+    scores, features = 4 * n * targets, models * n * length
+    stored = 2 * features if stored_features.are_wanted(config, features) else 0
     # Features of all splits, then each checkpoint's factors and whitened targets.
     work = 4 * models * length * (n + 2 * targets + test + config.proj_dim)
     images = models * (n + targets + test)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from attribution.data.splits import SPLITS, TARGETS
 from attribution.models.checkpoints import Finetuned
 from attribution.models.ensemble import Ensemble, label_quality
 from attribution.models.predict import margins
-from attribution.runtime.npy_blocks import open_matrix
 from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
@@ -41,7 +40,7 @@ class Scored:
     """Scores of a training set, from score_training_set or from the artifacts of an earlier run.
 
     Attributes:
-        scores: the scores with their tables and metadata; hashes are added when they are written.
+        scores: the scores with their tables and metadata; hashes are added to what is written.
         suspects: the table of suspects.suspects.
         matrix: .npy file of the scores in the work folder; None for a loaded result.
         stores: features of each checkpoint in the work folder; empty for a loaded result.
@@ -69,34 +68,17 @@ class Scored:
             InputError: the score artifact is incomplete or damaged.
         """
         texts = (
-            "example_id",
-            "file_name",
-            "split",
-            "label",
-            "suggested_label",
-            "reasons",
+            "example_id", "file_name", "split", "label", "suggested_label", "reasons",
             "near_duplicate_of",
-        )
+        )  # fmt: skip
         table = pd.read_csv(suspects, dtype=dict.fromkeys(texts, str), keep_default_na=False)
         return cls(load_scores(scores), table)
 
-    def write(self, folder: Path) -> Scored:
-        """Write the artifact `scores` into a folder.
-
-        Returns:
-            The same result with the metadata that was written, hashes included.
-        """
+    def write(self, folder: Path) -> None:
+        """Write the artifact `scores` into a folder."""
         assert self.matrix is not None
         own = self.scores
-        written = write_scores(folder / "scores", self.matrix, own.train, own.targets, own.metadata)
-        return replace(self, scores=replace(own, metadata=written.metadata))
-
-    def moved(self, folder: Path) -> Scored:
-        """The same result with the matrix read from the score artifact in `folder`, unchecked.
-
-        For use after the work folder is deleted.
-        """
-        return replace(self, scores=replace(self.scores, values=open_matrix(folder / "scores.npy")))
+        write_scores(folder / "scores", self.matrix, own.train, own.targets, own.metadata)
 
     def metrics(self) -> dict[str, float]:
         """Time taken, and the share of training examples with negative alignment."""
@@ -158,10 +140,14 @@ def score_training_set(
     found = score(config, stores, work / "scores.npy", held_out, scale)
     seconds = time.monotonic() - start
     features = None
-    if stored_features.are_wanted(config, stores):
+    length = sum(part.size for store in stores for part in store.features("train"))
+    if stored_features.are_wanted(config, length):
         features = stored_features.write_features(work / "stored", stores, config, scale)
     targets = data.table(TARGETS).assign(loss=members.loss(TARGETS, data.labels(TARGETS)))
-    train = _train_table(data, members, found, targets)
+    splits = SPLITS[:1] if held_out is None else SPLITS
+    probabilities = {split: members.probabilities(split) for split in splits}
+    predictions = {s: _predictions(data, members, s, p) for s, p in probabilities.items()}
+    train = _train_table(predictions["train"], found, targets)
     ensemble: dict[str, Any] = {"num_models": config.num_models}
     if config.checkpoint_epochs:
         ensemble["checkpoint_epochs"] = config.checkpoint_epochs
@@ -175,14 +161,13 @@ def score_training_set(
         "data_fingerprint": data.fingerprint,
         **origin,
     }
-    examined = [train]
+    examined = {"train": train}
     if held_out is not None:  # else losses in sample and out of it would be compared
         for split in SPLITS[1:]:
             trust = trust_of_unseen(config, stores, held_out, split)
-            examined.append(_predictions(data, members, split).assign(trust=trust))
-    probabilities = map(members.probabilities, SPLITS[: len(examined)])
-    table = pd.concat(examined, ignore_index=True)
-    listed = suspects(data, table, np.concatenate(list(probabilities)))
+            examined[split] = predictions[split].assign(trust=trust)
+    table = pd.concat(examined.values(), ignore_index=True)
+    listed = suspects(data, table, np.concatenate(list(probabilities.values())))
     scores = Scores(found.values, train, targets, metadata)
     return Scored(scores, listed, found.file, stores, features, seconds)
 
@@ -206,7 +191,7 @@ def _calibrate(
 
 
 def _train_table(
-    data: ImageData, members: Ensemble, found: TrakScores, targets: pd.DataFrame
+    predictions: pd.DataFrame, found: TrakScores, targets: pd.DataFrame
 ) -> pd.DataFrame:
     """The score artifact's table of training examples, one row per row of the scores."""
     groups = alignment.group_ids(targets, "label")
@@ -215,7 +200,7 @@ def _train_table(
     trust = found.held_out
     if trust is None:
         trust = alignment.unweighted(aligned, found.row_weight)
-    return _predictions(data, members, "train").assign(
+    return predictions.assign(
         alignment=aligned,
         row_weight=found.row_weight,
         trust=trust,
@@ -223,9 +208,11 @@ def _train_table(
     )
 
 
-def _predictions(data: ImageData, members: Ensemble, split: str) -> pd.DataFrame:
+def _predictions(
+    data: ImageData, members: Ensemble, split: str, probabilities: np.ndarray
+) -> pd.DataFrame:
     """The examples of a split, and what the ensemble makes of their labels."""
-    labels, probabilities = data.labels(split), members.probabilities(split)
+    labels = data.labels(split)
     return data.table(split).assign(
         loss=members.loss(split, labels),
         label_quality=label_quality(labels, probabilities),

@@ -266,7 +266,7 @@ def test_auto_keeps_features_up_to_its_bound(trained, tmp_path, monkeypatch) -> 
     assert size == 2 * 32 * 2 * 16 * 2  # num_models x n_train x num_blocks x proj_dim x 2 bytes
     for bound, wanted in ((size, True), (size - 1, False)):
         monkeypatch.setattr(stored_features, "AUTO_BYTES", bound)
-        assert stored_features.are_wanted(config, stores) is wanted
+        assert stored_features.are_wanted(config, size // 2) is wanted
         for keep in ("yes", "no"):
             asked = toy_config(keep_features=keep)
-            assert stored_features.are_wanted(asked, stores) is (keep == "yes")
+            assert stored_features.are_wanted(asked, size // 2) is (keep == "yes")
