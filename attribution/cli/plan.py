@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +29,6 @@ STACK_GAIN = {"cpu": 1.34, "cuda": 11.0}  # of small models that are trained as 
 START_UP = 12.0  # seconds of a stage: worker processes import torch, artifacts are written
 OVERHEAD = 1.3  # of a step: its data, the optimizer, and workers that share caches and memory
 TABLES = 1.05  # tables, figures and file headers, relative to the matrices
-CROWD_SECONDS = 0.3  # of work by which the load of a CPU is measured
 SPARE = 100 << 20  # bytes left free for others
 
 
@@ -112,16 +110,7 @@ def _step_seconds(config: Config, class_names: tuple[str, ...]) -> tuple[float, 
     step = whole = seconds_per_example(config, class_names, flops)
     if config.train_layers != "all":
         whole = seconds_per_example(config, class_names, flops, True)
-    crowd = _crowd() if resolve_device(config.device).type == "cpu" else 1.0
-    return crowd * OVERHEAD * step, crowd * OVERHEAD * whole
-
-
-def _crowd() -> float:
-    """How many times longer work takes now, because other processes want the cores too: at least 1."""
-    start, own = time.perf_counter(), time.process_time()
-    while time.perf_counter() < start + CROWD_SECONDS:
-        pass
-    return max(1.0, CROWD_SECONDS / (time.process_time() - own))
+    return OVERHEAD * step, OVERHEAD * whole
 
 
 def describe(

@@ -21,7 +21,7 @@ from attribution.errors import InputError
 from attribution.models import classifier, frozen, memory_layout, pretrained
 from attribution.models.batches import Batches
 from attribution.models.predict import classification_metrics, predict
-from attribution.runtime.device import autocast, keep_freed_memory, resolve_device
+from attribution.runtime.device import autocast, keep_freed_memory, one_thread, resolve_device
 from attribution.runtime.hashing import derive_seed, digest
 from attribution.runtime.progress import noting
 
@@ -260,16 +260,16 @@ def stacking_pays(config: Config) -> bool:
 def seconds_per_example(
     config: Config, class_names: tuple[str, ...], flops: int, whole: bool = False
 ) -> float:
-    """Measure the seconds of a training step per example with one thread, the best of three.
+    """Measure the seconds of a training step per example with one thread, the median of three.
 
-    On a CPU this is the process's own time, which other processes hardly change.
+    Where other processes want the cores too, a step takes longer by what it waits for them.
 
     Args:
         flops: of the forward pass of one image; they limit the batch on a CPU, which keeps the trial
             short.
         whole: whether frozen layers run too, although training skips them.
     """
-    device, threads = _prepare(config), torch.get_num_threads()
+    device = _prepare(config)
     model = classifier.build(config.model, class_names, 0)
     parts = classifier.freeze(model, config.model, config.train_layers)
     memory_layout.place(model, device, config.image_size)
@@ -282,20 +282,17 @@ def seconds_per_example(
     inputs = rest.received(images) if rest else images
     for part in parts:
         part.train()
-    torch.set_num_threads(1)
-    times, clock = [], time.process_time if device.type == "cpu" else time.perf_counter
-    try:
-        for _ in range(3):  # the first one warms up
-            start = clock()
+    times = []
+    with one_thread():
+        for _ in range(3):
+            start = time.perf_counter()
             with autocast(config, device):
                 logits = rest(inputs) if rest else model(images).logits
                 loss = logits.float().logsumexp(1).sum()
             loss.backward()
             loss.item()  # waits for a GPU
-            times.append(clock() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return min(times) / n
+            times.append(time.perf_counter() - start)
+    return sorted(times)[1] / n
 
 
 def _prepare(config: Config) -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -50,6 +51,17 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager:
     """A context that computes in bfloat16 if `precision` resolves to it."""
     dtype = resolve_precision(config.precision, device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from attribution.config import Config, nearest
 from attribution.data import looks
@@ -19,6 +17,7 @@ from attribution.data.decoding import open_image, read_image
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
+from attribution.runtime.device import one_thread
 from attribution.runtime.safe_files import regular
 from attribution.scores import stored_features
 from attribution.scores.artifact import Scores
@@ -101,6 +100,24 @@ class Explanation:
         return table[first + [name for name in table if name not in first]]
 
 
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the checkpoints say about an image.
+
+    Attributes:
+        name, pixels: as of Explanation.
+        label: whose margin is explained.
+        probabilities: (C,), means over checkpoints.
+        votes: (M,) class that each checkpoint predicts.
+    """
+
+    name: str
+    pixels: np.ndarray
+    label: int
+    probabilities: np.ndarray
+    votes: np.ndarray
+
+
 def explain(
     config: Config,
     data: ImageData,
@@ -169,20 +186,13 @@ def explain_targets(
     chosen, pixels, rows = scores.select(targets), data.pixels(), data.rows(TARGETS)
     labels, probabilities = data.labels(TARGETS), members.probabilities("validation")
     votes = members.validation_logits.argmax(axis=2)
-    return [
-        _explain(
-            data,
-            f"target {target}",
-            np.array(pixels[rows[target]]),
-            labels[target],
-            probabilities[target],
-            votes[:, target],
-            chosen,
-            i,
-            k,
+    found = [
+        Prediction(
+            f"target {t}", np.array(pixels[rows[t]]), labels[t], probabilities[t], votes[:, t]
         )
-        for i, target in enumerate(targets)
+        for t in targets
     ]
+    return [_explain(data, each, chosen, i, k) for i, each in enumerate(found)]
 
 
 def explain_picture(
@@ -199,27 +209,24 @@ def explain_picture(
         InputError: the image cannot be read, or the features do not fit the checkpoints.
     """
     size, pixels = read_picture(config)
-    with _one_thread():
-        each = stored_features.probabilities(config, checkpoints, pixels[None])[:, 0]
-        probabilities = each.mean(axis=0)
-        label = int(probabilities.argmax())
-        if config.label:
-            label = data.class_names.index(config.label)
-        new = stored_features.new_features(config, checkpoints, pixels[None], np.array([label]))
+    with one_thread():  # for a single image, threads would mostly wait for one another
+        prediction = _predict(config, data, checkpoints, pixels)
+        labels = np.array([prediction.label])
+        new = stored_features.new_features(config, checkpoints, pixels[None], labels)
     column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
-    found = _explain(
-        data,
-        Path(config.image).name,
-        pixels,
-        label,
-        probabilities,
-        each.argmax(axis=1),
-        column,
-        0,
-        config.num_examples,
-    )
-    warnings = looks.unlike(config, data, size, pixels) + _doubts(found, members)
+    found = _explain(data, prediction, column, 0, config.num_examples)
+    warnings = looks.unlike(data, size, pixels) + _doubts(found, members)
     return replace(found, warnings=tuple(warnings))
+
+
+def _predict(
+    config: Config, data: ImageData, checkpoints: Sequence[Path], pixels: np.ndarray
+) -> Prediction:
+    """The prediction of the image, and the class that is asked about."""
+    each = stored_features.probabilities(config, checkpoints, pixels[None])[:, 0]
+    mean = each.mean(axis=0)
+    label = data.class_names.index(config.label) if config.label else int(mean.argmax())
+    return Prediction(Path(config.image).name, pixels, label, mean, each.argmax(axis=1))
 
 
 def _doubts(found: Explanation, members: Ensemble) -> list[str]:
@@ -232,17 +239,6 @@ def _doubts(found: Explanation, members: Ensemble) -> list[str]:
         f"low confidence: {found.probability:.2f}; the models are more certain of "
         f"{100 * surer:.0f} % of the validation images"
     ]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: for a single image, threads would mostly wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -295,31 +291,24 @@ def read_picture(config: Config) -> tuple[tuple[int, int], np.ndarray]:
 
 
 def _explain(
-    data: ImageData,
-    name: str,
-    pixels: np.ndarray,
-    label: int,
-    probabilities: np.ndarray,
-    votes: np.ndarray,
-    scores: Scores,
-    target: int,
-    k: int,
+    data: ImageData, prediction: Prediction, scores: Scores, target: int, k: int
 ) -> Explanation:
-    """Put an explanation together from probabilities (C,), votes (M,) and a column of the scores.
+    """Explain a prediction by a column of the scores.
 
     Each side shows up to k examples: the most helpful with a score above zero, the most harmful below.
     """
+    label, probabilities = prediction.label, prediction.probabilities
     predicted = int(probabilities.argmax())
     top, bottom = scores.top(target, k), scores.bottom(target, k)
     return Explanation(
-        name,
-        pixels,
+        prediction.name,
+        prediction.pixels,
         data.class_names[label],
         data.class_names[predicted],
         float(probabilities[predicted]),
         float(probabilities[label]),
-        int((votes == predicted).sum()),
-        len(votes),
+        int((prediction.votes == predicted).sum()),
+        len(prediction.votes),
         top[top["score"] > 0],
         bottom[bottom["score"] < 0],
         in_margins=bool(scores.metadata.get("calibration")),

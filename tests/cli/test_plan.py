@@ -31,9 +31,8 @@ Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture(autouse=True)
-def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other process wants the cores, and nothing was measured before."""
-    monkeypatch.setattr(plan, "_crowd", lambda: 1.0)
+def unmeasured() -> None:
+    """Nothing was measured before."""
     plan._step_seconds.cache_clear()
 
 
