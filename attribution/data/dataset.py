@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ class ImageData:
         skipped: names of files left out because they cannot be decoded.
         dropped_duplicates: copies left out because the same image lies in an official part.
         resident: the pixels themselves, on a machine that does not have pixels_file.
+        listing: what the images were found in; a worker process does not get it.
     """
 
     pixels_file: Path
@@ -42,6 +44,7 @@ class ImageData:
     skipped: tuple[str, ...]
     dropped_duplicates: int
     resident: np.ndarray | None = None
+    listing: Listing | None = None
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split, ascending, int64 (n_split,)."""
@@ -66,6 +69,9 @@ class ImageData:
         """All images, uint8 (n, size, size, 3), read-only and memory-mapped."""
         return np.load(self.pixels_file, mmap_mode="r") if self.resident is None else self.resident
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"listing": None}  # which holds open readers
+
     def portable(self) -> ImageData:
         """The same data with its pixels in memory, to be sent to another machine."""
         return replace(self, resident=np.asarray(self.pixels()))
@@ -89,7 +95,8 @@ def load_data(config: Config, listing: Listing | None = None) -> ImageData:
     check_classes(table, names, config)  # again: files may have been skipped
     table["split"] = carve(table, config)
     if config.split_by:
-        check_every_class(table, names, config)
+        why = ": images share units with other classes; another data_seed may divide them better"
+        check_every_class(table, names, f"split_by={config.split_by}", why)
     examples = plant_noise(table, names, config)
     if config.labels:
         examples = relabelled(examples, names, config)
@@ -111,4 +118,6 @@ def load_data(config: Config, listing: Listing | None = None) -> ImageData:
     fingerprint = short_hash(
         RECIPE, str(config.image_size), json.dumps(names), *table["digest"], *labels, *patches
     )
-    return ImageData(file, tuple(names), examples, fingerprint, skipped, listing.dropped)
+    return ImageData(
+        file, tuple(names), examples, fingerprint, skipped, listing.dropped, listing=listing
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config, nearest
-from attribution.data.splits import SPLITS
+from attribution.data.splits import check_every_class
 from attribution.data.tables import delimiter_of
 from attribution.errors import InputError
 
@@ -102,7 +102,7 @@ def kept_splits(examples: pd.DataFrame, names: list[str], config: Config) -> np.
         )
     is_named = np.isin(np.arange(len(examples)), rows)
     split[np.isin(split, table["split"]) & ~is_named] = LEFT_OUT
-    check_classes_left(examples.assign(split=split), names, shown)
+    check_every_class(examples.assign(split=split), names, shown)
     return split
 
 
@@ -133,21 +133,5 @@ def relabelled(examples: pd.DataFrame, names: list[str], config: Config) -> pd.D
         true_label=np.where(is_named, label, examples["true_label"]),
         is_flipped=examples["is_flipped"] & ~is_named,
     )
-    check_classes_left(examples, names, shown)
+    check_every_class(examples, names, shown)
     return examples
-
-
-def check_classes_left(examples: pd.DataFrame, names: list[str], shown: str) -> None:
-    """Refuse examples among which a class is missing from a split.
-
-    Args:
-        shown: the parameter and its value, for the message.
-
-    Raises:
-        InputError: it is.
-    """
-    for split in SPLITS:
-        left = set(examples["label"][examples["split"] == split])
-        for label in sorted(set(range(len(names))) - left):
-            kind = "training" if split == "train" else split
-            raise InputError(f"{shown}: no {kind} example of class {names[label]!r} is left")

@@ -85,7 +85,7 @@ def write(config: Config, data: ImageData) -> pd.DataFrame:
     Raises:
         InputError: see target; or the folder cannot be written, or the data set has changed.
     """
-    folder, listing = target(config), list_data(config)
+    folder, listing = target(config), list_data(config)  # anew: training may have taken hours
     before = load_data(replace(config, keep="", labels=""), listing).examples
     if list(before["example_id"]) != list(data.examples["example_id"]):
         raise InputError(f"export={config.export}: dataset={config.dataset} has changed meanwhile")

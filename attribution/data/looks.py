@@ -6,10 +6,8 @@ import io
 
 import numpy as np
 
-from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.data.listing import find_source
-from attribution.data.sources import content
+from attribution.data.sources import Source, content
 
 SAMPLE = 256  # training images whose file is opened for its size, and most whose pixels are read
 ASPECT = 1.5  # times the training images' longest shape: only the centre of a picture is seen
@@ -17,7 +15,7 @@ SMALLER, LARGER = 3, 16  # times the training images' shorter side
 SLACK = 0.15  # of the range of brightness between training images, on both sides of it
 
 
-def unlike(config: Config, data: ImageData, size: tuple[int, int], pixels: np.ndarray) -> list[str]:
+def unlike(data: ImageData, size: tuple[int, int], pixels: np.ndarray) -> list[str]:
     """One line for each way in which a picture looks unlike the training images.
 
     Args:
@@ -27,12 +25,12 @@ def unlike(config: Config, data: ImageData, size: tuple[int, int], pixels: np.nd
     rows = data.rows("train")
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int)]
     train = brightness(np.asarray(data.pixels()[chosen]))
-    return of_size(size, _training_sizes(config)) + of_brightness(pixels, train)
+    found = of_size(size, _training_sizes(data.listing.source)) if data.listing else []
+    return found + of_brightness(pixels, train)
 
 
-def _training_sizes(config: Config) -> np.ndarray:
+def _training_sizes(source: Source) -> np.ndarray:
     """Width and height of a sample of the data set's images, (n, 2), as their files have them."""
-    source = find_source(config)
     n = len(source.labels)
     rows = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(int))
     sizes = []

@@ -123,17 +123,20 @@ def _divide(sizes: dict[str, int], shares: dict[str, float], drawn: dict[str, st
         drawn.setdefault(unit, "train")
 
 
-def check_every_class(table: pd.DataFrame, names: list[str], config: Config) -> None:
-    """Refuse a division in which a split lacks a class, as units of several classes can make it.
+def check_every_class(
+    examples: pd.DataFrame, names: Sequence[str], shown: str, why: str = ""
+) -> None:
+    """Refuse examples among which a class is missing from a split.
+
+    Args:
+        shown: the parameter that they follow from, and its value.
+        why: the end of the message.
 
     Raises:
         InputError: a split lacks a class.
     """
     for split in SPLITS:
-        lacking = sorted(set(range(len(names))) - set(table["label"][table["split"] == split]))
-        if lacking:
-            raise InputError(
-                f"split_by={config.split_by}: class {names[lacking[0]]!r} is missing from the {split} "
-                "split, because its images share units with other classes; another data_seed may "
-                "divide them better"
-            )
+        left = set(examples["label"][examples["split"] == split])
+        for label in sorted(set(range(len(names))) - left):
+            kind = "training" if split == "train" else split
+            raise InputError(f"{shown}: no {kind} example of class {names[label]!r} is left{why}")

@@ -40,7 +40,7 @@ def test_metrics(
     """
     names = [run_name(config, r) for r in range(config.num_models)]
     config = dataclasses.replace(config, keep="", labels="", checkpoint_epochs="")
-    before = load_data(config)
+    before = load_data(config, data.listing)
     masks = np.ones((config.num_models, len(before.rows("train"))), dtype=bool)
     trained = train_checkpoints(config, before, masks, work)
     models = (classifier.load(checkpoint.folder) for checkpoint in trained)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attribution.config import resolve
+from attribution.config import Config, resolve
 from attribution.data import looks
 from attribution.data.dataset import ImageData, load_data
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> tuple[looks.Config, ImageData]:
+def digits(tmp_path_factory) -> tuple[Config, ImageData]:
     config = resolve({"cache_dir": str(tmp_path_factory.mktemp("cache"))})
     return config, load_data(config)
 
@@ -28,10 +28,10 @@ def test_no_digit_of_the_other_splits_is_unlike_and_every_inverted_one_is(digits
 
 
 def test_what_a_picture_is_compared_with(digits) -> None:
-    config, data = digits
+    _, data = digits
     pixels = np.asarray(data.pixels())[data.rows("test")[0]]
-    assert looks.unlike(config, data, (8, 8), pixels) == []
-    strip, inverted = looks.unlike(config, data, (32, 8), 255 - pixels)
+    assert looks.unlike(data, (8, 8), pixels) == []
+    strip, inverted = looks.unlike(data, (32, 8), 255 - pixels)
     assert strip.startswith("shape: 32 × 8 pixels, 4.0 times as long as wide")
     assert inverted.startswith("inverted: ")
 

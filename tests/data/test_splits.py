@@ -80,7 +80,7 @@ def test_no_group_lies_on_two_sides(images, seed, fractions) -> None:
     names = [str(label) for label in range(4)]
     complete = all(set(table["label"][table["split"] == split]) == {0, 1, 2, 3} for split in SPLITS)
     with contextlib.nullcontext() if complete else pytest.raises(InputError, match="split_by"):
-        splits.check_every_class(table, names, config)
+        splits.check_every_class(table, names, "split_by=patient")
 
 
 @settings(max_examples=30, deadline=None)

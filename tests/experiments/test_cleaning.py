@@ -43,7 +43,7 @@ def test_both_models_start_from_the_same_seed_and_differ_in_their_training_set(
     config = toy_config(
         num_models=2, subset_fraction=1.0, keep="kept.csv", checkpoint_epochs=epochs
     )
-    monkeypatch.setattr(cleaning, "load_data", lambda c: data if c.keep else before)
+    monkeypatch.setattr(cleaning, "load_data", lambda c, _: data if c.keep else before)
     masks = np.ones((2, len(data.rows("train"))), bool)
     cleaned = Finetuned.of(masks, train_checkpoints(config, data, masks, tmp_path / "work"))
 
