@@ -10,7 +10,11 @@ from attribution.cli.main import main
 if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
     main("ablation")
 
+from dataclasses import dataclass
 from pathlib import Path
+
+import mlflow
+import pandas as pd
 
 from attribution.cli import next_steps
 from attribution.cli.outputs import save, save_table
@@ -18,22 +22,21 @@ from attribution.cli.plan import Estimate, retraining_estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments import comparison
-from attribution.experiments.arms import export_files
-from attribution.experiments.comparison import Choice, Comparison
+from attribution.experiments.arms import count_trials, export_files
+from attribution.experiments.comparison import Comparison
 from attribution.experiments.evidence import gather_evidence
 from attribution.experiments.metrics import headline
 from attribution.experiments.names import ARM_SPECS
 from attribution.models import given
 from attribution.reporting import ablation_record, answer, terminal
-from attribution.reporting.ablation_record import EarlierComparison
 from attribution.runtime.progress import say
 from attribution.scores.artifact import load_scores
 from attribution.scores.scored import Scored
-from attribution.tracking.artifacts import address
+from attribution.tracking.artifacts import address, artifact_path
 from attribution.tracking.job import Job, Upstream
 from attribution.tracking.links import arms_link
 from attribution.tracking.record import Record
-from attribution.tracking.stage_runs import experiment_of, lineage
+from attribution.tracking.stage_runs import lineage
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -45,7 +48,7 @@ def check(config: Config, data: ImageData) -> None:
 def estimate(config: Config, data: ImageData) -> Estimate:
     """How many models are retrained, at most, and how much their logits take."""
     n, test = (len(data.rows(split)) for split in ("train", "test"))
-    models = comparison.count_retrainings(config, n)
+    models = config.num_seeds * count_trials(config, n)
     return retraining_estimate(config, models, n, work=4 * models * test * len(data.class_names))
 
 
@@ -61,42 +64,49 @@ def record(job: Job, result: Comparison) -> Record:
     return ablation_record.make(job, result)
 
 
+@dataclass(frozen=True)
+class EarlierComparison:
+    """A comparison that an earlier command made, as far as it is shown again."""
+
+    table: pd.DataFrame
+    contrasts: pd.DataFrame
+
+
 def load(run_id: str, config: Config, data: ImageData) -> EarlierComparison:
-    """The result of an earlier run, as far as it is shown again."""
-    return EarlierComparison.load(run_id, len(data.rows("train")))
+    """The result of an earlier run."""
+    files = (artifact_path(run_id, f"{name}.csv") for name in ("comparison", "contrasts"))
+    return EarlierComparison(*map(pd.read_csv, files))
 
 
-def _exports(config: Config) -> dict[Path, float | None]:
-    """The files that list what the exported arm keeps, each with its share."""
+def _exports(config: Config) -> dict[str, Path]:
+    """The files that list what the exported arm keeps."""
     names = export_files(config.export_arm, config.arm_names, config.fracs, config.action)
-    folder = Path(config.output or "cleaned").expanduser()
-    return {folder / name: frac for name, frac in names.items()}
+    return {name: Path(config.output or "cleaned").expanduser() / name for name in names}
 
 
 def outputs(config: Config) -> list[Path]:
     """The files that `show` writes outside MLflow."""
     report = [Path(config.output).expanduser() / "report.html"] if config.output else []
-    return [*_exports(config), *report]
+    return [*_exports(config).values(), *report]
 
 
 def show(done: Upstream, config: Config, data: ImageData) -> None:
     """Print the comparison, save what was asked for, and say where to look at the rest."""
     if isinstance(done.result, Scored):  # no comparison is finished, and export_arm needs none
         print(f"trak run: {done.run_id}")
-        scores = load_scores(done.file("scores"))  # the work folder of new ones is gone by now
-        _export(comparison.choose(config, data, scores), config)
+        _export(config, data, done.run_id)
         again = next_steps.command("ablation", config, trak_run_id=done.run_id)
         next_steps.say_next("To retrain without these images, and see what that changes:", again)
         return
     _, about_metric = headline(config, data.labels("train"), data.class_names)
     contrasts = answer.contrasts(done.result.contrasts)
     terminal.print_comparison(done.result.table, about_metric, contrasts)
-    _export(done.result, config)
+    trak_id = lineage(done.run_id)["trak"]
+    _export(config, data, trak_id)
     report = address(done.run_id, "report.html")
     if config.output:
         report = str(Path(config.output).expanduser() / "report.html")
         save(done.file("report.html"), Path(report))
-    trak_id = lineage(done.run_id)["trak"]
     print(f"ablation run: {done.run_id}")
     print(f"trak run: {trak_id}")
     print(f"scores: runs:/{trak_id}/scores")
@@ -104,10 +114,13 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     _say_next(done, config, trak_id)
 
 
-def _export(result: Choice | Comparison | EarlierComparison, config: Config) -> None:
+def _export(config: Config, data: ImageData, trak_id: str) -> None:
     """Save what the exported arm keeps, and say how to train on it."""
-    for file, frac in _exports(config).items():
-        save_table(result.kept(config.export_arm, frac), file)
+    if not config.export_arm:
+        return
+    tables = comparison.exported(config, data, load_scores(artifact_path(trak_id, "scores")))
+    for name, file in _exports(config).items():
+        save_table(tables[name], file)
         files = {"keep": file, "export": "corrected"}
         train = next_steps.command("finetune", config, **next_steps.WHOLE_SET, **files)
         next_steps.say_next(
@@ -131,5 +144,5 @@ def _say_next(done: Upstream, config: Config, trak_id: str) -> None:
             more = next_steps.advice(config, f"more seeds (--num_seeds {2 * config.num_seeds})")
             say(f"No arm is better than random removal. What may help: {more}.")
         next_steps.say_next("Images that a person should look at first:", suspects)
-    link = arms_link(experiment_of(done.run_id), done.run_id)
+    link = arms_link(mlflow.get_run(done.run_id).info.experiment_id, done.run_id)
     next_steps.say_next("To compare the arms in MLflow:", *next_steps.in_mlflow(link))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +11,12 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.errors import InputError
 from attribution.experiments import arms, contrasts
 from attribution.experiments.arms import Trial
 from attribution.experiments.evidence import Evidence, gather_evidence
 from attribution.experiments.metrics import headline
 from attribution.experiments.outcome import Outcome, compare, random_control, warn
-from attribution.experiments.statistics import (
-    paired_difference,
-)
+from attribution.experiments.statistics import paired_difference
 from attribution.experiments.verdicts import CONTROLS, headline_of, verdict
 from attribution.models.retrain import Series, retrained_logits
 from attribution.runtime.hashing import derive_seed
@@ -60,35 +57,22 @@ class Comparison:
         n_flipped = int(self.train["is_flipped"].sum())
         return arms.removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
 
-    def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
-        """See Choice.kept."""
-        return Choice([each.trial for each in self.outcomes], self.train).kept(arm, frac)
 
+def exported(config: Config, data: ImageData, scores: Scores) -> dict[str, pd.DataFrame]:
+    """The training examples that the arm to export keeps, by the names of arms.export_files.
 
-@dataclass(frozen=True)
-class Choice:
-    """What arms choose by scores, whether or not anything is retrained."""
-
-    trials: list[Trial]
-    train: pd.DataFrame
-
-    def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
-        """The training examples that an arm keeps at a share; None if the arm takes no share.
-
-        Shares that round to the same number of examples are one trial.
-        """
-        for trial in self.trials:
-            is_asked_for = frac is None or trial.size == round(frac * len(self.train))
-            if trial.arm == arm and trial.action == "remove" and is_asked_for:
-                return arms.kept_table(trial, self.train)
-        raise InputError(f"export_arm={arm}: this comparison removes nothing by it at frac={frac}")
-
-
-def choose(config: Config, data: ImageData, scores: Scores) -> Choice:
-    """What the arm to export removes; it chooses the same examples under every seed."""
+    The arm chooses the same examples under every seed, so that scores are enough.
+    """
     evidence = gather_evidence(config, data, scores)
-    names = [config.export_arm]
-    return Choice(arms.plan_trials(names, config.fracs, evidence, seeds=[0]), scores.train)
+    trials = arms.plan_trials([config.export_arm], config.fracs, evidence, seeds=[0])
+    own = [trial for trial in trials if trial.arm == config.export_arm]
+    files = arms.export_files(config.export_arm, config.arm_names, config.fracs, config.action)
+    found = {}
+    for name, frac in files.items():
+        # Shares that round to the same number of examples are one trial.
+        trial = next(t for t in own if frac is None or t.size == round(frac * len(scores.train)))
+        found[name] = arms.kept_table(trial, scores.train)
+    return found
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -107,11 +91,6 @@ def check(config: Config, data: ImageData) -> None:
     arms.check_fracs(config.fracs, data.labels("train"))
     check_groups(data.examples, config.groups)
     contrasts.pairs_of(config)
-
-
-def count_retrainings(config: Config, n_train: int) -> int:
-    """How many models the comparison needs at most, trained by an earlier command or not."""
-    return config.num_seeds * arms.count_trials(config, n_train)
 
 
 def compare_arms(
@@ -151,7 +130,7 @@ def judged_groups(config: Config, data: ImageData) -> np.ndarray | None:
 
 def retrain(
     config: Config, data: ImageData, trials: Sequence[Trial], seeds: Sequence[int], work: Path
-) -> Sequence[np.ndarray]:
+) -> Iterator[np.ndarray]:
     """Retrain every trial under every seed; each model predicts the test split once.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from attribution.experiments.verdicts import BETTER, CONTROLS, headline_of, verd
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
 from attribution.runtime.progress import say
-from attribution.tracking.artifacts import artifact_path, run_page
+from attribution.tracking.artifacts import artifact_path, server_page
 from attribution.tracking.job import Job
 from attribution.tracking.links import arms_link, artifact_link, compare_link, run_link
 from attribution.tracking.record import Record
-from attribution.tracking.stage_runs import NOTE, experiment_of, newest
+from attribution.tracking.stage_runs import NOTE, newest
 
 # The figures of an arm that stand first: of the accuracy those without random, of the headline all.
 HEADLINE = (
@@ -72,7 +71,8 @@ def _write(job: Job, result: Comparison, folder: Path) -> None:
         del pictures["curves"]
     run_ids = {"ablation run": job.run_id}
     run_ids |= {f"{stage} run": run_id for stage, run_id in job.run_ids.items()}
-    pages = {name: run_page(run_id) for name, run_id in run_ids.items()}
+    experiments = {run_id: mlflow.get_run(run_id).info.experiment_id for run_id in run_ids.values()}
+    pages = {name: server_page(run_link(experiments[i], i)) for name, i in run_ids.items()}
     report = ablation_html.Report(
         job.config,
         job.data,
@@ -191,50 +191,3 @@ def _note(job: Job, result: Comparison, children: list[str]) -> str:
     figure = f"![Test result of each arm]({artifact_link(job.run_id, 'comparison.png')})"
     # The links come first: MLflow folds the rest of a long note away.
     return "\n".join([first, "", answer.short(result.table), "", *arms, "", figure])
-
-
-@dataclass(frozen=True)
-class EarlierComparison:
-    """A comparison that an earlier command made, as far as it is shown again.
-
-    Attributes:
-        run_id: of its run.
-        table, contrasts: comparison.csv and contrasts.csv.
-        n_train: training examples.
-    """
-
-    run_id: str
-    table: pd.DataFrame
-    contrasts: pd.DataFrame
-    n_train: int
-
-    @classmethod
-    def load(cls, run_id: str, n_train: int) -> EarlierComparison:
-        """Read it from its run."""
-        table, contrasts = (
-            pd.read_csv(artifact_path(run_id, f"{name}.csv"))
-            for name in ("comparison", "contrasts")
-        )
-        return cls(run_id, table, contrasts, n_train)
-
-    def kept(self, arm: str, frac: float | None) -> pd.DataFrame:
-        """The training examples that an arm keeps at a share; None if the arm takes no share.
-
-        Raises:
-            InputError: the arm's nested run is gone.
-        """
-        terms = {
-            "tags.`mlflow.parentRunId`": self.run_id,
-            "params.arm": arm,
-            "params.action": "remove",
-        }
-        if frac is not None:
-            terms["params.n_removed"] = str(round(frac * self.n_train))
-        runs = mlflow.MlflowClient().search_runs(
-            [experiment_of(self.run_id)],
-            " and ".join(f"{name} = '{value}'" for name, value in terms.items()),
-        )
-        if not runs:
-            raise InputError(f"export_arm={arm}: its nested run in run {self.run_id} is gone")
-        file = artifact_path(runs[0].info.run_id, "kept.csv")
-        return pd.read_csv(file, dtype=str, keep_default_na=False)

@@ -10,50 +10,48 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted_trials import (
-    relabelled,
-    trial,
-)
 from scipy import stats
 from toy import toy_config, toy_data
 
 from attribution.config import resolve
 from attribution.data.dataset import load_data
 from attribution.errors import InputError
+from attribution.experiments import comparison
 from attribution.experiments.arms import Trial
 from attribution.experiments.comparison import (
     CLASS_COLUMNS,
-    Comparison,
     check,
     class_effects,
     judged_groups,
     retrain,
 )
+from attribution.experiments.evidence import Evidence
 from attribution.experiments.outcome import Outcome
 from attribution.models.predict import predict
 from attribution.models.train import train
+from attribution.scores.artifact import Scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_comparison_tells_what_an_arm_keeps_at_every_share_that_was_asked_for() -> None:
-    train = pd.DataFrame({"example_id": [f"id{i}" for i in range(100)], "label_name": "a"})
-    train = train.assign(file_name="")
-    spec = [("none", 0), ("random", 5), ("harmful", 5), ("harmful", 9), ("negative", 9)]
-    trials = [trial(*key) for key in spec] + [relabelled("loss", 5)]
-    outcomes = [Outcome(each, {}, np.empty((0, 0))) for each in trials]
-    found = Comparison(outcomes, *[pd.DataFrame()] * 3, train, None)
-    for arm_name, frac, size in (
-        ("harmful", 0.05, 5),
-        ("harmful", 0.049, 5),  # rounds to as many examples
-        ("harmful", 0.09, 9),
-        ("negative", None, 9),
-    ):
-        kept = found.kept(arm_name, frac)
-        assert kept["example_id"].tolist() == [f"id{i}" for i in range(size, 100)]
-    for arm_name, frac in (("harmful", 0.2), ("loss", 0.05)):
-        with pytest.raises(InputError, match=f"export_arm={arm_name}"):
-            found.kept(arm_name, frac)
+@pytest.mark.parametrize(
+    ("arm_name", "sizes"),
+    [
+        # Two shares round to as many examples.
+        ("harmful", {"harmful_0.05.csv": 5, "harmful_0.049.csv": 5, "harmful_0.09.csv": 9}),
+        ("negative", {"negative.csv": 7}),
+    ],
+)
+def test_an_exported_arm_keeps_all_that_it_does_not_choose(arm_name, sizes, monkeypatch) -> None:
+    n = np.arange(100)
+    train = pd.DataFrame({"example_id": [f"id{i}" for i in n], "label_name": "a", "file_name": ""})
+    evidence = Evidence(n % 2, alignment=n - 6.5, trust=n / 100, loss=-n)
+    monkeypatch.setattr(comparison, "gather_evidence", lambda *given: evidence)
+    config = toy_config(arms="harmful,negative", frac="0.05,0.049,0.09", export_arm=arm_name)
+    found = comparison.exported(config, None, Scores(None, train, None, {}))
+    assert {name: table["example_id"].tolist() for name, table in found.items()} == {
+        name: [f"id{i}" for i in range(size, 100)] for name, size in sizes.items()
+    }
 
 
 @pytest.mark.parametrize(
