@@ -10,7 +10,6 @@ from attribution.cli.main import main
 if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
     main("evaluate")
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -78,7 +77,8 @@ def record(job: Job, result: Evaluation) -> Record:
 
     def write(folder: Path) -> None:
         (folder / "bank").mkdir()
-        result.bank.save(folder / "bank", job.config, job.data)
+        if result.bank:
+            result.bank.save(folder / "bank", job.config, job.data)
         figure = figures.evaluation(result.table, result.brittleness)
         figures.save(figure, folder / "evaluation.png")
 
@@ -102,20 +102,12 @@ def _method(row: pd.Series) -> Record:
     )
 
 
-@dataclass(frozen=True)
-class EarlierEvaluation:
-    """An evaluation that an earlier command made, as far as it is shown again."""
-
-    table: pd.DataFrame
-    brittleness: pd.DataFrame | None
-
-
-def load(run_id: str, config: Config, data: ImageData) -> EarlierEvaluation:
-    """The result of an earlier run."""
+def load(run_id: str, config: Config, data: ImageData) -> Evaluation:
+    """The result of an earlier run, without its bank."""
     brittle = None
     if has_artifact(run_id, "brittleness.csv"):
         brittle = pd.read_csv(artifact_path(run_id, "brittleness.csv"))
-    return EarlierEvaluation(pd.read_csv(artifact_path(run_id, "evaluation.csv")), brittle)
+    return Evaluation(pd.read_csv(artifact_path(run_id, "evaluation.csv")), brittle)
 
 
 def outputs(config: Config) -> list[Path]:

@@ -79,7 +79,7 @@ def _are_comparable(a: Outcome, b: Outcome) -> bool:
 
 def _difference(a: Outcome, b: Outcome) -> dict[str, Any]:
     metric = a.metric
-    found = paired_difference(a.per_seed[metric], b.per_seed[metric], **a.limits(metric, -1))
+    found = paired_difference(a.per_seed[metric], b.per_seed[metric], **a.limits(metric, True))
     return {
         "contrast": f"{a.trial.name}-{b.trial.name}",
         "arm": a.trial.name,

@@ -47,12 +47,12 @@ class Evaluation:
     Attributes:
         table: evaluation.csv, one row per method (see judge).
         brittleness: brittleness.csv (see brittleness), or None if it was not asked for.
-        bank: the retrained models that the methods were compared with.
+        bank: the retrained models that the methods were compared with; None for a loaded result.
     """
 
     table: pd.DataFrame
     brittleness: pd.DataFrame | None
-    bank: Bank
+    bank: Bank | None = None
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -179,44 +179,58 @@ def brittleness(
     Raises:
         InputError: the model classifies fewer than two targets correctly.
     """
-    k, labels, n = config.brittleness_k, data.labels(TARGETS), len(data.rows("train"))
+    labels, n = data.labels(TARGETS), len(data.rows("train"))
     seed = derive_seed(config.seed, "brittleness")
     everything = Series("everything", [seed], np.ones((1, n), dtype=bool))
     (before,) = retrained_logits(config, data, [everything], TARGETS, work, "brittleness")
     rng = np.random.default_rng(seed)
-    correct = np.flatnonzero(before[0].argmax(axis=1) == labels)
-    if len(correct) < 2:
-        raise InputError(
-            f"brittleness_targets={config.brittleness_targets}: the model classifies {len(correct)} "
-            "targets correctly, and an interval needs 2; train it longer, or use 0"
-        )
-    targets = rng.permutation(correct)[: config.brittleness_targets]
-    removed = {
-        name: [np.argsort(-values[:, t], kind="stable")[:k] for t in targets]
-        for name, values in supports.items()
-    }
-    removed["random"] = [rng.choice(n, k, replace=False) for _ in targets]
+    targets = _brittle_targets(config, before[0].argmax(axis=1) == labels, rng)
+    removed = _supporting(supports, targets, config.brittleness_k, rng)
     series = [
         Series.without(f"without {name}", [seed] * len(targets), n, positions)
         for name, positions in removed.items()
     ]
     after = retrained_logits(config, data, series, TARGETS, work, "brittleness")
-    old = margins(before[0], labels)[targets]
-    rows = []
-    for name, logits in zip(removed, after, strict=True):
-        own = logits[np.arange(len(targets)), targets]
-        flips = int((own.argmax(axis=1) != labels[targets]).sum())
-        low, high = binomtest(flips, len(targets)).proportion_ci(method="wilson")
-        change = mean_estimate(margins(own, labels[targets]) - old)
-        rows.append(
-            {
-                "removed": name,
-                "k": k,
-                "targets": len(targets),
-                "flipped": flips / len(targets),
-                "flipped_ci_low": low,
-                "flipped_ci_high": high,
-                **change.columns("margin_change"),
-            }
-        )
+    old, own = margins(before[0], labels)[targets], labels[targets]
+    rows = [
+        {
+            "removed": name,
+            "k": config.brittleness_k,
+            "targets": len(targets),
+            **_fall(logits[np.arange(len(targets)), targets], own, old),
+        }
+        for name, logits in zip(removed, after, strict=True)
+    ]
     return pd.DataFrame(rows)
+
+
+def _brittle_targets(config: Config, is_right: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw targets from those that are classified correctly."""
+    correct = np.flatnonzero(is_right)
+    if len(correct) < 2:
+        raise InputError(
+            f"brittleness_targets={config.brittleness_targets}: the model classifies {len(correct)} "
+            "targets correctly, and an interval needs 2; train it longer, or use 0"
+        )
+    return rng.permutation(correct)[: config.brittleness_targets]
+
+
+def _supporting(
+    supports: Mapping[str, np.ndarray], targets: np.ndarray, k: int, rng: np.random.Generator
+) -> dict[str, list[np.ndarray]]:
+    """The k training examples that support each target most, by name, and k random ones."""
+    found = {
+        name: [np.argsort(-values[:, t], kind="stable")[:k] for t in targets]
+        for name, values in supports.items()
+    }
+    n = len(next(iter(supports.values())))
+    return found | {"random": [rng.choice(n, k, replace=False) for _ in targets]}
+
+
+def _fall(logits: np.ndarray, labels: np.ndarray, before: np.ndarray) -> dict[str, float]:
+    """The share of flipped predictions and the change of the margins, with intervals."""
+    flips = int((logits.argmax(axis=1) != labels).sum())
+    low, high = binomtest(flips, len(labels)).proportion_ci(method="wilson")
+    found = {"flipped": flips / len(labels), "flipped_ci_low": low, "flipped_ci_high": high}
+    change = mean_estimate(margins(logits, labels) - before)
+    return found | change.columns("margin_change")

@@ -57,6 +57,13 @@ METRICS = {
 }
 
 
+def bounds(metric: str, is_difference: bool = False) -> tuple[float, float]:
+    """The least and the largest value of a metric, or of its differences: those of METRICS are shares."""
+    if metric not in METRICS:
+        return -np.inf, np.inf
+    return (-1.0 if is_difference else 0.0), 1.0
+
+
 def class_metrics(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     """The metrics that classification_metrics does not have, by scikit-learn."""
     n_classes = len(np.unique(labels))

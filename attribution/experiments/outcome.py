@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from attribution.experiments.arms import Trial, trial_name
-from attribution.experiments.metrics import class_metrics, image_worth
+from attribution.experiments.metrics import bounds, class_metrics, image_worth
 from attribution.experiments.statistics import (
     bootstrap_interval,
     detectable_effect,
@@ -55,21 +55,20 @@ class Outcome:
         """Metrics with p-values; worst_group_accuracy exists if `groups` is a column."""
         return [name for name in judged_metrics(self.metric) if name in self.per_seed]
 
-    def limits(self, metric: str, least: float) -> dict[str, Any]:
-        """What mean_estimate should know of a metric that is a share, or of its differences."""
-        is_share = metric in self.worth
-        return {"step": self.worth[metric], "within": (least, 1.0)} if is_share else {}
+    def limits(self, metric: str, is_difference: bool = False) -> dict[str, Any]:
+        """What mean_estimate should know of a metric, or of its differences."""
+        return {"step": self.worth.get(metric, 0.0), "within": bounds(metric, is_difference)}
 
     def summarise(self) -> None:
         """Add the mean of every metric."""
         for metric, values in self.per_seed.items():
-            estimate = mean_estimate(values, **self.limits(metric, 0))
+            estimate = mean_estimate(values, **self.limits(metric))
             self.summary |= estimate.columns(metric, "_mean")
 
     def compare_with(self, name: str, control: Outcome) -> None:
         """Add the differences from a control, paired seed by seed; _p_holm stays open."""
         found = {
-            metric: paired_difference(values, control.per_seed[metric], **self.limits(metric, -1))
+            metric: paired_difference(values, control.per_seed[metric], **self.limits(metric, True))
             for metric, values in self.per_seed.items()
         }
         for metric, difference in found.items():
@@ -90,7 +89,7 @@ class Outcome:
 
 def compare(
     trials: Sequence[Trial],
-    test_logits: Sequence[np.ndarray],
+    test_logits: Iterable[np.ndarray],
     test_labels: np.ndarray,
     test_groups: np.ndarray | None = None,
     metric: str = "accuracy",

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from attribution.errors import InputError
 from attribution.experiments.arms import trial_name
 from attribution.experiments.contrasts import COLUMNS
-from attribution.experiments.metrics import METRICS
+from attribution.experiments.metrics import bounds
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.statistics import holm, mean_estimate
 from attribution.experiments.verdicts import CONTROLS, headline_of, judge, judged_metrics, verdict
@@ -81,8 +80,7 @@ def summary(
             versus = name.rpartition("_vs_")[2] in CONTROLS
             if own[name].notna().all() and (versus or name.endswith("_mean")):
                 metric = name.removesuffix("_mean")
-                is_share = metric.partition("_vs_")[0] in METRICS
-                within = (-1.0 if versus else 0.0, 1.0) if is_share else (-np.inf, np.inf)
+                within = bounds(metric.partition("_vs_")[0], is_difference=versus)
                 estimate = mean_estimate(own[name].to_numpy(), within=within)
                 row |= estimate.columns(metric, "" if versus else "_mean")
                 row |= {f"{metric}_p": estimate.p} if versus else {}

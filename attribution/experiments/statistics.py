@@ -228,32 +228,6 @@ def predicted_margins(values: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return predicted
 
 
-def lds_difference(
-    values: np.ndarray,
-    control: np.ndarray,
-    masks: np.ndarray,
-    margins: np.ndarray,
-    draws: int = 1000,
-) -> Estimate:
-    """Mean LDS of scores minus that of a control, for the same targets and subsets.
-
-    The 95 % interval is a percentile bootstrap over subsets and targets; values are ranked within
-    each draw. p is NaN.
-
-    Args:
-        values, control: (n, m) scores, positive = helpful.
-        masks, margins: as in lds.
-    """
-    sides = [predicted_margins(side, masks) for side in (values, control)]
-    drawn = []
-    for part in resampled(len(margins), len(margins.T), draws):
-        a, b = (spearman(side[part], margins[part]) for side in sides)
-        drawn.append(np.nanmean(a - b))
-    a, b = (spearman(side, margins) for side in sides)
-    low, high = percentile_interval(drawn)
-    return Estimate(float(np.nanmean(a - b)), float(low), float(high), np.nan)
-
-
 def resampled(rows: int, columns: int, draws: int) -> Iterator[tuple[np.ndarray, ...]]:
     """Indices of bootstrap draws of a matrix: both rows and columns are drawn."""
     rng = np.random.default_rng(0)

@@ -50,14 +50,9 @@ def predict(config: Config, model: nn.Module, data: ImageData, split: str) -> np
     return logits
 
 
-def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the log-softmax in float64, (n, C)."""
-    return log_softmax(logits.astype(np.float64), axis=1)
-
-
 def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the cross-entropy in nats of each example, (n,)."""
-    return -log_probabilities(logits)[np.arange(len(labels)), labels]
+    return -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
 
 
 def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

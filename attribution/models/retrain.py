@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,29 +29,6 @@ from attribution.runtime.progress import progress, say
 from attribution.runtime.safe_files import ResultStore
 
 STACK = 10  # models trained as one, at most
-
-
-class Retrained(Sequence[np.ndarray]):
-    """Logits (n_models, n, C) float32 of each series, read from disk when they are indexed.
-
-    The logits of many retrainings on a large split do not fit into memory.
-
-    Raises:
-        InputError: on reading, if somebody has deleted a file.
-    """
-
-    def __init__(self, store: ResultStore, keys: Sequence[Sequence[str]]) -> None:
-        self._store, self._keys = store, keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __getitem__(self, index: Any) -> Any:
-        found = [self._store.get(key) for key in self._keys[index]]
-        if None in found:
-            folder = self._store.folder
-            raise InputError(f"cache_dir: a finished retraining is gone from {folder}; try again")
-        return np.concatenate([each["logits"] for each in found if each])
 
 
 @dataclass(frozen=True)
@@ -105,8 +81,10 @@ def retrained_logits(
     split: str,
     work: Path,
     stage: str,
-) -> Sequence[np.ndarray]:
-    """Return the logits (n_models, n, C) float32 of each series' models on a split.
+) -> Iterator[np.ndarray]:
+    """Train the models, then return the logits (n_models, n, C) float32 of each series' on a split.
+
+    They are read from disk one series at a time: those of many retrainings do not fit into memory.
 
     The unit of work is a stack: STACK consecutive models of a series where small models are trained
     as one, else one model. Its logits are kept under a hash of everything they depend on: settings,
@@ -117,6 +95,9 @@ def retrained_logits(
     Args:
         work: folder of finished stacks.
         stage: shown in front of the progress.
+
+    Raises:
+        InputError: while the logits are read, if somebody has deleted a file.
     """
     device = resolve_device(config.device).type
     # Models that are compared must come from one kind of hardware and one torch.
@@ -140,7 +121,14 @@ def retrained_logits(
         for index, logits in parallel_map(_retrain, tasks, jobs, (config, data), config, names):
             store.put(todo[index], {"logits": logits})
             advance(len(logits))
-    return Retrained(store, keys)
+    return (_read(store, own) for own in keys)
+
+
+def _read(store: ResultStore, keys: Sequence[str]) -> np.ndarray:
+    found = [store.get(key) for key in keys]
+    if None in found:
+        raise InputError(f"cache_dir: a finished retraining is gone from {store.folder}; try again")
+    return np.concatenate([each["logits"] for each in found if each])
 
 
 def _is_kept(store: ResultStore, key: str, shape: tuple[int, ...]) -> bool:

@@ -17,7 +17,6 @@ from attribution.gradients.per_sample import margins as torch_margins
 from attribution.models.batches import batches_of
 from attribution.models.predict import (
     classification_metrics,
-    log_probabilities,
     losses,
     margins,
     predict,
@@ -126,12 +125,13 @@ def test_the_margin_is_the_log_odds_of_the_label() -> None:
 def test_float32_logits_are_computed_with_in_float64() -> None:
     logits = np.float32([[30.0, 0.0]])
     assert losses(logits, np.array([0]))[0] == pytest.approx(np.exp(-30), rel=1e-3)
-    assert log_probabilities(logits).dtype == np.float64
+    assert losses(logits, np.array([0])).dtype == np.float64
 
 
-def test_log_probabilities_sum_to_one() -> None:
+def test_the_probabilities_behind_losses_sum_to_one() -> None:
     logits = np.random.default_rng(0).normal(0, 50, (20, 5)).astype(np.float32)
-    np.testing.assert_allclose(np.exp(log_probabilities(logits)).sum(axis=1), 1)
+    of_labels = [losses(logits, np.full(20, label)) for label in range(5)]
+    np.testing.assert_allclose(np.exp(np.negative(of_labels)).sum(axis=0), 1)
 
 
 def test_classification_metrics_are_those_counted_by_hand() -> None:
