@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import mlflow
 import numpy as np
 
 from attribution.cli import next_steps
@@ -37,7 +38,7 @@ from attribution.tracking.job import Job, Upstream
 from attribution.tracking.links import curves_link, models_link
 from attribution.tracking.logged_models import TrainedModel
 from attribution.tracking.record import Record
-from attribution.tracking.stage_runs import NOTE, run_metrics
+from attribution.tracking.stage_runs import NOTE
 
 LOGITS = "training/logits.npz"
 BEST = {"best": "validation loss", NOTE: "The lowest validation loss of this run's checkpoints."}
@@ -178,7 +179,8 @@ def _origins(config: Config, result: Finetuned) -> list[dict[str, str]]:
 def load(run_id: str, config: Config, data: ImageData) -> Finetuned:
     """The result of an earlier run."""
     folders = [artifact_path(run_id, checkpoint_name(m)) for m in range(config.num_checkpoints)]
-    test = {k: v for k, v in run_metrics(run_id).items() if k.startswith("test_")}
+    metrics = mlflow.get_run(run_id).data.metrics
+    test = {name: value for name, value in metrics.items() if name.startswith("test_")}
     return replace(Finetuned.load(artifact_path(run_id, LOGITS), folders), test=test)
 
 

@@ -67,8 +67,8 @@ class Command:
                 stage_runs.mark_reused(name, found)
                 return self._load(name, found)
             stage_runs.describe(name, self.config, self.data)
-            runs = self._look_up()
-            self._prepare({stage: run_id for stage, run_id in runs.items() if run_id}, runs)
+            runs = stage_runs.reusable(self.stage, self.config, self.data)
+            self._prepare(runs)
             stage_runs.log_environment(name, self.config)
             upstream: dict[str, Upstream] = {}
             for stage, run_id in runs.items():
@@ -80,32 +80,9 @@ class Command:
             end_run(run)
         return done
 
-    def _look_up(self) -> dict[str, str | None]:
-        """The run to reuse for each upstream stage, in the order of computation; None: compute it."""
-        found: dict[str, str | None] = {}
-        self._look_up_for(self.stage, found)
-        return {name: found[name] for name in STAGES if name in found}
-
-    def _look_up_for(self, stage: Stage, found: dict[str, str | None]) -> None:
-        for name in stage.needed(self.config):
-            if name not in found:
-                found[name] = (
-                    getattr(self.config, f"{name}_run_id")
-                    or self._scored_by(found.get("trak"), name)
-                    or stage_runs.find_finished(name, self.config, self.data)
-                )
-                if not found[name]:
-                    self._look_up_for(STAGES[name], found)
-
-    def _scored_by(self, trak_id: str | None, name: str) -> str | None:
-        """The finetune run whose checkpoints a trak run scored, if they are still there."""
-        if not trak_id or name != "finetune":
-            return None
-        own = stage_runs.run_tags(trak_id)["finetune_run_id"]
-        return own if stage_runs.is_whole(name, own, self.config) else None
-
-    def _prepare(self, reused: dict[str, str], runs: dict[str, str | None]) -> None:
+    def _prepare(self, runs: dict[str, str | None]) -> None:
         """Refuse what cannot work, then print the plan."""
+        reused = {name: run_id for name, run_id in runs.items() if run_id}
         names = [self.stage.name, *(name for name in reversed(runs) if name not in reused)]
         scripts = {name: STAGES[name].script() for name in names}
         for script in scripts.values():
@@ -231,13 +208,20 @@ def own_run(stage: Stage, given: dict[str, Any], commands: list[Command]) -> Ite
     A typing error is not a result: where bad input ended the block before one of the commands began to
     compute, the FAILED run goes to MLflow's bin.
     """
+    cache = cache_of(given)
     run, is_mlflows = None, "MLFLOW_RUN_ID" in os.environ  # set by `mlflow run`
+    open_store(cache)
     try:
-        with _open_run(stage, given) as run:
+        with open_run(tags={"stage": stage.name, **signature(cache)}) as run:
+            stage_runs.name_run(stage.name)
+            end_dead_runs(cache)
             yield run
-    except InputError:
-        if run and not is_mlflows and not any(each.has_begun for each in commands):
-            mlflow.MlflowClient().delete_run(run.info.run_id)
+    except InputError as error:
+        if run:
+            client = mlflow.MlflowClient()
+            client.set_tag(run.info.run_id, "error", str(error))
+            if not is_mlflows and not any(each.has_begun for each in commands):
+                client.delete_run(run.info.run_id)
         raise
 
 
@@ -249,20 +233,6 @@ def _answering(stage: Stage, config: Config, data: ImageData) -> Stage:
     stage.script().check(config, data)
     stage_runs.name_run(enough[0])
     return STAGES[enough[0]]
-
-
-@contextmanager
-def _open_run(stage: Stage, given: dict[str, Any]) -> Iterator[Any]:
-    cache = cache_of(given)
-    open_store(cache)
-    with open_run(tags={"stage": stage.name, **signature(cache)}) as run:
-        stage_runs.name_run(stage.name)
-        end_dead_runs(cache)
-        try:
-            yield run
-        except InputError as error:
-            mlflow.set_tag("error", str(error))
-            raise
 
 
 def _is_in_use(run_id: str, cache: Path) -> bool:

@@ -52,24 +52,19 @@ def run_command(stage: str, argv: Sequence[str]) -> int:
                 say("loading PyTorch and MLflow, which takes some seconds")
             kind = "replicate" if given.get("num_splits", 1) > 1 else "command"
             return importlib.import_module(f"attribution.cli.{kind}").run(STAGES[stage], given)
-        except InputError as error:
-            return _stopped(received) if received else _say_error(error, BAD_INPUT)
-        except StoreFailure as error:
-            return _stopped(received) if received else _say_failure(error, stage, argv)
-        except (KeyboardInterrupt, Exception) as error:
-            if received or isinstance(error, KeyboardInterrupt):
-                return _stopped(received)
-            say(redact(traceback.format_exc()))  # an error of the code itself
-            return FAILED
+        except KeyboardInterrupt:
+            return _stopped(received)
+        except Exception as error:
+            return _stopped(received) if received else _failed(error, stage, argv)
 
 
-def _say_error(error: Exception, code: int) -> int:
+def _failed(error: Exception, stage: str, argv: Sequence[str]) -> int:
+    if not isinstance(error, InputError | StoreFailure):  # an error of the code itself
+        say(redact(traceback.format_exc()))
+        return FAILED
     say(f"error: {error}")
-    return code
-
-
-def _say_failure(error: StoreFailure, stage: str, argv: Sequence[str]) -> int:
-    say(f"error: {error}")
+    if isinstance(error, InputError):
+        return BAD_INPUT
     say(f"what is finished is kept in {error.kept}. To continue from there and log it, type:")
     say(shlex.join(["python", "-m", f"scripts.{stage}", *argv]))
     return FAILED

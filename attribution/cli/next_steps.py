@@ -11,6 +11,7 @@ from attribution.config import AUTO, FIELDS, PRESETS, SCRATCH_MODELS, Config, de
 from attribution.errors import redact
 from attribution.runtime.progress import say
 from attribution.stages import STAGES
+from attribution.tracking.artifacts import server_page
 
 # Flags of finetune that train on everything, in place of an ensemble on random parts. Three models
 # with and three without a correction give its effect an interval.
@@ -34,29 +35,27 @@ def command(stage: str, config: Config, **given: Any) -> str:
     """
     builds_on_a_run = any(name.endswith("_run_id") for name in given)
     groups = STAGES[stage].groups if builds_on_a_run else STAGES[stage].all_groups
-    trains = config.checkpoints and stage in ("finetune", "ablation", "evaluate")
-    if trains:  # a run that was given its checkpoints has no settings of training
+    start = {}
+    if config.checkpoints and stage != "trak":  # it trains, and the run has no settings of training
         groups = (*groups, "training")
-    group = config.group(*groups)
-    if config.preset != "food101":  # the others follow from the data set
-        group.pop("preset", None)
-    values = {
-        name: value
-        for name, value in group.items()
-        # What this command chose by the data, another one may choose otherwise.
-        if value != PRESETS[config.preset].get(name, default_of(FIELDS[name]))
-        or (config.preset == "images" and not config.checkpoints and name in CHOSEN)
-    }
-    if trains and config.has_no_start:
-        values["model"] = "MODEL"
+        start = {"model": "MODEL"} if config.has_no_start else {}
+    values = {**config.group(*groups), "cache_dir": config.cache_dir, **start, **given}
     if stage == "finetune":
-        values.pop("checkpoints", "")
-    if config.cache_dir != default_of(FIELDS["cache_dir"]):
-        values["cache_dir"] = config.cache_dir
-    flags = [(f"--{name}", f"{value}") for name, value in {**values, **given}.items()]
+        values.pop("checkpoints")
+    usual = _usual(config)
+    flags = [(f"--{k}", f"{v}") for k, v in values.items() if k not in usual or v != usual[k]]
     return shlex.join(
         ["python", "-m", f"scripts.{stage}", *(word for each in flags for word in each)]
     )
+
+
+def _usual(config: Config) -> dict[str, Any]:
+    """The parameters that a command on this data has without flags, as far as that is known."""
+    usual = {name: default_of(f) for name, f in FIELDS.items()} | PRESETS[config.preset]
+    usual["preset"] = "digits" if config.dataset == "digits" else "images"
+    # What this command chose by the data, another one may choose otherwise.
+    by_data = CHOSEN if config.preset == "images" and not config.checkpoints else []
+    return {name: value for name, value in usual.items() if name not in by_data}
 
 
 def advice(config: Config, more: str) -> str:
@@ -71,9 +70,9 @@ def in_mlflow(link: str) -> list[str]:
     Args:
         link: from tracking.links.
     """
+    if page := server_page(link):
+        return [page]
     uri = mlflow.get_tracking_uri()
-    if uri.startswith("http"):
-        return [redact(f"{uri.rstrip('/')}/{link}")]
     # A password stays unprinted.
     store = shlex.quote(uri) if redact(uri) == uri else '"$MLFLOW_TRACKING_URI"'
     return [f"mlflow ui --backend-store-uri {store}", f"http://127.0.0.1:5000/{link}"]

@@ -14,6 +14,7 @@ from attribution.config import resolve
 from attribution.errors import InputError
 from attribution.experiments import replication
 from attribution.experiments.arms import trial_name
+from attribution.experiments.metrics import headline
 from attribution.reporting import answer, terminal
 from attribution.runtime.progress import say
 from attribution.stages import Stage
@@ -41,7 +42,9 @@ def run(stage: Stage, given: dict[str, Any]) -> int:
             pairs = {seed: each.result.contrasts for seed, each in done.items()}
             table, contrasts = replication.summary(rows, pairs)
             log_record(_record(table, contrasts, rows))
-        terminal.print_splits(table, rows, answer.contrasts(contrasts))
+        first = commands[0]
+        about = headline(first.config, first.data.labels("train"), first.data.class_names)[1]
+        terminal.print_splits(table, rows, about, answer.contrasts(contrasts))
         print(f"splits run: {run.info.run_id}")
         for seed, each in done.items():
             print(f"ablation run of data_seed {seed}: {each.run_id}")

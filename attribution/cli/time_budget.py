@@ -77,16 +77,12 @@ def _choices(config: Config, names: list[str]) -> Iterator[dict[str, Any]]:
 
 def _seconds(stage: Stage, config: Config, data: ImageData) -> float:
     """How long a command takes, less what is finished."""
-    wanted = _unfinished(stage, config, data)
+    if stage_runs.find_finished(stage.name, config, data):
+        return 0.0
+    runs = stage_runs.reusable(stage, config, data)
+    wanted = [stage.name, *(name for name, run_id in runs.items() if not run_id)]
     estimates = {name: STAGES[name].script().estimate(config, data) for name in wanted}
     return sum(plan.seconds_of(estimates, config, data.class_names).values())
-
-
-def _unfinished(stage: Stage, config: Config, data: ImageData) -> set[str]:
-    if stage_runs.find_finished(stage.name, config, data):
-        return set()
-    above = (STAGES[n] for n in stage.needed(config) if not getattr(config, f"{n}_run_id", ""))
-    return {stage.name}.union(*(_unfinished(each, config, data) for each in above))
 
 
 def _cost(config: Config, chosen: dict[str, int]) -> str:

@@ -19,7 +19,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import append_to_uri_path
 
-from attribution.errors import InputError, reason, redact
+from attribution.errors import InputError, reason
 from attribution.tracking.links import model_link, run_link
 from attribution.tracking.run_lifecycle import find_run
 
@@ -90,21 +90,19 @@ def address(run_id: str, path: str = "") -> str:
     root = local_root(uri)
     if root:
         return str(root / inner)
-    server, experiment_id = mlflow.get_tracking_uri(), mlflow.get_run(run_id).info.experiment_id
-    if server.startswith("http"):
-        model = logged_models(run_id).get(path)
-        page = model_link(model) if model else run_link(experiment_id, run_id, path)
-        return redact(f"{server.rstrip('/')}/{page}")
-    return f"runs:/{run_id}/{path}"
+    model = logged_models(run_id).get(path)
+    experiment_id = mlflow.get_run(run_id).info.experiment_id
+    link = model_link(model) if model else run_link(experiment_id, run_id, path)
+    return server_page(link) or f"runs:/{run_id}/{path}"
 
 
-def run_page(run_id: str) -> str:
-    """The address of a run's page on the tracking server, without a password; empty if there is no server."""
+def server_page(link: str) -> str:
+    """The address of a link's page on the tracking server, without a password; empty without a server."""
     server = urlsplit(mlflow.get_tracking_uri())
     if server.scheme not in ("http", "https"):
         return ""
     base = server._replace(netloc=server.netloc.rpartition("@")[2]).geturl().rstrip("/")
-    return f"{base}/{run_link(mlflow.get_run(run_id).info.experiment_id, run_id)}"
+    return f"{base}/{link}"
 
 
 def artifact_names(run_id: str) -> list[str]:

@@ -24,7 +24,7 @@ from attribution.runtime import machine
 from attribution.runtime.cache_folder import alone
 from attribution.runtime.progress import say
 from attribution.runtime.safe_files import read_json
-from attribution.stages import STAGES
+from attribution.stages import STAGES, Stage
 from attribution.tracking.artifacts import artifact_path, has_artifact
 from attribution.tracking.database import is_machine_error
 from attribution.tracking.fingerprint import fingerprint
@@ -63,6 +63,31 @@ def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
         ),
         None,
     )
+
+
+def reusable(stage: Stage, config: Config, data: ImageData) -> dict[str, str | None]:
+    """The run to reuse for each upstream stage, in the order of computation; None: compute it."""
+    found: dict[str, str | None] = {}
+    wanted = list(stage.needed(config))
+    while wanted:
+        name = wanted.pop(0)
+        if name not in found:
+            found[name] = (
+                getattr(config, f"{name}_run_id")
+                or _scored_by(found.get("trak"), name, config)
+                or find_finished(name, config, data)
+            )
+            if not found[name]:
+                wanted += STAGES[name].needed(config)
+    return {name: found[name] for name in STAGES if name in found}
+
+
+def _scored_by(trak_id: str | None, name: str, config: Config) -> str | None:
+    """The finetune run whose checkpoints a trak run scored, if they are still there."""
+    if not trak_id or name != "finetune":
+        return None
+    own = run_tags(trak_id)["finetune_run_id"]
+    return own if is_whole(name, own, config) else None
 
 
 def _has_upstream(run: Run) -> bool:
@@ -110,16 +135,6 @@ def is_whole(stage: str, run_id: str, config: Config) -> bool:
 def run_tags(run_id: str) -> dict[str, str]:
     """The tags of a run."""
     return mlflow.get_run(run_id).data.tags
-
-
-def run_metrics(run_id: str) -> dict[str, float]:
-    """The newest value of each metric of a run."""
-    return mlflow.get_run(run_id).data.metrics
-
-
-def experiment_of(run_id: str) -> str:
-    """The id of a run's experiment."""
-    return mlflow.get_run(run_id).info.experiment_id
 
 
 def lineage(run_id: str | None) -> dict[str, str]:

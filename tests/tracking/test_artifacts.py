@@ -48,9 +48,9 @@ def test_a_person_is_sent_to_the_file_or_the_page_and_never_to_a_download(monkey
     assert address("r1", "report.html") == "runs:/r1/report.html"
     monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: f"https://me:{SECRET}@host:5000/")
     found = address("r1", "report.html")
-    assert found.startswith("https://***@host:5000/#/experiments/7/runs/r1/artifacts/report.html")
+    assert found.startswith("https://host:5000/#/experiments/7/runs/r1/artifacts/report.html")
     assert SECRET not in found
     model = SimpleNamespace(artifact_location="s3://b/m", experiment_id="7", model_id="m-1")
     monkeypatch.setattr(artifacts, "logged_models", lambda run_id: {"checkpoint_000": model})
     found = address("r1", "checkpoint_000")
-    assert found.startswith("https://***@host:5000/#/experiments/7/models/m-1?")
+    assert found.startswith("https://host:5000/#/experiments/7/models/m-1?")
