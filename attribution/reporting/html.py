@@ -58,23 +58,14 @@ def tiles(data: ImageData, table: pd.DataFrame, value: str, tone: str = "") -> l
 def explanations(data: ImageData, found: Iterable[Explanation], run_ids: dict[str, str]) -> str:
     """The page of the explain stage: every prediction with the examples behind it."""
     shown = [
-        {
-            "name": each.name,
-            "image": picture(each.pixels),
-            "label": each.label,
-            "predicted": each.predicted,
-            "is_right": each.is_right,
-            "probability": each.probability,
-            "label_probability": each.label_probability,
-            "agreement": each.agreement,
-            "effect": each.effect,
-            "warnings": each.warnings,
-            "helpful": tiles(data, each.helpful, "score", "helpful"),
-            "harmful": tiles(data, each.harmful, "score", "harmful"),
-        }
+        (
+            each,
+            tiles(data, each.helpful, "score", "helpful"),
+            tiles(data, each.harmful, "score", "harmful"),
+        )
         for each in found
     ]
-    return render("explanation", explanations=shown, run_ids=run_ids)
+    return render("explanation", explanations=shown, picture=picture, run_ids=run_ids)
 
 
 def suspects(data: ImageData, table: pd.DataFrame, dataset: str, command: str) -> str:
@@ -87,18 +78,13 @@ def suspects(data: ImageData, table: pd.DataFrame, dataset: str, command: str) -
     """
     pixels, first = data.pixels(), table.head(MOST_SUSPECTS)
     shown = [
-        {
-            "rank": row.rank,
-            "example_id": row.example_id,
-            "name": row.file_name or row.example_id,
-            "split": row.split,
-            "label": row.label,
-            "suggested": row.suggested_label,
-            "reasons": row.reasons.split(", "),
-            "is_flipped": row.is_flipped,
+        row
+        | {
+            "name": row["file_name"] or row["example_id"],
+            "reasons": row["reasons"].split(", "),
             "image": picture(np.array(pixels[number]), is_one_of_many=True),
         }
-        for row, number in zip(first.itertuples(), data.rows_of(first), strict=True)
+        for row, number in zip(first.to_dict("records"), data.rows_of(first), strict=True)
     ]
     script = (TEMPLATE_FOLDER / "suspects.js").read_text(encoding="utf-8")
     examined = pd.concat(map(data.table, SPLITS))

@@ -50,11 +50,14 @@ def print_comparison(
     console.print()
 
 
-def print_splits(table: pd.DataFrame, rows: pd.DataFrame, contrasts: Sequence[str] = ()) -> None:
+def print_splits(
+    table: pd.DataFrame, rows: pd.DataFrame, about_metric: str = "", contrasts: Sequence[str] = ()
+) -> None:
     """Print the summary of several splits, each split's difference from random, and the answer in words.
 
     Args:
         table, rows: of replication.summary and by_split.
+        about_metric: why the headline is not accuracy, if so.
         contrasts: lines on arm against arm.
     """
     console = _console()
@@ -67,7 +70,7 @@ def print_splits(table: pd.DataFrame, rows: pd.DataFrame, contrasts: Sequence[st
             _say(console, f"Test {METRICS[metric].words} against random removal, by data_seed")
             texts = [[trial, *(f"{x:+z.4f}" for x in row)] for trial, row in wide.T.items()]
             _print("", ["arm", *map(str, wide)], texts)
-    for sentence in (answer.short(table), *contrasts):
+    for sentence in filter(None, (about_metric, answer.short(table), *contrasts)):
         _say(console, sentence)
 
 
@@ -98,17 +101,9 @@ def other_metrics(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 def _print_verdicts(console: Console, title: str, metric: str, table: pd.DataFrame) -> None:
     """Print a comparison; a narrow terminal shows fewer columns, and at last the verdict below its row."""
-    headers = [
-        "arm",
-        "frac",
-        "removed",
-        METRICS[metric].words,
-        "vs random",
-        "p (Holm)",
-        "verdict",
-    ]
+    headers = ["arm", "frac", "removed", METRICS[metric].words, "vs random", "p (Holm)", "verdict"]
     each = [(row, cells(row, metric)) for _, row in table.iterrows()]
-    full = [list(map(printable, texts)) for _, texts in each]
+    full = [texts for _, texts in each]
     # Where the share has no column it is part of the name.
     short = [
         [trial_name(row["arm"], row["action"], row["frac"]), *texts[1:]] for row, texts in each
@@ -121,14 +116,9 @@ def _print_verdicts(console: Console, title: str, metric: str, table: pd.DataFra
     ):
         widths = {i: max(len(texts[i]) for texts in [headers, *rows]) for i in shown}
         if sum(widths.values()) + 3 * len(widths) + 1 <= console.width:
-            made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-            for i in shown:
-                made.add_column(
-                    headers[i], justify="left" if i in (0, 6) else "right", no_wrap=True
-                )
-            for texts in rows:
-                made.add_row(*(Text(texts[i]) for i in shown))
-            console.print(made)
+            _print(
+                title, [headers[i] for i in shown], [[texts[i] for i in shown] for texts in rows]
+            )
             return
     console.print(f"{title}\n", highlight=False)
     for texts in [headers, *short]:
@@ -144,10 +134,10 @@ def _console() -> Console:
 
 
 def _print(title: str, columns: Sequence[str], rows: list[list[str]]) -> None:
-    """Print a table: the first and the last columns hold words, the others hold figures."""
+    """Print a table: some columns hold words, the others hold figures."""
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for i, column in enumerate(columns):
-        is_text = column in (columns[0], "example", "")
+        is_text = column in (columns[0], "example", "verdict", "")
         side: Literal["left", "right"] = "left" if is_text else "right"
         # In a narrow terminal words are cut off, figures are not.
         width = None if is_text else max((len(row[i]) for row in rows), default=0)
@@ -212,9 +202,8 @@ def print_explanations(table: pd.DataFrame) -> None:
             ]
         )
     _print("Training examples that raised or lowered the margin of each label most", columns, rows)
-    console = _console()
     for line in explanation_lines(table):
-        console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
+        _say(_console(), line)
 
 
 def explanation_lines(table: pd.DataFrame) -> list[str]:

@@ -18,6 +18,8 @@ from attribution.runtime.pace import Pace, duration
 LONG_SECONDS = 10.0  # a task that takes longer says how far it is
 LINE_SECONDS = 60.0  # between the lines that replace the bar where there is no terminal
 TICK_SECONDS = 1.0
+# Without tqdm's own estimate of the time left, which knows nothing of tasks that are half done.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 _pace = Pace()
@@ -42,7 +44,8 @@ def progress(
         The function that advances the bar, by 1 or by its argument.
     """
     shown = {"file": sys.stderr, "disable": None, "leave": False}  # None: on a terminal only
-    with tqdm(desc=name, total=total, initial=done, **shown) as bar:
+    form = BAR if total else None
+    with tqdm(desc=name, total=total, initial=done, bar_format=form, **shown) as bar:
         count, ended = done, threading.Event()
 
         def advance(by: int = 1) -> None:
