@@ -4,23 +4,20 @@
 `attribution.score(models, train, targets)` scores models of your own.
 """
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["InputError", "Scores", "load_scores", "score"]
+# Imported when they are used, so that importing the package stays instant.
+_MODULES = {
+    "InputError": "errors",
+    "Scores": "scores.artifact",
+    "load_scores": "scores.artifact",
+    "score": "scores.own_models",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that importing the package stays instant.
-    if name in ("Scores", "load_scores"):
-        from attribution.scores import artifact
-
-        return getattr(artifact, name)
-    if name == "score":
-        from attribution.scores import own_models
-
-        return own_models.score
-    if name == "InputError":
-        from attribution.errors import InputError
-
-        return InputError
-    raise AttributeError(f"module 'attribution' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'attribution' has no attribute {name!r}")
+    return getattr(import_module(f"attribution.{_MODULES[name]}"), name)
