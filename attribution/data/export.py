@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from attribution.data.planted import example_ids
 from attribution.data.sources import Source, as_file, image_suffixes, map_cells
 from attribution.data.splits import SPLITS
 from attribution.errors import InputError, reason
-from attribution.runtime.safe_files import atomic
+from attribution.runtime.safe_files import atomic, link_or_copy
 
 TABLE = "export.csv"  # in every export; --overwrite replaces only folders that hold it
 CONTENTS = {TABLE, "dataset_dict.json", *SPLITS}
@@ -152,7 +151,7 @@ def _write_images(folder: Path, table: pd.DataFrame, source: Source) -> list[str
     def place(position: int, cell: dict[str, Any]) -> str:
         path = paths[position]
         if cell["bytes"] is None:
-            _link_or_copy(os.path.realpath(cell["path"]), folder / path)
+            link_or_copy(os.path.realpath(cell["path"]), folder / path)
             return path
         held = as_file(source, cell)
         if os.path.splitext(path)[1].lower() not in image_suffixes():
@@ -161,10 +160,3 @@ def _write_images(folder: Path, table: pd.DataFrame, source: Source) -> list[str
         return path
 
     return list(map_cells(source, table["row"].to_numpy(), place, "data: exporting images"))
-
-
-def _link_or_copy(source: str, file: Path) -> None:
-    try:
-        os.link(source, file)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, file)

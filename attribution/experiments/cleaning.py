@@ -53,8 +53,7 @@ def test_metrics(
         CHANGE: (own - without).mean(),
     }
     if config.num_models > 1:
-        change = paired_difference(own, without)
-        found |= {f"{CHANGE}_ci_low": change.ci_low, f"{CHANGE}_ci_high": change.ci_high}
+        found |= paired_difference(own, without).columns(CHANGE)
     return {name: float(value) for name, value in found.items()}
 
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,18 @@ def atomic(path: Path) -> Iterator[Path]:
         unfinished = Path(folder) / path.name
         yield unfinished
         os.replace(unfinished, path)
+
+
+def link_or_copy(source: Path | str, file: Path) -> None:
+    """Give a file a second name; copy it where the file system has no links, or is another one.
+
+    Raises:
+        OSError: neither is possible.
+    """
+    try:
+        os.link(source, file)
+    except OSError:
+        shutil.copyfile(source, file)
 
 
 def read_folder(folder: Path) -> Files:
@@ -113,7 +126,7 @@ def check_hash(file: Path, promised: str) -> None:
         OSError: it cannot be read.
     """
     if sha256(file) != promised:
-        raise ValueError(f"{file.name} does not have the hash in metadata.json")
+        raise ValueError(f"{'/'.join(file.parts[-2:])} does not have the hash in metadata.json")
 
 
 def read_json(file: Path) -> Any:

@@ -6,7 +6,6 @@ import html
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pyarrow.parquet import ParquetFile
 
 from attribution.errors import InputError, reason
 from attribution.runtime.npy_blocks import checked_matrix, open_matrix, row_blocks
-from attribution.runtime.safe_files import check_hash, read_json, sha256
+from attribution.runtime.safe_files import check_hash, link_or_copy, read_json, sha256
 from attribution.scores.gallery import Gallery, gallery
 
 SCHEMA_VERSION = 2
@@ -143,10 +142,7 @@ def write_scores(
         )
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "scores.npy"
-    try:
-        os.link(matrix, file)
-    except OSError:  # another file system
-        shutil.copyfile(matrix, file)
+    link_or_copy(matrix, file)
     train.to_parquet(folder / "train.parquet", index=False)
     targets.to_parquet(folder / "targets.parquet", index=False)
     document = {
