@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from attribution.experiments.arms import Trial
+from attribution.experiments.evidence import Evidence
 from attribution.experiments.outcome import Outcome
 
 N_TEST, N_SEEDS = 200, 6
@@ -62,3 +63,14 @@ BOTH = {
     ("random", 5, "relabel"): CORRECT["random", 9],
     ("harmful", 5, "relabel"): CORRECT["negative", 9],
 }
+
+
+def evidence_of(
+    labels: np.ndarray, alignment: np.ndarray, trust: np.ndarray, loss: np.ndarray, **more
+) -> Evidence:
+    """Evidence in which all that is not given says nothing."""
+    zeros = dict.fromkeys(
+        ("stored_trust", "label_quality", "self_influence"), np.zeros(len(labels))
+    )
+    rest = zeros | {"predicted": labels, "true_labels": labels} | more
+    return Evidence(labels, alignment, trust, loss, **rest)

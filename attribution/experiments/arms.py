@@ -57,7 +57,7 @@ def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndar
 
 
 def trust(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return _lowest(_given(evidence.stored_trust), count)
+    return _lowest(evidence.stored_trust, count)
 
 
 def d3m(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -80,12 +80,12 @@ def loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray
 
 def confident(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """Confident learning: Northcutt et al. 2021."""
-    return _lowest(_given(evidence.label_quality), count)
+    return _lowest(evidence.label_quality, count)
 
 
 def self_influence(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
     """Memorised examples: Feldman and Zhang 2020."""
-    return _lowest(-_given(evidence.self_influence), count)
+    return _lowest(-evidence.self_influence, count)
 
 
 def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -234,12 +234,6 @@ def plan_trials(
         InputError: an unknown arm, an arm whose evidence is missing, or a share that cannot be removed.
     """
     check_arms(arms, [name for name, value in vars(evidence).items() if value is None])
-    for arm in arms:
-        if "relabel" in actions and arm != "none" and _labels_for(arm, evidence) is None:
-            raise InputError(
-                f"arms={arm}: the scores have no labels to relabel with; run trak again, "
-                "or use action=remove"
-            )
     n = len(evidence.labels)
     check_fracs(fracs, evidence.labels)
     frac_of = {round(frac * n): frac for frac in sorted(fracs)}  # by number of examples
@@ -299,13 +293,9 @@ def _takeable(labels: np.ndarray) -> np.ndarray:
     return np.maximum(np.bincount(labels) - STAY, 0)
 
 
-def _labels_for(arm: str, evidence: Evidence) -> np.ndarray | None:
-    """The labels that an arm relabels with: predicted ones, for the oracle the true ones."""
-    return evidence.true_labels if arm == "oracle" else evidence.predicted
-
-
 def _relabelled(trial: Trial, evidence: Evidence) -> Trial:
-    labels = _given(_labels_for(trial.arm, evidence))
+    """The same trial with predicted labels in place of removal; the oracle takes the true ones."""
+    labels = evidence.true_labels if trial.arm == "oracle" else evidence.predicted
     return replace(trial, new_labels=tuple(labels[removed] for removed in trial.removed))
 
 

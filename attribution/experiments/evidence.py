@@ -17,8 +17,7 @@ from attribution.scores.artifact import Scores
 class Evidence:
     """What an arm may look at: arrays of shape (n_train,), in order of position.
 
-    Nothing here comes from the test split. An optional field is None if the scores or the data do
-    not have it.
+    Nothing here comes from the test split.
 
     Attributes:
         alignment: under this run's groups and group weights, positive = helpful.
@@ -28,22 +27,22 @@ class Evidence:
         label_quality: by cleanlab, low = suspect.
         self_influence: high = suspect.
         predicted: label that the ensemble predicts, without having trained on the example where possible.
+        true_labels: labels before any were flipped on purpose.
         groups: group of each example; None with groups=auto, which groups targets alone.
         is_flipped: whether the label was flipped on purpose; None if no label was.
-        true_labels: labels before any were flipped on purpose.
     """
 
     labels: np.ndarray
     alignment: np.ndarray
     trust: np.ndarray
     loss: np.ndarray
-    stored_trust: np.ndarray | None = None
-    label_quality: np.ndarray | None = None
-    self_influence: np.ndarray | None = None
-    predicted: np.ndarray | None = None
+    stored_trust: np.ndarray
+    label_quality: np.ndarray
+    self_influence: np.ndarray
+    predicted: np.ndarray
+    true_labels: np.ndarray
     groups: np.ndarray | None = None
     is_flipped: np.ndarray | None = None
-    true_labels: np.ndarray | None = None
 
 
 def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence:
@@ -72,9 +71,9 @@ def gather_evidence(config: Config, data: ImageData, scores: Scores) -> Evidence
         trust=train["trust"] if asked == scores.metadata["alignment"] else alignment,
         loss=train["loss"],
         stored_trust=train["trust"],
-        label_quality=train.get("label_quality"),
+        label_quality=train["label_quality"],
         self_influence=train["self_influence"],
-        predicted=train.get("predicted_label"),
+        predicted=train["predicted_label"],
         groups=own_groups,
         is_flipped=train["is_flipped"] if train["is_flipped"].any() else None,
         true_labels=train["true_label"],

@@ -80,13 +80,11 @@ ARM_SPECS = {
         "lowest label quality by confident learning (cleanlab)",
         "the {n} examples with the lowest label quality",
         ("label_quality", True),
-        ("label_quality", "the scores have no label_quality; run trak again"),
     ),
     "self_influence": ArmSpec(
         "highest influence on their own prediction: memorised examples",
         "the {n} examples with the highest self-influence",
         ("self_influence", False),
-        ("self_influence", "the scores have no self_influence; run trak again"),
     ),
     "harmful_loss": ArmSpec(
         "low trust score and high loss: the examples that come first in both rankings",

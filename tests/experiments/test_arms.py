@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from planted_trials import evidence_of
 from toy import toy_config
 
 from attribution.config import resolve
@@ -30,7 +31,7 @@ SEEDS = [11, 22, 33]
 
 def simple(labels: np.ndarray, alignment: np.ndarray, loss: np.ndarray, **more) -> Evidence:
     """Where trust says what alignment does."""
-    return Evidence(labels, alignment, alignment, loss, **more)
+    return evidence_of(labels, alignment, alignment, loss, **more)
 
 
 def evidence(n: int = 40, seed: int = 0, n_negative: int = 7) -> Evidence:
@@ -38,7 +39,7 @@ def evidence(n: int = 40, seed: int = 0, n_negative: int = 7) -> Evidence:
     rng = np.random.default_rng(seed)
     values = rng.permutation(n).astype(float) - n_negative + 0.5
     loss, trust = (rng.permutation(n).astype(float) for _ in range(2))
-    return Evidence(np.arange(n) % 4, values, trust, loss)
+    return evidence_of(np.arange(n) % 4, values, trust, loss)
 
 
 def full_evidence(n: int = 40, seed: int = 0) -> Evidence:
@@ -292,20 +293,6 @@ def test_an_arm_without_its_evidence_is_refused_by_name(arm, field, words) -> No
     message = str(caught.value)
     assert message.startswith(f"arms={arm}: ") and message.endswith("or leave out the arm")
     assert all(word in message for word in words) and "\n" not in message
-
-
-@pytest.mark.parametrize(
-    ("arm", "field", "action"),
-    [
-        ("confident", "label_quality", "remove"),
-        ("self_influence", "self_influence", "remove"),
-        ("harmful", "predicted", "relabel"),
-        ("oracle", "true_labels", "relabel"),
-    ],
-)
-def test_whatever_evidence_is_missing_the_arm_is_refused_by_name(arm, field, action) -> None:
-    with pytest.raises(InputError, match=f"arms={arm}"):
-        plan_trials([arm], [0.1], replace(full_evidence(), **{field: None}), SEEDS, [action])
 
 
 def test_trials_have_different_names_where_the_majority_is_smaller_than_asked_for() -> None:

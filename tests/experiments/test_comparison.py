@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted_trials import evidence_of
 from scipy import stats
 from toy import toy_config, toy_data
 
@@ -25,7 +26,6 @@ from attribution.experiments.comparison import (
     judged_groups,
     retrain,
 )
-from attribution.experiments.evidence import Evidence
 from attribution.experiments.outcome import Outcome
 from attribution.models.predict import predict
 from attribution.models.train import train
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_an_exported_arm_keeps_all_that_it_does_not_choose(arm_name, sizes, monkeypatch) -> None:
     n = np.arange(100)
     train = pd.DataFrame({"example_id": [f"id{i}" for i in n], "label_name": "a", "file_name": ""})
-    evidence = Evidence(n % 2, alignment=n - 6.5, trust=n / 100, loss=-n)
+    evidence = evidence_of(n % 2, alignment=n - 6.5, trust=n / 100, loss=-n)
     monkeypatch.setattr(comparison, "gather_evidence", lambda *given: evidence)
     config = toy_config(arms="harmful,negative", frac="0.05,0.049,0.09", export_arm=arm_name)
     found = comparison.exported(config, None, Scores(None, train, None, {}))

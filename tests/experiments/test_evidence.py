@@ -44,10 +44,9 @@ def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
         gather_evidence(toy_config(), data, other)
 
 
-def test_evidence_that_the_scores_or_the_data_lack_is_none(tmp_path: Path) -> None:
+def test_evidence_that_the_data_lack_is_none(tmp_path: Path) -> None:
     data = toy_data(tmp_path)
     scores = scores_of(data, np.random.default_rng(0))
-    old = replace(scores, train=scores.train.drop(columns=["label_quality", "predicted_label"]))
-    found = gather_evidence(toy_config(groups="auto"), data, old)
+    found = gather_evidence(toy_config(groups="auto"), data, scores)
     missing = [name for name, value in vars(found).items() if value is None]
-    assert missing == ["label_quality", "predicted", "groups", "is_flipped"]
+    assert missing == ["groups", "is_flipped"]

@@ -14,6 +14,7 @@ import pytest
 from page_parser import Element, after, image_of, parsed, tables_after
 from PIL import Image
 from places import Place
+from planted_trials import evidence_of
 from scipy import stats
 from toy import toy_config
 
@@ -26,7 +27,6 @@ from attribution.experiments.comparison import (
     comparison_table,
 )
 from attribution.experiments.contrasts import contrast
-from attribution.experiments.evidence import Evidence
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.outcome import compare
 from attribution.reporting import ablation_html, answer
@@ -104,7 +104,7 @@ def made_page(
         loss=rng.permutation(n) / 10, alignment=(rng.permutation(n) - n / 4) / 100, trust=rng.permutation(n) / 100,
         self_influence=rng.random(n), label_quality=rng.random(n),
     )  # fmt: skip
-    evidence = Evidence(
+    evidence = evidence_of(
         data.labels("train"), *(train[name].to_numpy() for name in ("alignment", "trust", "loss"))
     )
     trials, logits = trials_of(spec, n), []
