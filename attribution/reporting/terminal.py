@@ -210,14 +210,11 @@ def explanation_lines(table: pd.DataFrame) -> list[str]:
     """What stands beside each prediction: agreement, the strongest effect, and warnings.
 
     Args:
-        table: explanation.csv; of an earlier version it lacks both columns.
+        table: explanation.csv.
     """
-    if "agreement" not in table:
-        return []
     lines = []
     for row in table.drop_duplicates("explained").itertuples():
-        own = (row.agreement, getattr(row, "effect", ""))
-        lines += [f"{row.explained}: {each}" for each in own if each]
+        lines += [f"{row.explained}: {each}" for each in (row.agreement, row.effect) if each]
         lines += [f"warning: {row.explained}: {each}" for each in row.warnings.splitlines()]
     return lines
 

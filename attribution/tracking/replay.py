@@ -35,9 +35,9 @@ def report_replay(original: str, replay: str) -> bool:
                 differing += bool(difference)
     verdict = "differs" if differing else "identical"
     print(f"replay of run {original}: {verdict}")
+    mlflow.MlflowClient().set_tag(replay, "replay_result", verdict)
     if differing:
         _say_changes(original, replay)
-    mlflow.MlflowClient().set_tag(replay, "replay_result", verdict)
     return not differing
 
 
@@ -87,11 +87,7 @@ def _numbers(file: Path) -> dict[str, np.ndarray]:
 
 def _say_changes(original: str, replay: str) -> None:
     """Print what has changed in versions and hardware since the original run."""
-    try:
-        then, now = (read_json(artifact_path(run_id, ENVIRONMENT)) for run_id in (original, replay))
-    except (InputError, ValueError):
-        say("the original run has no record of its versions and hardware")
-        return
+    then, now = (read_json(artifact_path(run_id, ENVIRONMENT)) for run_id in (original, replay))
     for key in sorted((then.keys() | now.keys()) - set(NOT_COMPARED)):
         if then.get(key) != now.get(key):
             say(f"{key}: {then.get(key)} then, {now.get(key)} now")
