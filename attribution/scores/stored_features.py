@@ -91,25 +91,15 @@ class StoredFeatures:
         """Scores of the training set on new examples, (n_train, b) float32; positive = helpful.
 
         Args:
-            features: features of the new examples under each checkpoint, (b, blocks k) float32.
+            features: of the new examples under each of the same checkpoints, (b, blocks k) float32.
 
         Raises:
-            InputError: another number of checkpoints or another length of features than stored, or
-                a score that is not finite.
+            InputError: a score that is not finite.
         """
-        if len(features) != self.num_models:
-            raise InputError(
-                f"features={self.folder}: stored for {self.num_models} checkpoints, "
-                f"not {len(features)}"
-            )
         scale = np.array(open_matrix(self.folder / "scale.npy"))
         total = np.zeros((len(scale), len(features[0])), np.float32)
-        for m, own in enumerate(features):
+        for m, own in zip(range(self.num_models), features, strict=True):
             factors = np.array(open_matrix(self.folder / f"{m:03d}" / "factor.npy"))
-            if own.shape[1] != len(factors):
-                raise InputError(
-                    f"features={self.folder}: stored with length {len(factors)}, not {own.shape[1]}"
-                )
             (white,) = _whitened(factors, [own])
             train = open_matrix(self.folder / f"{m:03d}" / "train.npy")
             products = [block.astype(np.float32) @ white.T for block in row_blocks(train)]
