@@ -45,12 +45,8 @@ def read_decisions(shown: str, file: str) -> pd.DataFrame:
         heading = rows.pop(0)[1]
     if not rows:
         raise InputError(f"{shown}: holds no example_ids")
-    return pd.DataFrame(
-        [
-            {**dict.fromkeys(heading, ""), **dict(zip(heading, cells)), "line": n}
-            for n, cells in rows
-        ]
-    )
+    empty = dict.fromkeys(heading, "")
+    return pd.DataFrame([{**empty, **dict(zip(heading, cells)), "line": n} for n, cells in rows])
 
 
 def named_rows(table: pd.DataFrame, examples: pd.DataFrame, shown: str) -> np.ndarray:

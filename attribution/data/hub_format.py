@@ -77,19 +77,12 @@ def save(folder: Path, table: pd.DataFrame, source: Source, names: Sequence[str]
     features = datasets.Features({**kinds, "file_name": datasets.Value("string")})
 
     def rows_of(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
-        files = map_cells(
-            source,
-            part["row"].to_numpy(),
-            lambda _, c: as_file(source, c),
-            "data: exporting images",
-        )
+        rows, doing = part["row"].to_numpy(), "data: exporting images"
+        files = map_cells(source, rows, lambda _, cell: as_file(source, cell), doing)
         for held, label, path in zip(files, part["label"], part["filepath"]):
             name = os.path.basename(path)
-            yield {
-                "image": {"bytes": held, "path": name or None},
-                "label": label,
-                "file_name": name,
-            }
+            image = {"bytes": held, "path": name or None}
+            yield {"image": image, "label": label, "file_name": name}
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=folder.parent) as cache:

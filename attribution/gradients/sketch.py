@@ -16,12 +16,7 @@ from torch import Tensor, nn
 
 from attribution.gradients.errors import GradientError
 from attribution.gradients.layer_rules import Call, Stray, steps
-from attribution.gradients.per_sample import (
-    Captured,
-    capture,
-    copy_shapes,
-    trained_parameters,
-)
+from attribution.gradients.per_sample import Captured, capture, copy_shapes, trained_parameters
 
 # Floats of a CPU core's buffers for Fourier transforms, which should stay in its own cache.
 WAVE_SCRATCH = 2**19
@@ -167,10 +162,8 @@ class Sketch:
 
     def _start(self, batch: int, like: Tensor, shapes: Mapping[str, Sequence[int]]) -> _Sums:
         blocks = dealt(shapes, self.num_blocks)
-        size, dtype = (
-            (batch, 1 + max(blocks.values())),
-            torch.promote_types(like.dtype, torch.float32),
-        )
+        size = batch, 1 + max(blocks.values())
+        dtype = torch.promote_types(like.dtype, torch.float32)
         cells = torch.zeros(*size, self.proj_dim, dtype=dtype, device=like.device)
         waves = cells.new_zeros(*size, self.proj_dim // 2 + 1, dtype=dtype.to_complex())
         return _Sums(cells, waves, blocks)

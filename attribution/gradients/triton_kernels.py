@@ -47,9 +47,8 @@ def _outer_products(
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     first = tl.program_id(0) * BP
     p = first + tl.arange(0, BP)
-    if (
-        ALIGNED
-    ):  # a tile has one tap of the kernel, and adjacent channels without any beyond the last
+    # A tile has one tap of the kernel, and adjacent channels without any beyond the last.
+    if ALIGNED:
         c, tap = first % C + tl.arange(0, BP), first // C
         down, right = (tap // KW) * ddy, (tap % KW) * ddx
     else:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SHORT_SECONDS = (
-    30.0  # a stage that was planned shorter is mostly start-up, and says little of others
-)
+# A stage that was planned shorter is mostly start-up, and says little of others.
+SHORT_SECONDS = 30.0
 # The bar of each stage whose tasks take most of its time.
 STAGES = {
     "finetune: checkpoints": "finetune",

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-Files = dict[
-    str, np.ndarray
-]  # content of files as uint8, (size,), by path relative to their folder
+# Content of files as uint8, (size,), by path relative to their folder.
+Files = dict[str, np.ndarray]
 
 
 @contextmanager

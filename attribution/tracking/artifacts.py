@@ -43,11 +43,9 @@ def _find(run_id: str, path: str) -> tuple[str, str]:
     """The address of the folder that an artifact lies in, and its path there."""
     name, _, rest = path.partition("/")
     model = logged_models(run_id).get(name)
-    return (
-        (model.artifact_location, rest)
-        if model
-        else (mlflow.get_run(run_id).info.artifact_uri, path)
-    )
+    if model:
+        return model.artifact_location, rest
+    return mlflow.get_run(run_id).info.artifact_uri, path
 
 
 def artifact_path(run_id: str, path: str) -> Path:

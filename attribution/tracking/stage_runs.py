@@ -54,15 +54,10 @@ def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
 
     A run that was built on one that is gone does not count.
     """
-    runs = _finished(stage, {"fingerprint": fingerprint(stage, config, data)})
-    return next(
-        (
-            r.info.run_id
-            for r in runs
-            if _has_upstream(r) and is_whole(stage, r.info.run_id, config)
-        ),
-        None,
-    )
+    for run in _finished(stage, {"fingerprint": fingerprint(stage, config, data)}):
+        if _has_upstream(run) and is_whole(stage, run.info.run_id, config):
+            return run.info.run_id
+    return None
 
 
 def reusable(stage: Stage, config: Config, data: ImageData) -> dict[str, str | None]:
