@@ -209,11 +209,7 @@ def _reasons(config: Config, facts: auto_settings.Facts) -> dict[str, str]:
             size += ", without a GPU at most 64"
     steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
     layers = "" if config.train_layers == "all" else " (without a GPU)"
-    return {
-        "train_layers": layers,
-        "image_size": f" ({size})",
-        "epochs": f" ({steps:,} steps)",
-    }
+    return {"train_layers": layers, "image_size": f" ({size})", "epochs": f" ({steps:,} steps)"}
 
 
 def _check_unchanged(config: Config, data: ImageData) -> None:

@@ -15,11 +15,10 @@ def test_any_text_is_escaped(text: str) -> None:
     tile = {"image": "data:image/png;base64,", "label": text, "true": text, "value": text,
             "title": text, "tone": ""}  # fmt: skip
     each = {
-        "name": text, "image": "data:image/png;base64,", "label": text, "predicted": text,
-        "is_right": False, "probability": 0.5, "label_probability": 0.5, "helpful": [tile],
-        "agreement": text, "effect": text, "warnings": [text],
-        "harmful": [],
+        "name": text, "label": text, "predicted": text, "is_right": False, "probability": 0.5,
+        "label_probability": 0.5, "agreement": text, "effect": text, "warnings": [text], "pixels": "",
     }  # fmt: skip
-    tree = parsed(pages.render("explanation", explanations=[each], run_ids={text: text}))
+    given = {"explanations": [(each, [tile], [])], "picture": str, "run_ids": {text: text}}
+    tree = parsed(pages.render("explanation", **given))
     figure = tree.all("figure")[1]
     assert figure.attributes["title"] == text and figure.all("img")[0].attributes["alt"] == text
