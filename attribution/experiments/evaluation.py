@@ -23,6 +23,7 @@ from attribution.experiments.methods import (
     penultimate_similarity,
 )
 from attribution.experiments.statistics import (
+    Estimate,
     detection,
     mean_estimate,
     noise_ceiling,
@@ -38,6 +39,7 @@ from attribution.runtime.hashing import derive_seed
 from attribution.scores.calibration import slope
 
 DRAWS = 500  # of the bootstrap over subsets and targets
+AGREEMENT = ("lds", "calibration_slope")  # what _agreement gives
 
 
 @dataclass(frozen=True)
@@ -131,22 +133,14 @@ def judge(methods: Mapping[str, Attribution], bank: Bank, is_flipped: np.ndarray
         row: dict[str, Any] = {"method": name}
         if method.values is not None:
             predicted = predicted_margins(method.values, bank.masks)
-            lds, calibration = _agreement(predicted, actual)
-            low, high = percentile_interval(
-                [
-                    _agreement(predicted[part], actual[part])
-                    for part in resampled(len(actual), len(actual.T), DRAWS)
-                ]
-            )
-            row |= {
-                "lds": lds,
-                "lds_share_of_ceiling": lds / ceiling if ceiling else np.nan,
-                "calibration_slope": calibration,
-                "lds_ci_low": low[0],
-                "lds_ci_high": high[0],
-                "calibration_slope_ci_low": low[1],
-                "calibration_slope_ci_high": high[1],
-            }
+            drawn = [
+                _agreement(predicted[part], actual[part])
+                for part in resampled(len(actual), len(actual.T), DRAWS)
+            ]
+            figures = zip(AGREEMENT, _agreement(predicted, actual), *percentile_interval(drawn))
+            for figure, value, low, high in figures:
+                row |= Estimate(value, low, high, np.nan).columns(figure)
+            row["lds_share_of_ceiling"] = row["lds"] / ceiling if ceiling else np.nan
         if method.trust is not None:
             row |= detection(is_flipped, method.trust)
         rows.append(row)
