@@ -51,7 +51,7 @@ def run(job: Job) -> list[Explanation]:
     if "finetune" in job.upstream:
         members = job.result("finetune").members
     else:
-        members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS))
+        members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS), data)
     if not config.image:
         return explanation.explain(config, data, scored.scores, members)
     warn_of_other_checkpoints(job)

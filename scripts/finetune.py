@@ -181,7 +181,7 @@ def load(run_id: str, config: Config, data: ImageData) -> Finetuned:
     folders = [artifact_path(run_id, checkpoint_name(m)) for m in range(config.num_checkpoints)]
     metrics = mlflow.get_run(run_id).data.metrics
     test = {name: value for name, value in metrics.items() if name.startswith("test_")}
-    return replace(Finetuned.load(artifact_path(run_id, LOGITS), folders), test=test)
+    return replace(Finetuned.load(artifact_path(run_id, LOGITS), folders, data), test=test)
 
 
 def outputs(config: Config) -> list[Path]:
@@ -224,7 +224,7 @@ def warn_of_other_checkpoints(job: Job) -> None:
     if used.run_id == scored:
         return
     try:
-        logits = Ensemble.load(artifact_path(scored, LOGITS)).train_logits
+        logits = Ensemble.load(artifact_path(scored, LOGITS), job.data).train_logits
         if np.array_equal(logits, used.result.members.train_logits):
             return
     except InputError:  # nothing is left to compare with

@@ -157,17 +157,18 @@ class Finetuned:
         return cls(members, [c.folder for c in found], runs)
 
     @classmethod
-    def load(cls, logits_file: Path, folders: list[Path]) -> Finetuned:
+    def load(cls, logits_file: Path, folders: list[Path], data: ImageData) -> Finetuned:
         """Read the result of an earlier run.
 
         Args:
             logits_file: the archive of Ensemble.arrays().
             folders: as of the class.
+            data: that the models are of.
 
         Raises:
             InputError: as Ensemble.load does.
         """
-        return cls(Ensemble.load(logits_file), folders)
+        return cls(Ensemble.load(logits_file, data), folders)
 
 
 def finetune(config: Config, data: ImageData, work: Path) -> Finetuned:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import log_softmax, logsumexp, softmax
 
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
 from attribution.errors import InputError, reason
 from attribution.models.predict import classification_metrics, losses
 from attribution.runtime.safe_files import is_bool, read_arrays
@@ -32,39 +33,32 @@ class Ensemble:
     test_logits: np.ndarray
 
     @classmethod
-    def load(cls, file: Path) -> Ensemble:
-        """Read an .npz file of arrays().
+    def load(cls, file: Path, data: ImageData) -> Ensemble:
+        """Read an .npz file of arrays(), of models of this data.
 
         Raises:
             InputError: the file holds anything else, or a logit that is not finite.
         """
         try:
             found = cls(*read_arrays(file, [f.name for f in dataclasses.fields(cls)]))
-            found._check()
+            found._check(data)
         except Exception as error:  # numpy and zipfile raise many kinds on broken files
             raise InputError(f"logits={file}: cannot be read ({reason(error)})") from None
         return found
 
-    def _check(self) -> None:
-        train, *unseen = logits = self.train_logits, self.validation_logits, self.test_logits
-        shapes = self.masks.shape, *(each.shape for each in logits)
-        fits = all(each.ndim == 3 for each in logits) and train.shape[:2] == self.masks.shape
-        if not fits or any(each.shape[::2] != train.shape[::2] for each in unseen):
-            raise ValueError(f"shapes {shapes} do not fit one another")
-        if not self.masks.size or train.shape[2] < 2:
-            raise ValueError(f"shapes {shapes} hold no examples, or fewer than two classes")
+    def _check(self, data: ImageData) -> None:
+        logits, count = (
+            (self.train_logits, self.validation_logits, self.test_logits),
+            len(self.masks),
+        )
+        shapes = [self.masks.shape, *(each.shape for each in logits)]
+        wanted = [(count, len(data.rows(split)), len(data.class_names)) for split in SPLITS]
+        if not count or shapes != [wanted[0][:2], *wanted]:
+            raise ValueError(f"shapes {shapes} do not fit the data")
         if not is_bool(self.masks) or any(each.dtype.kind != "f" for each in logits):
             raise ValueError("masks must be truth values, and logits real numbers")
         if not all(np.isfinite(each).all() for each in logits):
             raise ValueError("a logit is not finite")
-
-    def _check_labels(self, labels: np.ndarray, logits: np.ndarray) -> None:
-        """Refuse labels of other data than the logits."""
-        if len(labels) != logits.shape[1] or labels.max() >= logits.shape[2]:
-            raise InputError(
-                f"logits: are of {logits.shape[1]} examples and {logits.shape[2]} classes, "
-                f"the data has {len(labels)} and {labels.max() + 1}"
-            )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the content, to be kept as an .npz file."""
@@ -83,7 +77,6 @@ class Ensemble:
         both kinds would rank examples by how often they were left out.
         """
         logits, counted = self._logits(split)
-        self._check_labels(labels, logits)
         each = np.stack([losses(own, labels) for own in logits])
         return np.where(counted, each, 0).sum(axis=0) / counted.sum(axis=0)
 

@@ -158,14 +158,7 @@ def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int
     Args:
         probabilities: (n, C).
         labels: (n,).
-
-    Raises:
-        InputError: probabilities and labels differ in length.
     """
-    if len(probabilities) != len(labels):
-        raise InputError(
-            f"logits: they have {len(probabilities)} targets, but the data has {len(labels)}"
-        )
     predicted = probabilities.argmax(1)
     order = np.argsort(-probabilities.max(1), kind="stable")
     return [int(i) for i in order if predicted[i] != labels[i]][:count]

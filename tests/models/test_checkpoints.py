@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -319,7 +320,9 @@ def test_a_result_loaded_from_files_is_the_one_that_was_kept(tmp_path: Path) -> 
     logits = [np.full((2, n, 3), n, np.float32) for n in (5, 4, 3)]
     members = Ensemble(subset_masks(5, 2, 0.5, 0), *logits)
     np.savez(tmp_path / "logits.npz", **members.arrays())
-    found = Finetuned.load(tmp_path / "logits.npz", [tmp_path / "a", tmp_path / "b"])
+    sizes = {"train": 5, "validation": 4, "test": 3}
+    data = SimpleNamespace(rows=lambda split: range(sizes[split]), class_names=("a", "b", "c"))
+    found = Finetuned.load(tmp_path / "logits.npz", [tmp_path / "a", tmp_path / "b"], data)
     for name, array in members.arrays().items():
         np.testing.assert_array_equal(getattr(found.members, name), array)
     assert found.folders == [tmp_path / "a", tmp_path / "b"] and found.runs == []
