@@ -18,7 +18,7 @@ def test_any_text_is_escaped(text: str) -> None:
         "name": text, "label": text, "predicted": text, "is_right": False, "probability": 0.5,
         "label_probability": 0.5, "agreement": text, "effect": text, "warnings": [text], "pixels": "",
     }  # fmt: skip
-    given = {"explanations": [(each, [tile], [])], "picture": str, "run_ids": {text: text}}
-    tree = parsed(pages.render("explanation", **given))
+    given = {"explanations": [(each, [tile], [])], "picture": "data:image/png;base64,".format}
+    tree = parsed(pages.render("explanation", **given, run_ids={text: text}))
     figure = tree.all("figure")[1]
     assert figure.attributes["title"] == text and figure.all("img")[0].attributes["alt"] == text
