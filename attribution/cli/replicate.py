@@ -15,7 +15,8 @@ from attribution.errors import InputError
 from attribution.experiments import replication
 from attribution.experiments.arms import trial_name
 from attribution.experiments.metrics import headline
-from attribution.reporting import answer, terminal
+from attribution.experiments.verdicts import judged_metrics
+from attribution.reporting import answer, figures, terminal
 from attribution.runtime.progress import say
 from attribution.stages import Stage
 from attribution.tracking.job import Upstream
@@ -93,10 +94,16 @@ def _record(table: pd.DataFrame, contrasts: pd.DataFrame, rows: pd.DataFrame) ->
     metrics = {
         f"{trial_name(row['arm'], row['action'], row['frac'])}/{name}": row[name]
         for _, row in answer.judged(table).iterrows()
+        for metric in judged_metrics(row["metric"])
+        if f"{metric}_vs_random" in row
         for end in ("", "_ci_low", "_ci_high")
-        for name in [f"{row['metric']}_vs_random{end}"]
+        for name in [f"{metric}_vs_random{end}"]
     }
     words = [answer.short(table), *answer.contrasts(contrasts)]
     note = "\n".join([*words, "", "One ablation for each split:", "", *links])
     tables = {"splits": table, "contrasts": contrasts, "by_split": rows}
-    return Record(metrics=metrics, tables=tables, note=lambda _: note)
+
+    def write(folder: Path) -> None:
+        figures.save(figures.removal_curves(table), folder / "curves.png")
+
+    return Record(metrics=metrics, tables=tables, write=write, note=lambda _: note)

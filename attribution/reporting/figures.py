@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from attribution.data.dataset import ImageData
 from attribution.experiments.arms import trial_name
 from attribution.experiments.metrics import METRICS
-from attribution.experiments.verdicts import BETTER, WORSE, headline_of, verdict
+from attribution.experiments.verdicts import BETTER, WORSE, headline_of, judged_metrics, verdict
 from attribution.scores.artifact import Scores
 from attribution.scores.explanation import Explanation
 
@@ -208,13 +208,24 @@ def _with_their_control(table: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def removal_curves(table: pd.DataFrame) -> Figure:
-    """Mean test metric of each arm by the share that it acts on, with 95 % intervals."""
-    metric = headline_of(table)
-    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
-    axes = figure.subplots()
+    """Mean of each judged test metric by the share that an arm acts on, with 95 % intervals."""
+    metrics = [m for m in judged_metrics(headline_of(table)) if f"{m}_mean" in table]
+    figure = Figure(figsize=(WIDTH, 1 + 3.8 * len(metrics)), layout="constrained")
+    for axes, metric in zip(
+        figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True
+    ):
+        _curves(axes, table, metric)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    about = {"title": _plain(_pairs(table)), "title_fontsize": 8}
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=2, **about)
+    return figure
+
+
+def _curves(axes: Axes, table: pd.DataFrame, metric: str) -> None:
     none = table[table["arm"] == "none"].iloc[0]
     axes.axhline(none[f"{metric}_mean"], color=NEUTRAL, linewidth=0.8, label="none")
-    axes.axhspan(none[f"{metric}_ci_low"], none[f"{metric}_ci_high"], color=NEUTRAL, alpha=0.12)
+    ends = none[f"{metric}_ci_low"], none[f"{metric}_ci_high"]
+    axes.axhspan(*ends, color=NEUTRAL, alpha=0.12)
     acted = table[table["n_removed"] > 0]
     lines = list(acted.groupby(["arm", "action"], sort=False))
     shares = 100 * acted["frac"]
@@ -231,11 +242,8 @@ def removal_curves(table: pd.DataFrame) -> Figure:
             linestyle="--" if action == "relabel" else "-",
             label=trial_name(arm, action),
         )  # fmt: skip
-    label = f"test {METRICS[metric].words} (mean, 95 % interval)"
-    axes.set(xlabel="% of the training set acted on", ylabel=label)
-    about = {"title": _plain(_pairs(table)), "title_fontsize": 8}
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2, **about)
-    return figure
+    axes.set(xlabel="% of the training set acted on")
+    axes.set(ylabel=f"test {METRICS[metric].words} (mean, 95 % interval)")
 
 
 def _pairs(table: pd.DataFrame) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from made_comparison import MORE, only, table_of
+from made_comparison import GROUPS, MORE, only, table_of
 from PIL import Image
 
 from attribution.reporting import figures
@@ -29,6 +29,16 @@ def test_removal_curves_are_one_line_an_arm_and_action(tmp_path: Path) -> None:
     np.testing.assert_allclose(curves["harmful"][:, 0], expected[:, 0], atol=step * len(curves) / 2)
     assert len({curve[0, 0] for curve in curves.values()}) == len(curves)
     assert curves["oracle relabelled"].shape == (1, 2)
+
+
+def test_removal_curves_have_a_panel_for_the_worst_group_where_groups_are_known() -> None:
+    table = table_of(MORE, GROUPS)
+    axes = figures.removal_curves(table).axes
+    for panel, metric in zip(axes, ("accuracy", "worst_group_accuracy"), strict=True):
+        curves = {c.get_label(): c.lines[0].get_xydata()[:, 1] for c in panel.containers}
+        for arm in ("harmful", "loss"):
+            expected = table.loc[table["arm"] == arm, f"{metric}_mean"]
+            np.testing.assert_allclose(curves[arm], expected)
 
 
 def test_removal_curves_of_baselines_and_of_an_arm_that_removes_nothing(tmp_path: Path) -> None:
