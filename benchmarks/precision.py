@@ -13,13 +13,7 @@ import numpy as np
 
 from attribution.config import resolve
 from attribution.data.dataset import load_data
-from attribution.experiments.statistics import (
-    lds,
-    percentile_interval,
-    predicted_margins,
-    resampled,
-    spearman,
-)
+from attribution.experiments import statistics
 from attribution.experiments.subset_bank import build_bank
 from attribution.models.checkpoints import subset_masks, train_checkpoints
 from attribution.models.train import training_key
@@ -78,7 +72,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         difference = lds_difference(values, first, bank.masks, margins)
         row = {"setting": setting, "side": name, "seconds": seconds}
         row["pearson"] = float(np.corrcoef(values.ravel(), first.ravel())[0, 1])
-        row["lds"] = float(np.nanmean(lds(values, bank.masks, margins)))
+        row["lds"] = float(np.nanmean(statistics.lds(values, bank.masks, margins)))
         row |= dict(zip(("difference", "ci_low", "ci_high"), difference, strict=True))
         rows.append(row)
     return rows
@@ -92,11 +86,12 @@ def lds_difference(
     The 95 % interval is a percentile bootstrap over subsets and targets; values are ranked within
     each draw.
     """
-    sides = [predicted_margins(side, masks) for side in (values, control)]
-    drawn = []
-    for part in resampled(len(margins), len(margins.T), 1000):
-        a, b = (spearman(side[part], margins[part]) for side in sides)
-        drawn.append(np.nanmean(a - b))
-    a, b = (spearman(side, margins) for side in sides)
-    low, high = percentile_interval(drawn)
-    return float(np.nanmean(a - b)), float(low), float(high)
+    sides = [statistics.predicted_margins(side, masks) for side in (values, control)]
+
+    def difference(*part: Any) -> float:
+        a, b = (statistics.spearman(side[part], margins[part]) for side in sides)
+        return float(np.nanmean(a - b))
+
+    draws = statistics.resampled(len(margins), len(margins.T), 1000)
+    low, high = statistics.percentile_interval([difference(*part) for part in draws])
+    return difference(slice(None)), float(low), float(high)
