@@ -203,6 +203,7 @@ def test_random_matched_takes_as_many_of_each_class_as_harmful(n, seed, frac) ->
     assert per_class[0] == per_class[1]
 
 
+@pytest.mark.slow
 def test_random_matched_takes_every_example_of_a_class_equally_often() -> None:
     labels = np.arange(40) % 2
     found = simple(labels, np.where(labels, np.arange(40.0), 100.0), np.zeros(40))

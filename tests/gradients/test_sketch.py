@@ -199,6 +199,7 @@ def test_refuses_an_empty_projection():
         Sketch(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXED)
 def test_the_sketch_is_its_matrix_times_the_gradient(name: str) -> None:
     captured = capture(tiny(name), *images_of(name))
@@ -280,6 +281,7 @@ def test_tokens_and_scales_are_dealt_as_vectors() -> None:
     assert dealt(shapes, 4) == {"a.weight": 0, "token": 0, "grn": 0, "b.weight": 1}
 
 
+@pytest.mark.slow
 def test_the_cpu_path_imports_neither_triton_nor_the_kernels() -> None:
     program = """
 import sys, torch

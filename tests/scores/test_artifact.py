@@ -81,6 +81,7 @@ def refusal(folder: Path) -> str:
     return message
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(values=MATRICES)
 def test_a_matrix_is_read_back_bit_for_bit(values: np.ndarray, tmp_path_factory) -> None:

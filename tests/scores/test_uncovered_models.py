@@ -18,6 +18,7 @@ from attribution.scores.trak import check_gradients
 from attribution.scores.traker_adapters import HookGradientComputer, MarginOutput, SketchProjector
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT", "ConvNext", "MobileNetV2"])
 def test_a_saved_model_goes_all_the_way_to_features(name: str, tmp_path: Path) -> None:
     side = ARCHITECTURES[name][1]
