@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 WHAT = (
-    "features", "scores", "training", "ablation", "precision", "peers", "scaling", "defaults", "null",
-    "faults",
+    "features", "scores", "training", "ablation", "precision", "peers", "defaults", "null", "faults",
 )  # fmt: skip
 NOT_A_COLUMN = ("part", "note")
 

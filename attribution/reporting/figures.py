@@ -243,7 +243,7 @@ def _curves(axes: Axes, table: pd.DataFrame, metric: str) -> None:
             label=trial_name(arm, action),
         )  # fmt: skip
     axes.set(xlabel="% of the training set acted on")
-    axes.set(ylabel=f"test {METRICS[metric].words} (mean, 95 % interval)")
+    axes.set(ylabel=f"test {METRICS[metric].words}, 95 % interval")
 
 
 def _pairs(table: pd.DataFrame) -> str:
