@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy
 import torch
 from filelock import FileLock
+from hypothesis import settings
 from places import Place, Result, write_images
 
 from attribution.runtime import signals
@@ -46,6 +47,8 @@ for _name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
     os.environ.pop(_name, None)
 
 
+settings.register_profile("any machine", deadline=None)  # where others work too, time says nothing
+settings.load_profile("any machine")
 # A test that sends itself a signal must not end the process that runs the tests, however slow it is.
 signals.GRACE_SECONDS = 600.0
 

@@ -124,6 +124,7 @@ def score_training_set(
     Raises:
         InputError: see featurize and score.
     """
+    check_proj_dim(config, len(data.rows("train")))
     members, held_out = finetuned.members, None
     if members.is_out_of_sample:
         held_out = alignment.held_out_weights(members.masks, data.labels("train"))
