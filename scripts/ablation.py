@@ -122,7 +122,7 @@ def _export(config: Config, data: ImageData, trak_id: str) -> None:
     for name, file in _exports(config).items():
         save_table(tables[name], file)
         files = {"keep": file, "export": "corrected"}
-        train = next_steps.command("finetune", config, **next_steps.WHOLE_SET, **files)
+        train = next_steps.with_correction(config, **files)
         next_steps.say_next(
             f"{file} lists what {config.export_arm} keeps. To train on it, compare with training on "
             "everything, and write the kept images to a folder:",

@@ -87,7 +87,7 @@ def record(job: Job, result: Scored) -> Record:
 def _correct(config: Config) -> str:
     """The command that trains on the result of suspects.html, and exports it."""
     files = {"keep": "keep.csv", "labels": "labels.csv", "export": "corrected"}
-    return next_steps.command("finetune", config, **next_steps.WHOLE_SET, **files)
+    return next_steps.with_correction(config, **files)
 
 
 def load(run_id: str, config: Config, data: ImageData) -> Scored:

@@ -13,9 +13,7 @@ from attribution.runtime.progress import say
 from attribution.stages import STAGES
 from attribution.tracking.artifacts import server_page
 
-# Flags of finetune that train on everything, in place of an ensemble on random parts. Three models
-# with and three without a correction give its effect an interval.
-WHOLE_SET = {"num_models": 3, "subset_fraction": 1.0}
+FEWEST = 3  # models with and without a correction, for an interval of its effect
 # What every command with preset images has settled, by the data or by a flag.
 CHOSEN = [n for n in AUTO if FIELDS[n].metadata["group"] in STAGES["finetune"].all_groups]
 
@@ -47,6 +45,19 @@ def command(stage: str, config: Config, **given: Any) -> str:
     return shlex.join(
         ["python", "-m", f"scripts.{stage}", *(word for each in flags for word in each)]
     )
+
+
+def with_correction(config: Config, **files: Any) -> str:
+    """The command that trains on a corrected data set, and on the data as they are, to compare.
+
+    It trains on everything, in place of an ensemble on random parts, and as many models as the scores
+    are averaged over: that number fits what one training costs.
+
+    Args:
+        files: keep, labels, export.
+    """
+    count = max(FEWEST, config.num_models)
+    return command("finetune", config, num_models=count, subset_fraction=1.0, **files)
 
 
 def _usual(config: Config) -> dict[str, Any]:

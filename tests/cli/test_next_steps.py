@@ -45,13 +45,17 @@ def test_a_command_on_no_run_gives_the_data_and_settings_again() -> None:
 @pytest.mark.parametrize(
     "given", [{"batch_size": 64, "epochs": 15}, {"split_by": "(p\\d+)_"}], ids=str
 )
-def test_corrections_are_trained_on_with_all_settings_of_the_scores(given) -> None:
+@pytest.mark.parametrize(("num_models", "trained"), [(7, 7), (1, 3)])
+def test_corrections_are_trained_on_with_all_settings_of_the_scores(
+    given, num_models: int, trained: int
+) -> None:
     """Also those that equal the preset's: the same command may choose others by the data."""
-    config = resolve({"dataset": "own images", "num_models": 7, "proj_dim": 32, **given})
+    config = resolve({"dataset": "own images", "num_models": num_models, "proj_dim": 32, **given})
     flags = flags_of(trak._correct(config))
     assert flags.items() >= {"batch_size": 64, "image_size": 64, "subset_fraction": 1.0}.items()
     files = {"keep": "keep.csv", "labels": "labels.csv", "export": "corrected"}
-    expected = {"dataset": "own images", **given, **files, "num_models": 3, "subset_fraction": 1.0}
+    expected = {"dataset": "own images", **given, **files}
+    expected |= {"num_models": trained, "subset_fraction": 1.0}
     assert resolve(flags) == resolve(expected)
 
 
