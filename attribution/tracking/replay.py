@@ -43,9 +43,10 @@ def report_replay(original: str, replay: str) -> bool:
 
 def _compare(stage: str, *run_ids: str) -> Iterator[tuple[str, str]]:
     """Each result's name and difference, which is empty where there is none."""
-    models = [[artifact_path(r, name) for name in logged_models(r)] for r in run_ids]
-    if any(models):
-        yield "checkpoints", _weights_difference(*models)
+    # A run may have kept the best of its checkpoints alone, or none.
+    kept = sorted(set.intersection(*(set(logged_models(run_id)) for run_id in run_ids)))
+    if kept:
+        yield "checkpoints", _weights_difference(kept, *run_ids)
     for name in STAGES[stage].results:
         try:
             then, now = (artifact_path(run_id, name) for run_id in run_ids)
@@ -54,12 +55,10 @@ def _compare(stage: str, *run_ids: str) -> Iterator[tuple[str, str]]:
         yield name, _difference(then, now)
 
 
-def _weights_difference(then: list[Path], now: list[Path]) -> str:
-    if len(then) != len(now):
-        return f"{len(then)} checkpoints then, {len(now)} now"
-    hashes = [[sha256(folder / WEIGHTS) for folder in folders] for folders in (then, now)]
-    changed = sum(a != b for a, b in zip(*hashes, strict=True))
-    return f"{changed} of {len(then)} checkpoints differ" if changed else ""
+def _weights_difference(models: list[str], *run_ids: str) -> str:
+    hashes = [[sha256(artifact_path(r, name) / WEIGHTS) for name in models] for r in run_ids]
+    changed = sum(then != now for then, now in zip(*hashes, strict=True))
+    return f"{changed} of {len(models)} checkpoints differ" if changed else ""
 
 
 def _difference(then: Path, now: Path) -> str:

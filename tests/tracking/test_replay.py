@@ -11,6 +11,8 @@ import pytest
 from places import Place, refused
 
 from attribution.tracking import replay
+from attribution.tracking.artifacts import artifact_path, logged_models
+from attribution.tracking.logged_models import WEIGHTS
 
 NewPlace = Callable[..., Place]
 pytestmark = pytest.mark.slow
@@ -72,6 +74,27 @@ def test_a_replay_that_differs_says_where_and_fails(replayed, capsys) -> None:
     assert f"replay of run {first.run_id}: differs" in said.out
     assert "torch: 12." in said.err and " then, 2." in said.err
     assert place.client().get_run(again.run_id).data.tags["replay_result"] == "differs"
+
+
+def test_checkpoints_are_compared_as_far_as_both_runs_kept_them(replayed, monkeypatch) -> None:
+    place, first, again = replayed
+    runs = [run.tags["finetune_run_id"] for run in (first, again)]
+    with place.active():
+        known = {run_id: logged_models(run_id) for run_id in runs}
+        last = sorted(known[runs[1]])[-1]
+        known[runs[1]] = {last: known[runs[1]][last]}  # as keep_checkpoints=best leaves it
+        monkeypatch.setattr(replay, "logged_models", known.__getitem__)
+        assert dict(replay._compare("finetune", *runs))["checkpoints"] == ""
+        weights = artifact_path(runs[1], last) / WEIGHTS
+        kept = weights.read_bytes()
+        try:
+            weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+            found = dict(replay._compare("finetune", *runs))["checkpoints"]
+        finally:
+            weights.write_bytes(kept)
+        assert found == "1 of 1 checkpoints differ"
+        known[runs[1]] = {}
+        assert "checkpoints" not in dict(replay._compare("finetune", *runs))
 
 
 @pytest.mark.parametrize(
