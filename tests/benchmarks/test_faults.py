@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from places import Place
 
-from attribution.cli.main import run_command
 from benchmarks import faults
 
 NewPlace = Callable[..., Place]
@@ -22,12 +21,10 @@ pytestmark = pytest.mark.slow
 def test_commands_stopped_at_random_moments_lose_nothing(
     new_place: NewPlace, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The short version of `python -m benchmarks faults`; what is not disturbed runs in this process."""
-    flags = new_place("faults").argv("finetune")
-    small = dict(flag[2:].split("=") for flag in flags)
-    monkeypatch.setattr(
-        faults, "SETTINGS", small
-    )  # how workers end: tests/runtime/test_parallel.py
+    """The short version of `python -m benchmarks faults`."""
+    small = dict(flag[2:].split("=") for flag in new_place("faults").argv("finetune"))
+    # How workers end: tests/runtime/test_parallel.py
+    monkeypatch.setattr(faults, "SETTINGS", small)
     monkeypatch.setattr(faults, "COMMANDS", {"finetune": {}})
     start = faults.Place.start
 
@@ -39,17 +36,6 @@ def test_commands_stopped_at_random_moments_lose_nothing(
                 store.execute("UPDATE experiments SET artifact_location = ?", (location,))
                 store.commit()
 
-    def undisturbed(command: str, backend: str) -> tuple[int, dict[str, str]]:
-        with faults.new_place(command, backend) as place, monkeypatch.context() as patch:
-            add_tables(place)
-            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place.folder}/mlflow.db")
-            patch.setenv("TRAK_ABLATION_CACHE", str(place.folder / "cache"))
-            assert run_command(command, flags) == 0
-            expected = place.results()
-        assert any("logits.npz" in name for name in expected)
-        return 2, expected  # its checkpoints are its units
-
-    monkeypatch.setattr(faults, "undisturbed", undisturbed)
     monkeypatch.setattr(faults.Place, "start", lambda place: (add_tables(place), start(place))[1])
     options = argparse.Namespace(
         backends=["local"], commands=["finetune"], kinds=["Ctrl-C"], trials=1, seed=3
