@@ -21,7 +21,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError, StoreFailure
 from attribution.models.checkpoints import checkpoint_name
-from attribution.runtime.cache_folder import alone, discard
+from attribution.runtime.cache_folder import alone, discard, size_of
 from attribution.runtime.pace import Pace
 from attribution.runtime.parallel import end_workers
 from attribution.runtime.progress import follow, say
@@ -88,7 +88,8 @@ class Command:
         for script in scripts.values():
             script.check(self.config, self.data)
         estimates = {n: script.estimate(self.config, self.data) for n, script in scripts.items()}
-        plan.check_disk(estimates, self.config, current_run().artifact_uri)
+        finished = sum(size_of(stage_folder(name, self.config, self.data)) for name in names)
+        plan.check_disk(estimates, self.config, current_run().artifact_uri, finished)
         seconds = plan.seconds_of(estimates, self.config, self.data.class_names)
         for line in plan.describe(estimates, reused, seconds, self.config):
             say(line)

@@ -151,15 +151,21 @@ def disk_need(estimates: Mapping[str, Estimate]) -> tuple[int, int]:
     return sum(estimate.work for estimate in estimates.values()) + kept, kept
 
 
-def check_disk(estimates: Mapping[str, Estimate], config: Config, artifact_uri: str) -> None:
+def check_disk(
+    estimates: Mapping[str, Estimate], config: Config, artifact_uri: str, finished: int = 0
+) -> None:
     """Refuse a command whose files will not fit on the disks of this machine.
+
+    Args:
+        finished: bytes of work that an interrupted command has left in cache_dir for this one.
 
     Raises:
         InputError: a disk has less room than the files that will lie on it at the same time.
     """
     most, kept = disk_need(estimates)
     copied = max((estimate.kept for estimate in estimates.values()), default=0)
-    wanted = [(Path(config.cache_dir), most - kept), (Path(tempfile.gettempdir()), copied)]
+    work = max(0, most - kept - finished)
+    wanted = [(Path(config.cache_dir), work), (Path(tempfile.gettempdir()), copied)]
     artifacts = local_root(artifact_uri)
     if artifacts:
         wanted.append((artifacts, kept))
@@ -173,9 +179,10 @@ def check_disk(estimates: Mapping[str, Estimate], config: Config, artifact_uri: 
         if total + SPARE > free:
             where = " and ".join(dict.fromkeys(str(folder) for folder, _ in parts))
             raise InputError(
-                f"cache_dir={config.cache_dir}: about {bytes_text(total)} are needed in {where}, "
-                f"but only {bytes_text(free)} are free; make room, name a cache_dir on another "
-                "disk, lower proj_dim, num_blocks or num_models, or use keep_features=no"
+                f"cache_dir={config.cache_dir}: about {bytes_text(total)}, and {bytes_text(SPARE)} to "
+                f"spare, are needed in {where}, but only {bytes_text(free)} are free; make room, name "
+                "a cache_dir on another disk, lower proj_dim, num_blocks or num_models, or use "
+                "keep_features=no"
             )
 
 

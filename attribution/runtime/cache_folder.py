@@ -42,6 +42,11 @@ def cache_folder(config: Config, *parts: str) -> Path:
     return folder
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 @contextmanager
 def alone(cache: Path, name: str, waiting: str) -> Iterator[None]:
     """Hold the lock with this name among the processes that share a cache folder.

@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch, where: str) -
     config = toy_config(cache_dir=str(tmp_path / "cache"))
     uri = (tmp_path / "mlruns" / "1").as_uri()
     check_disk({"trak": Estimate("", **{where: 1 << 30})}, config, uri)
-    with pytest.raises(InputError, match=r"cache_dir=.*about .* GiB .* 4\.0 GiB are free"):
+    with pytest.raises(InputError, match=r"cache_dir=.*about .* GiB, .* 4\.0 GiB are free"):
         check_disk({"trak": Estimate("", **{where: 4 << 30})}, config, uri)
 
 
@@ -159,6 +159,10 @@ def test_needs_of_stages_and_folders_on_one_disk_add_up(tmp_path: Path, monkeypa
         check_disk({"finetune": one, "trak": one}, config, uri)
     with pytest.raises(InputError, match="free"):
         check_disk({"finetune": Estimate("", work=1 << 30, kept=1 << 29)}, config, uri)
+    # What an interrupted command has finished lies there already.
+    check_disk({"finetune": one, "trak": one}, config, uri, finished=1 << 29)
+    with pytest.raises(InputError, match="free"):  # what is kept is written anew
+        check_disk({"finetune": Estimate("", kept=1 << 30)}, config, uri, finished=1 << 30)
     remote = Estimate("", work=1 << 30, kept=1 << 28)
     check_disk({"finetune": remote}, config, "s3://bucket/1")  # not a disk of this machine
 

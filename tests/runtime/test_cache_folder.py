@@ -18,6 +18,7 @@ from attribution.runtime.cache_folder import (
     cache_folder,
     discard,
     discard_unfinished,
+    size_of,
     writing,
 )
 from attribution.runtime.safe_files import atomic
@@ -99,3 +100,10 @@ def test_what_a_killed_process_had_begun_goes_and_what_is_whole_stays(tmp_path: 
     discard_unfinished(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["store.db"]
     assert whole.read_text() == "whole"
+
+
+def test_the_size_of_a_folder_is_that_of_all_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(bytes(1000))
+    (tmp_path / "a" / "other").write_bytes(bytes(23))
+    assert size_of(tmp_path / "a") == 1023 and size_of(tmp_path / "none") == 0
