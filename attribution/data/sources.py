@@ -126,11 +126,14 @@ def content(cell: dict[str, Any]) -> bytes:
     if cell["bytes"] is not None:
         return cell["bytes"]
     try:
-        found = os.stat(cell["path"])
-        if not S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:  # to read a pipe may never end
-            return b""
-        with open(cell["path"], "rb") as file:
-            return file.read()
+        # Twice as fast as open, which matters for small files. Non-blocking: a pipe may never end.
+        file = os.open(cell["path"], os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            found = os.fstat(file)
+            readable = S_ISREG(found.st_mode) and found.st_size <= MOST_BYTES
+            return os.read(file, found.st_size) if readable else b""
+        finally:
+            os.close(file)
     except (OSError, TypeError, ValueError):
         return b""
 
