@@ -43,8 +43,13 @@ def cache_folder(config: Config, *parts: str) -> Path:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 if there is none."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the files in a folder, 0 if there is none; another process may be moving some away."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += os.stat(os.path.join(parent, name)).st_size
+    return found
 
 
 @contextmanager

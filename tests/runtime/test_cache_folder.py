@@ -106,4 +106,5 @@ def test_the_size_of_a_folder_is_that_of_all_its_files(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").write_bytes(bytes(1000))
     (tmp_path / "a" / "other").write_bytes(bytes(23))
+    (tmp_path / "a" / "gone").symlink_to(tmp_path / "moved away")
     assert size_of(tmp_path / "a") == 1023 and size_of(tmp_path / "none") == 0
