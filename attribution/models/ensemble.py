@@ -48,7 +48,7 @@ class Ensemble:
 
     def _check(self, data: ImageData) -> None:
         logits, count = (
-            (self.train_logits, self.validation_logits, self.test_logits),
+            [self.train_logits, self.validation_logits, self.test_logits],
             len(self.masks),
         )
         shapes = [self.masks.shape, *(each.shape for each in logits)]

@@ -211,9 +211,8 @@ def removal_curves(table: pd.DataFrame) -> Figure:
     """Mean of each judged test metric by the share that an arm acts on, with 95 % intervals."""
     metrics = [m for m in judged_metrics(headline_of(table)) if f"{m}_mean" in table]
     figure = Figure(figsize=(WIDTH, 1 + 3.8 * len(metrics)), layout="constrained")
-    for axes, metric in zip(
-        figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True
-    ):
+    panels = figure.subplots(len(metrics), squeeze=False)[:, 0]
+    for axes, metric in zip(panels, metrics, strict=True):
         _curves(axes, table, metric)
     handles, names = figure.axes[0].get_legend_handles_labels()
     about = {"title": _plain(_pairs(table)), "title_fontsize": 8}
@@ -224,8 +223,7 @@ def removal_curves(table: pd.DataFrame) -> Figure:
 def _curves(axes: Axes, table: pd.DataFrame, metric: str) -> None:
     none = table[table["arm"] == "none"].iloc[0]
     axes.axhline(none[f"{metric}_mean"], color=NEUTRAL, linewidth=0.8, label="none")
-    ends = none[f"{metric}_ci_low"], none[f"{metric}_ci_high"]
-    axes.axhspan(*ends, color=NEUTRAL, alpha=0.12)
+    axes.axhspan(none[f"{metric}_ci_low"], none[f"{metric}_ci_high"], color=NEUTRAL, alpha=0.12)
     acted = table[table["n_removed"] > 0]
     lines = list(acted.groupby(["arm", "action"], sort=False))
     shares = 100 * acted["frac"]
@@ -242,8 +240,8 @@ def _curves(axes: Axes, table: pd.DataFrame, metric: str) -> None:
             linestyle="--" if action == "relabel" else "-",
             label=trial_name(arm, action),
         )  # fmt: skip
-    axes.set(xlabel="% of the training set acted on")
-    axes.set(ylabel=f"test {METRICS[metric].words}, 95 % interval")
+    label = f"test {METRICS[metric].words}, 95 % interval"
+    axes.set(xlabel="% of the training set acted on", ylabel=label)
 
 
 def _pairs(table: pd.DataFrame) -> str:
