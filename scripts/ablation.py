@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports that take seconds: --help needs
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 
 from attribution.cli import next_steps
@@ -36,6 +35,7 @@ from attribution.tracking.artifacts import address, artifact_path
 from attribution.tracking.job import Job, Upstream
 from attribution.tracking.links import arms_link
 from attribution.tracking.record import Record
+from attribution.tracking.run_lifecycle import experiment_of
 from attribution.tracking.stage_runs import lineage
 
 
@@ -144,5 +144,5 @@ def _say_next(done: Upstream, config: Config, trak_id: str) -> None:
             more = next_steps.advice(config, f"more seeds (--num_seeds {2 * config.num_seeds})")
             say(f"No arm is better than random removal. What may help: {more}.")
         next_steps.say_next("Images that a person should look at first:", suspects)
-    link = arms_link(mlflow.get_run(done.run_id).info.experiment_id, done.run_id)
+    link = arms_link(experiment_of(done.run_id), done.run_id)
     next_steps.say_next("To compare the arms in MLflow:", *next_steps.in_mlflow(link))

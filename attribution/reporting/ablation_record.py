@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 
 from attribution.data.dataset import ImageData
@@ -23,6 +22,7 @@ from attribution.tracking.artifacts import artifact_path, server_page
 from attribution.tracking.job import Job
 from attribution.tracking.links import arms_link, artifact_link, compare_link, run_link
 from attribution.tracking.record import Record
+from attribution.tracking.run_lifecycle import experiment_of
 from attribution.tracking.stage_runs import NOTE, newest
 
 # The figures of an arm that stand first: of the accuracy those without random, of the headline all.
@@ -71,8 +71,7 @@ def _write(job: Job, result: Comparison, folder: Path) -> None:
         del pictures["curves"]
     run_ids = {"ablation run": job.run_id}
     run_ids |= {f"{stage} run": run_id for stage, run_id in job.run_ids.items()}
-    experiments = {run_id: mlflow.get_run(run_id).info.experiment_id for run_id in run_ids.values()}
-    pages = {name: server_page(run_link(experiments[i], i)) for name, i in run_ids.items()}
+    pages = {name: server_page(run_link(experiment_of(i), i)) for name, i in run_ids.items()}
     report = ablation_html.Report(
         job.config,
         job.data,

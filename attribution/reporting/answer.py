@@ -33,23 +33,13 @@ def best(table: pd.DataFrame) -> pd.Series | None:
 
 def short(table: pd.DataFrame) -> str:
     """The best arm against random removal, and the best for the worst group where groups are known."""
-    return " ".join([sentences(table)[0], *_worst_group(table)])
+    return " ".join(_gains(table, best(table)))
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
     """The best and the worst arm against random removal, then the others that differ from it."""
-    rows = judged(table)
-    if rows.empty:
-        return ["No arm was compared with random removal."]
-    found = []
-    top, metric = best(table), headline_of(table)
-    if top is None:
-        found.append(
-            f"No arm was shown to raise test {METRICS[metric].words} more than random removal."
-        )
-    else:
-        found.append(_effect(top, "raised"))
-    found += _worst_group(table)
+    rows, top, metric = judged(table), best(table), headline_of(table)
+    found = _gains(table, top)
     worse = rows[rows["verdict"] == WORSE]
     if not worse.empty:
         found.append(_effect(worse.loc[worse[f"{metric}_vs_random"].idxmin()], "lowered"))
@@ -69,6 +59,19 @@ def sentences(table: pd.DataFrame) -> list[str]:
     return found
 
 
+def _gains(table: pd.DataFrame, top: pd.Series | None) -> list[str]:
+    """What the best arm gained, and what the worst group gained where groups are known."""
+    if judged(table).empty:
+        return ["No arm was compared with random removal."]
+    if top is not None:
+        return [_effect(top, "raised"), *_worst_group(table)]
+    return [_no_gain(headline_of(table)), *_worst_group(table)]
+
+
+def _no_gain(metric: str) -> str:
+    return f"No arm was shown to raise test {METRICS[metric].words} more than random removal."
+
+
 def _worst_group(table: pd.DataFrame) -> list[str]:
     """A sentence on the arm with the largest gain for the worst group, if groups are known and one gains."""
     metric = "worst_group_accuracy"
@@ -77,7 +80,7 @@ def _worst_group(table: pd.DataFrame) -> list[str]:
         return []
     rows = rows[[verdict(row, metric) == BETTER for _, row in rows.iterrows()]]
     if rows.empty:
-        return [f"No arm was shown to raise test {METRICS[metric].words} more than random removal."]
+        return [_no_gain(metric)]
     row = rows.loc[rows[f"{metric}_vs_random"].idxmax()]
     return [_effect(pd.Series({**row, "metric": metric}), "raised")]
 

@@ -21,7 +21,7 @@ from mlflow.utils.uri import append_to_uri_path
 
 from attribution.errors import InputError, reason
 from attribution.tracking.links import model_link, run_link
-from attribution.tracking.run_lifecycle import find_run
+from attribution.tracking.run_lifecycle import experiment_of, find_run
 
 
 def local_root(artifact_uri: str) -> Path | None:
@@ -33,8 +33,7 @@ def local_root(artifact_uri: str) -> Path | None:
 
 def logged_models(run_id: str) -> dict[str, LoggedModel]:
     """The models that a run logged and still has, by name."""
-    where = [mlflow.get_run(run_id).info.experiment_id]
-    terms = f"source_run_id = '{run_id}'"
+    where, terms = [experiment_of(run_id)], f"source_run_id = '{run_id}'"
     found = mlflow.search_logged_models(where, filter_string=terms, output_format="list")
     return {model.name: model for model in sorted(found, key=lambda model: model.name)}
 
@@ -89,8 +88,7 @@ def address(run_id: str, path: str = "") -> str:
     if root:
         return str(root / inner)
     model = logged_models(run_id).get(path)
-    experiment_id = mlflow.get_run(run_id).info.experiment_id
-    link = model_link(model) if model else run_link(experiment_id, run_id, path)
+    link = model_link(model) if model else run_link(experiment_of(run_id), run_id, path)
     return server_page(link) or f"runs:/{run_id}/{path}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from attribution.stages import STAGES
 ESTIMATOR_VERSION = 7
 
 
+@lru_cache(maxsize=32)  # a command asks often, and a model folder is read whole
 def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     """Hash of all that a stage's result depends on, its upstream stages included.
 

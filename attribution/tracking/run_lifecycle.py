@@ -41,6 +41,11 @@ def find_run(run_id: str) -> Run | None:
     return run if run.info.lifecycle_stage == "active" else None
 
 
+def experiment_of(run_id: str) -> str:
+    """The id of a run's experiment."""
+    return mlflow.get_run(run_id).info.experiment_id
+
+
 @contextmanager
 def open_run(**options: Any) -> Iterator[Any]:
     """Open a run that ends as its block does: FINISHED, KILLED by a signal, or FAILED by an error.

@@ -14,7 +14,14 @@ from attribution.reporting.ablation_record import MOST_ARMS
 
 @pytest.mark.parametrize("count", [3, 300])
 def test_the_note_of_very_many_arms_is_whole(count: int) -> None:
-    none = {"arm": "none", "action": "remove", "frac": 0.0, "n_removed": 0, "metric": "accuracy"}
+    none = {
+        "arm": "none",
+        "action": "remove",
+        "frac": 0.0,
+        "n_removed": 0,
+        "metric": "accuracy",
+        "verdict": "",
+    }
     arms = [{**none, "frac": i / 1000, "accuracy_mean": i / count} for i in range(count)]
     runs = [f"{i:032x}" for i in range(count)]
     job = SimpleNamespace(experiment_id="7", run_id="b" * 32, run_ids={"trak": "a" * 32})
