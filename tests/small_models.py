@@ -385,7 +385,6 @@ class Added(nn.Module):
         self.how, self.row, self.head = how, nn.Linear(4, 4), nn.Linear(20, 3)
         shape = {"to tokens": (1, 4), "indexed": (3, 4), "a matrix": (5, 4), "a scalar": ()}
         self.p = nn.Parameter(torch.randn(shape.get(how, (1, 5, 4)), dtype=torch.float64))
-        self.gate = 0.0 if how == "gated" else 1.0
         self.double().eval()
 
     def forward(self, x):
@@ -396,8 +395,6 @@ class Added(nn.Module):
             x = x + self.p.flip(0)
         elif self.how == "indexed":
             x = x + self.p[torch.tensor([0, 2, 2, 1, 0])]
-        elif self.how == "gated":
-            x = x + self.gate * torch.sin(x * self.p[0])
         elif self.how == "twice":
             x = x * self.p + self.p[:1]
         elif self.how != "unused":

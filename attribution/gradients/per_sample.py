@@ -3,13 +3,12 @@
 In eval mode the samples of a batch do not mix, so the backward pass of the summed margins
 gives, at every layer, each sample's own output gradient. A weight's per-sample gradient is
 then a sum over positions t of outer products, G = sum_t delta_t x a_t. A parameter without
-such a rule (a class token, a layer scale) is copied once per sample, by vmap or in a shape that
-the model broadcasts.
+such a rule (a class token, a layer scale) is copied once per sample by vmap.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,12 +23,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from attribution.gradients.errors import GradientError
 from attribution.gradients.layer_rules import COVERED, Call, Stray
-
-# Images that copies are tried on: a number that few dimensions of a model have, so that none of them
-# is mistaken for the batch.
-TRIAL = 5
-# Dimensions of one that a copy gets before and after its own: for tokens, for channels last and first.
-ORDERS = ((1, 0), (0, 0), (2, 0), (0, 2))
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,20 +81,18 @@ def capture(
     images: Tensor,
     labels: Tensor,
     receive: Callable[[Call | Stray], None] | None = None,
-    copies: Mapping[str, tuple[int, ...]] | None = None,
     call_type: type[Call] = Call,
     logits_of: Callable[[Tensor], Tensor] | None = None,
 ) -> Captured:
     """Record one forward and one backward pass of the summed margins; images (B, ...), labels (B,).
 
     The model is called as model(images) and may return logits (B, C) or an object with `.logits`.
-    The parameters of trained_parameters count. One without a rule takes B times its own memory, and
-    the model runs under vmap unless `copies` says otherwise.
+    The parameters of trained_parameters count. With one that has no rule the model runs under vmap,
+    and that parameter takes B times its own memory.
 
     Args:
         receive: is given each call as soon as the backward pass has reached it, last layer first.
             The call is then released, so that memory stays that of a training step.
-        copies: the shape of a sample's copy of each parameter without a rule, as copy_shapes finds it.
         call_type: what a call is recorded as.
         logits_of: called in place of the model; it runs the model's layers that are trained.
 
@@ -112,8 +103,6 @@ def capture(
     """
     shapes = {name: p.shape for name, p in trained_parameters(model).items()}
     layers, strays = layers_of(model)
-    copies = copies or {}
-    under_vmap = copies.keys() != strays.keys()
     calls: list[Call] = []
     used: list[Call | Stray] = []
 
@@ -129,7 +118,7 @@ def capture(
         source = output if output.requires_grad else output.detach().requires_grad_()
         source.register_hook(partial(keep, call))
         # A copy where the graph starts or vmap holds a view: the model may write into outputs.
-        return source if source is output and not under_vmap else source.clone()
+        return source if source is output and not strays else source.clone()
 
     def keep(call: Call | Stray, delta: Tensor) -> None:
         call.delta = delta.detach()
@@ -145,14 +134,12 @@ def capture(
     with _requiring_grad(model, False), torch.enable_grad():
         own = {}
         for name, p in strays.items():
-            shape = p.shape if under_vmap else copies[name]
-            own[name] = p.detach().reshape(shape).expand(len(images), *shape).requires_grad_()
+            own[name] = p.detach().expand(len(images), *p.shape).requires_grad_()
             own[name].register_hook(partial(keep, Stray({"weight": name})))
-        if under_vmap:
+        if strays:
             logits = _run_under_vmap(model, images.detach(), layers, record, own)
         else:
-            run = partial(functional_call, model, own) if own else logits_of or model
-            logits = _run(run, images.detach(), layers, record)
+            logits = _run(logits_of or model, images.detach(), layers, record)
         _check_labels(logits, labels, least, most)
         _check_calls(model, layers.keys(), calls)
         f = margins(logits.double() if logits.dtype == torch.float64 else logits.float(), labels)
@@ -298,62 +285,6 @@ def _has_rule(module: nn.Module) -> bool:
         # MultiheadAttention reads this Linear's weight, and does not call it.
         and not isinstance(module, NonDynamicallyQuantizableLinear)
     )
-
-
-def copy_shapes(model: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]] | None:
-    """Find shapes in which the model takes one copy per sample of each parameter without a rule.
-
-    Features then take a fifth less time than under vmap (ViT of width 192 at 224). Most such parameters
-    have a first dimension of one for the batch, or are vectors of an activation's channels. A few
-    shapes are tried on random images like these (B, ...), and taken if logits and gradients are
-    those found under vmap.
-
-    Returns:
-        The shapes, or None if there are none, or if a parameter's gradient is zero: it could not
-        tell right shapes from wrong ones.
-    """
-    strays = layers_of(model)[1]
-    if not strays or not images.is_floating_point():
-        return None
-    generator = torch.Generator().manual_seed(0)
-    few = torch.randn(TRIAL, *images.shape[1:], generator=generator, dtype=images.dtype)
-    few = few.to(images.device)
-    try:
-        expected = _logits_and_strays(model, few)
-    except Exception:  # of any kind: the model may refuse random images
-        return None
-    if not all(values.any() for values in expected.values()):
-        return None
-    for before, after in ORDERS:
-        shapes = {
-            name: tuple(p.shape[1:])
-            if p.dim() > 1 and len(p) == 1
-            else (1,) * before + tuple(p.shape) + (1,) * after
-            for name, p in strays.items()
-        }
-        try:
-            found = _logits_and_strays(model, few, shapes)
-        except Exception:  # of any kind: the model cannot broadcast these shapes
-            continue
-        if all(_is_close(found[name], value, 1e-4) for name, value in expected.items()):
-            return shapes
-    return None
-
-
-def _logits_and_strays(
-    model: nn.Module, images: Tensor, copies: Mapping[str, tuple[int, ...]] | None = None
-) -> dict[str, Tensor]:
-    """Logits (B, C) under "", and gradients (B, n) of parameters without a rule by name."""
-    found: dict[str, Tensor] = {}
-
-    def receive(call: Call | Stray) -> None:
-        if isinstance(call, Stray):
-            found.update(call.vectors())
-
-    labels = torch.arange(len(images), device=images.device) % 2
-    with torch.autocast(images.device.type, enabled=False):
-        found[""] = capture(model, images, labels, receive, copies).logits
-    return found
 
 
 def _is_close(found: Tensor, expected: Tensor, tolerance: float, least: float = 0.0) -> bool:

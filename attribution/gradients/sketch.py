@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attribution.gradients.errors import GradientError
 from attribution.gradients.layer_rules import Call, Stray, steps
-from attribution.gradients.per_sample import Captured, capture, copy_shapes, trained_parameters
+from attribution.gradients.per_sample import Captured, capture, trained_parameters
 
 # Floats of a CPU core's buffers for Fourier transforms, which should stay in its own cache.
 WAVE_SCRATCH = 2**19
@@ -110,7 +110,6 @@ class Sketch:
         self.proj_dim, self.seed, self.dtype = proj_dim, seed, dtype
         self.num_blocks, self.gpu_kernels = num_blocks, gpu_kernels
         self._tables: dict[tuple, object] = {}
-        self._copies: WeakKeyDictionary[nn.Module, dict[tuple, dict | None]] = WeakKeyDictionary()
         self._call_types: WeakKeyDictionary[nn.Module, type[Call]] = WeakKeyDictionary()
 
     def features(
@@ -130,9 +129,9 @@ class Sketch:
         """
         shapes = {name: p.shape for name, p in trained_parameters(model).items()}
         sums = self._start(len(images), next(model.parameters()), shapes)
-        copies, call_type = self._copies_of(model, images), self._call_type(model, images, labels)
+        call_type = self._call_type(model, images, labels)
         captured = capture(
-            model, images, labels, lambda call: self._add(call, sums), copies, call_type, logits_of
+            model, images, labels, lambda call: self._add(call, sums), call_type, logits_of
         )
         return self._finish(sums), captured.margins
 
@@ -142,15 +141,6 @@ class Sketch:
         for call in captured.calls:
             self._add(call, sums)
         return self._finish(sums)
-
-    def _copies_of(self, model: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]] | None:
-        """copy_shapes, found once for a model, its parameters' shapes and the images' shape and type."""
-        known = self._copies.setdefault(model, {})
-        parameters = tuple((name, p.shape) for name, p in trained_parameters(model).items())
-        key = images.shape[1:], images.dtype, images.device, parameters
-        if key not in known:
-            known[key] = copy_shapes(model, images)
-        return known[key]
 
     def _call_type(self, model: nn.Module, images: Tensor, labels: Tensor) -> type[Call]:
         """The plain Call; on a GPU that of the kernels, if they pass a comparison on two images."""

@@ -11,7 +11,6 @@ from small_models import (
     ARCHITECTURES,
     MIXED,
     ROUTES,
-    Added,
     Image,
     Twice,
     assert_features_are_the_projected_gradients,
@@ -28,7 +27,7 @@ from torch import nn
 
 from attribution.gradients.errors import GradientError
 from attribution.gradients.layer_rules import Call, hashing_pays
-from attribution.gradients.per_sample import TRIAL, capture
+from attribution.gradients.per_sample import capture
 from attribution.gradients.sketch import Sketch, dealt
 
 torch.set_num_threads(1)  # the tensors are tiny; threads would only wait for each other
@@ -213,11 +212,8 @@ def test_streamed_features_are_the_projected_gradients_and_unbiased() -> None:
     captured = capture(model, images, labels)
     inner = flat(captured.per_sample())
     inner, k, n, products = inner @ inner.T, 64, 100, []
-    known = Sketch(k)
-    known._copies_of(model, images)
     for seed in range(n):
         sketch = Sketch(k, seed, torch.float64)
-        sketch._copies = known._copies  # found once
         features, margins = sketch.features(model, images, labels)
         products.append(features @ features.T)
     torch.testing.assert_close(features, Sketch(k, seed, torch.float64).project(captured))
@@ -228,30 +224,9 @@ def test_streamed_features_are_the_projected_gradients_and_unbiased() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_features_with_copies_are_the_projected_gradients(name: str) -> None:
+def test_features_of_every_architecture_are_the_projected_gradients(name: str) -> None:
     model, (images, labels) = tiny(name), images_of(name)
     sketch = Sketch(61, 1, torch.float64, num_blocks=3)
-    assert bool(sketch._copies_of(model, images)) == (name in ("ViT", "DeiT", "Beit"))
-    assert_features_are_the_projected_gradients(sketch, model, images, labels)
-
-
-def test_no_copies_of_a_parameter_that_the_trial_s_margins_do_not_depend_on() -> None:
-    torch.manual_seed(0)
-    model, (images, labels) = Added("gated"), batch(8, (TRIAL, 2, 2), 3)
-    sketch = Sketch(61, 1, torch.float64)
-    assert sketch._copies_of(model, images) is None
-    model.gate = 0.5
-    assert_features_are_the_projected_gradients(sketch, model, images, labels)
-
-
-def test_copies_are_tried_again_for_parameters_of_another_shape() -> None:
-    torch.manual_seed(0)
-    model, (images, labels) = Added("plain"), batch(8, (TRIAL, 2, 2), 3)
-    sketch = Sketch(61, 1, torch.float64)
-    first = sketch._copies_of(model, images)
-    assert first == {"p": (5, 4)} and sketch._copies_of(model, images) is first
-    model.p = nn.Parameter(torch.randn(1, 1, 4, dtype=torch.float64))
-    assert sketch._copies_of(model, images) is not first
     assert_features_are_the_projected_gradients(sketch, model, images, labels)
 
 
