@@ -20,8 +20,6 @@ COVERED = (nn.Conv2d, nn.Linear, *NORMS)
 # With at least this many positions the CPU's convolution library is faster than patches and a GEMM.
 # So it is with groups whose patches have at most SMALL_PATCH entries.
 LONG_MAP, SMALL_PATCH = 512, 9
-# With at least this many values per sample, PyTorch's own sums for a BatchNorm pay for one call each.
-LONG_NORM = 2**13
 # Floats of scratch memory per step: 8 MiB per core stay in a CPU's caches; a GPU wants large steps.
 CPU_SCRATCH, GPU_SCRATCH = 2**21, 2**26
 
@@ -52,11 +50,8 @@ class Call:
         wanted = [kind for kind in self.names if kind == "bias" or not self.has_matrix]
         if not wanted:
             return {}
-        if isinstance(self.module, nn.BatchNorm2d) and self._is_long():
-            parts = [self._batch_norm_sums()]
-        else:
-            slices = steps(len(self.input), self.input[0].numel(), self.input)
-            parts = [self._vectors(rows) for rows in slices]
+        slices = steps(len(self.input), self.input[0].numel(), self.input)
+        parts = [self._vectors(rows) for rows in slices]
         return {self.names[kind]: torch.cat([part[kind] for part in parts]) for kind in wanted}
 
     def _vectors(self, rows: slice) -> dict[str, Tensor]:
@@ -78,34 +73,6 @@ class Call:
             x = F.group_norm(x.to(delta.dtype), module.num_groups, eps=module.eps)
             sums["weight"] = total(delta * x)
         return sums
-
-    def _is_long(self) -> bool:
-        """Whether PyTorch's own sums for a BatchNorm are faster than `_vectors`, and as exact.
-
-        Where layouts differ they are rounded otherwise in bfloat16, and wrong for one image (torch 2.15).
-        """
-        x, weight = self.input, self.module.weight
-        return (
-            x.device.type == "cpu"
-            and x[0].numel() >= LONG_NORM
-            and (x.dtype, x.stride()) == (self.delta.dtype, self.delta.stride())
-            and weight.dtype in (torch.float32, torch.float64)
-        )
-
-    def _batch_norm_sums(self) -> dict[str, Tensor]:
-        """A BatchNorm's gradients by PyTorch's backward pass, one call per sample and no copies.
-
-        ResNet-18 at 224 in bfloat16: 1.5 ms per image instead of 8.5, a fifth of its features.
-        """
-        norm, backward = self.module, torch.ops.aten.native_batch_norm_backward
-        statistics = norm.weight.detach(), norm.running_mean, norm.running_var, None, None
-        rest = *statistics, False, norm.eps, (False, True, True)
-        pairs = zip(self.delta.split(1), self.input.split(1), strict=True)
-        found = [backward(delta, x, *rest)[1:] for delta, x in pairs]
-        return {
-            "weight": torch.stack([w for w, _ in found]),
-            "bias": torch.stack([b for _, b in found]),
-        }
 
     def _position_axes(self) -> tuple[int, ...]:
         """Dimensions of the input over which a bias is repeated."""
@@ -181,49 +148,17 @@ class Call:
             signs: (O,) and (patch,) that the entries are multiplied by.
             stride: at least a patch's length, which is the default.
         """
-        stride = stride or self.shape()[2]
-        if self.convolves():
-            return self._signed(self._by_convolution(rows), signs, stride)
-        if signs and self._has_small_factors():
-            return self._by_signed_patches(rows, signs, stride)
-        return self._signed(self._by_patches(rows), signs, stride)
-
-    def _has_small_factors(self) -> bool:
-        """Whether deltas and patches have fewer entries than their product, so that signing them is cheaper.
-
-        A convolution of 256 channels at 14x14 takes 2.4 ms per image, and 4.1 if its product is signed.
-        """
-        positions, outputs, patch = self.shape()
-        return positions * (outputs + self.groups * patch) <= outputs * patch
-
-    def _by_signed_patches(self, rows: slice, signs: tuple[Tensor, Tensor], stride: int) -> Tensor:
-        """The same as `products` by a GEMM of factors that are signed and padded first."""
-        windows = self.windows(rows)
-        of_rows, of_columns = (s.to(windows.dtype) for s in signs)
-        patches = windows.new_empty(*windows.shape[:4], stride)
-        entries = self._entries(patches)
-        torch.mul(windows, of_columns.view(entries.shape[4:]), out=entries)
-        deltas = self.deltas(rows).mT * of_rows.view(self.groups, -1, 1)
-        if deltas.dtype == torch.bfloat16:
-            deltas = deltas.contiguous()  # the layout in which oneDNN is fastest
-        return (deltas @ patches.flatten(2, 3)).flatten(1, 2)
-
-    def _signed(self, formed: Tensor, signs: tuple[Tensor, Tensor] | None, stride: int) -> Tensor:
-        """Gradients (b, O, kh, kw, channel), any strides, as `products` returns them."""
-        out = formed.new_empty(*formed.shape[:2], stride)
-        entries = self._entries(out)
-        if signs:
+        formed = self._by_convolution(rows) if self.convolves() else self._by_patches(rows)
+        patch = self.shape()[2]
+        out = formed.new_empty(*formed.shape[:2], stride or patch)
+        out[..., patch:] = 0
+        entries = out[..., :patch].unflatten(-1, self.patch_shape())
+        if signs is None:
+            entries.copy_(formed)
+        else:
             of_rows, of_columns = (s.to(out.dtype) for s in signs)
             torch.mul(formed, (of_rows[:, None] * of_columns).view(formed.shape[1:]), out=entries)
-        else:
-            entries.copy_(formed)
         return out
-
-    def _entries(self, rows: Tensor) -> Tensor:
-        """Patches (..., kh, kw, channel) at the start of rows (..., stride), which end with zeros."""
-        patch = self.shape()[2]
-        rows[..., patch:] = 0
-        return rows[..., :patch].unflatten(-1, self.patch_shape())
 
     def _by_convolution(self, rows: slice) -> Tensor:
         """Weight gradients (b, O, kh, kw, channel) by one backward call of the convolution per sample."""
