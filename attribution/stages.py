@@ -77,6 +77,7 @@ An ensemble of checkpoints. Each one was trained on its own random part of the t
 - Every checkpoint is a model: `mlflow.transformers.load_model` and `mlflow.pyfunc.load_model` take its
   address, such as `runs:/RUN_ID/checkpoint_000`, and `from_pretrained` its folder
 - **Artifacts**: `training/curves.png` shows all curves
+- Under `checkpoint_epochs`, epochs of one training run (tag `training_run`) saw the same part
 - Next: the *trak* run scores the training examples with these checkpoints
 """,
     ),

@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the imports that take seconds: --help needs
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -30,12 +29,10 @@ from attribution.models import checkpoints
 from attribution.models.checkpoints import Finetuned, checkpoint_name
 from attribution.models.ensemble import Ensemble
 from attribution.models.model_facts import parameter_count
-from attribution.reporting import figures, mlflow_notes
+from attribution.reporting import figures
 from attribution.runtime.progress import say
-from attribution.stages import STAGES
 from attribution.tracking.artifacts import address, artifact_path
 from attribution.tracking.job import Job, Upstream
-from attribution.tracking.links import curves_link, models_link
 from attribution.tracking.logged_models import TrainedModel
 from attribution.tracking.record import Record
 from attribution.tracking.stage_runs import NOTE
@@ -113,11 +110,6 @@ def record(job: Job, result: Finetuned) -> Record:
             write=write,
             note=lambda _: GIVEN_NOTE,
         )
-    name, view = mlflow_notes.curves_view(
-        job.run_id,
-        f"Curves of {job.run_name}",
-        [checkpoints.run_name(job.config, r) for r in range(len(result.runs))],
-    )
     return Record(
         metrics=result.members.metrics(job.data) | result.test,
         series=[
@@ -129,21 +121,7 @@ def record(job: Job, result: Finetuned) -> Record:
         ],
         models=_models(job.data, result, _origins(job.config, result)),
         write=write,
-        note=partial(_note, job),
-        experiment_tags={name: view},
     )
-
-
-def _note(job: Job, _: list[str]) -> str:
-    """The note of the stage, below links to its curves and its models."""
-    links = {
-        "curves of all checkpoints": curves_link(job.experiment_id, job.run_id),
-        "models": models_link(job.experiment_id),
-    }
-    first = " · ".join(f"[{text}]({to})" for text, to in links.items())
-    shared = "- Epochs of one training run (tag `training_run`) saw the same part\n"
-    more = shared if job.config.checkpoint_epochs else ""
-    return f"{first}\n\n{STAGES['finetune'].note}{more}"
 
 
 def _models(

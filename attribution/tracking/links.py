@@ -38,16 +38,6 @@ def compare_link(experiment_id: str, run_ids: Sequence[str]) -> str:
     return f"#/compare-runs?runs={runs}&experiments={experiments}&{TRAINING}"
 
 
-def models_link(experiment_id: str) -> str:
-    """The table of an experiment's models."""
-    return f"#/experiments/{experiment_id}/models?{TRAINING}"
-
-
-def curves_link(experiment_id: str, run_id: str) -> str:
-    """The charts in which the curves of a run's checkpoints lie over one another."""
-    return f"{arms_link(experiment_id, run_id)}&compareRunsMode=CHART"
-
-
 def arms_link(experiment_id: str, run_id: str) -> str:
     """The table of an ablation's arms, the highest accuracy first."""
     return f"#/experiments/{experiment_id}/runs?{TRAINING}&viewStateShareKey={run_id}"

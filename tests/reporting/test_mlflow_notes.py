@@ -5,7 +5,6 @@ Screenshots of every page go to the folder that TRAK_ABLATION_SCREENSHOTS names,
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -250,16 +249,6 @@ def test_the_description_of_an_ablation_shows_its_figure(ui, page, shoot) -> Non
     figure = page.locator("img[src^='get-artifact']")
     assert figure.evaluate("image => image.decode().then(() => image.naturalWidth)") > 400
     shoot("ablation-figure")
-
-
-def test_the_view_of_curves_has_every_checkpoint_in_each_chart() -> None:
-    name, view = mlflow_notes.curves_view("r1", "Curves", ["checkpoint_000", "checkpoint_001"])
-    assert name == "mlflow.sharedViewState.r1"
-    state = json.loads(json.loads(view)["state"])
-    assert [chart["selectedMetricKeys"] for chart in state["compareRunCharts"]] == [
-        [f"checkpoint_000/{key}", f"checkpoint_001/{key}"] for key in mlflow_notes.CURVES
-    ]
-    assert state["searchFilter"] == "attributes.run_id = 'r1'"
 
 
 def test_figure_and_table_are_shown_among_the_artifacts(ui, page, shoot) -> None:
