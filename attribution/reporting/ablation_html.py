@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from attribution.config import Config
@@ -32,57 +30,46 @@ CLASSES = 30  # classes shown: those with the largest differences
 TONES = {BETTER: "good", WORSE: "bad"}
 
 
-@dataclass(frozen=True)
-class Report:
-    """Everything that the page shows.
+def page(
+    config: Config,
+    data: ImageData,
+    comparison: Comparison,
+    figures: dict[str, Path],
+    runs: dict[str, tuple[str, str]],
+    versions: dict[str, Any],
+) -> str:
+    """The whole page as HTML.
 
-    Attributes:
-        comparison: the result of the ablation stage.
+    Args:
         figures: files of the figures 'comparison' and, if more than one share was tried, 'curves'.
-        quality: the table of `evaluate` for the same scores, if there is one.
-        run_ids: ids of this run and of those that it builds on, by name ('trak run').
-        run_pages: their addresses on the tracking server, if there is one.
+        runs: this run and those that it builds on, by name ('trak run'): the id, and the address on the
+            tracking server, which is empty without one.
         versions: from machine.hardware.
     """
-
-    config: Config
-    data: ImageData
-    comparison: Comparison
-    figures: dict[str, Path]
-    quality: pd.DataFrame | None
-    run_ids: dict[str, str]
-    versions: dict[str, Any]
-    run_pages: dict[str, str] = field(default_factory=dict)
-
-
-def page(report: Report) -> str:
-    """The whole page as HTML."""
-    data, table = report.data, report.comparison.table
+    table = comparison.table
     metric = headline_of(table)
     others, means = terminal.other_metrics(table)
-    figures = {name: embedded(path.read_bytes()) for name, path in report.figures.items()}
+    pictures = {name: embedded(path.read_bytes()) for name, path in figures.items()}
     return html.render(
         "report",
-        dataset=Path(report.config.dataset).name,
+        dataset=Path(config.dataset).name,
         answer=answer.sentences(table),
-        contrasts=answer.contrasts(report.comparison.contrasts),
-        sentences=_sentences(report.config, data, table),
-        about_metric=headline(report.config, data.labels("train"), data.class_names)[1],
+        contrasts=answer.contrasts(comparison.contrasts),
+        sentences=_sentences(config, data, table),
+        about_metric=headline(config, data.labels("train"), data.class_names)[1],
         warnings=answer.warnings(table),
         comparisons=[_comparison(table, m) for m in judged_metrics(metric) if f"{m}_mean" in table],
         other_metrics=others,
         means=means,
         power=terminal.power(table),
-        figure=figures["comparison"],
-        curves=figures.get("curves"),
-        classes=_classes(report.comparison.per_class),
-        arms=_arms(data, report.comparison),
-        quality=_quality(report.quality) if report.quality is not None else None,
+        figure=pictures["comparison"],
+        curves=pictures.get("curves"),
+        classes=_classes(comparison.per_class),
+        arms=_arms(data, comparison),
         explained={arm: ARM_SPECS[arm].about for arm in table["arm"]},
-        run_ids=report.run_ids,
-        run_pages=report.run_pages,
-        settings=report.config.group("data", "training", "finetune", "trak", "ablation"),
-        versions=report.versions,
+        runs=runs,
+        settings=config.group("data", "training", "finetune", "trak", "ablation"),
+        versions=versions,
         n_seeds=int(table["n_seeds"].iloc[0]),
         n_test=len(data.rows("test")),
     )
@@ -195,24 +182,3 @@ def _arm(
         "per_class": sorted(per_class.items(), key=lambda item: -item[1]),
         "tiles": html.tiles(data, shown, value),
     }
-
-
-def _quality(table: pd.DataFrame) -> dict[str, Any]:
-    """The table of `evaluate`, and a sentence on how to read it."""
-    ceiling = table["noise_ceiling"].iloc[0]
-    rows = [
-        {
-            "method": row["method"],
-            "lds": terminal.interval(row, "lds", ".3f"),
-            "share": terminal.share_of_ceiling(row),
-            "auroc": terminal.interval(row, "auroc", ".3f"),
-        }
-        for _, row in table.iterrows()
-    ]
-    sentence = (
-        "LDS is the rank correlation between the predicted and the measured margins of models "
-        "trained on random subsets: the mean over validation images, with a 95 % interval."
-    )
-    if np.isfinite(ceiling):
-        sentence += f" No method can get much above the noise ceiling of {ceiling:.3f}."
-    return {"rows": rows, "sentence": sentence}

@@ -5,10 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
-
 from attribution.data.dataset import ImageData
-from attribution.errors import InputError
 from attribution.experiments.arms import kept_table, trial_name
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.names import ARM_SPECS
@@ -17,13 +14,12 @@ from attribution.experiments.statistics import detection_metrics
 from attribution.experiments.verdicts import BETTER, CONTROLS, headline_of, verdict
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
-from attribution.runtime.progress import say
-from attribution.tracking.artifacts import artifact_path, server_page
+from attribution.tracking.artifacts import server_page
 from attribution.tracking.job import Job
 from attribution.tracking.links import arms_link, artifact_link, compare_link, run_link
 from attribution.tracking.record import Record
 from attribution.tracking.run_lifecycle import experiment_of
-from attribution.tracking.stage_runs import NOTE, newest
+from attribution.tracking.stage_runs import NOTE
 
 # The figures of an arm that stand first: of the accuracy those without random, of the headline all.
 HEADLINE = (
@@ -69,30 +65,13 @@ def _write(job: Job, result: Comparison, folder: Path) -> None:
     figures.save(figures.removal_curves(result.table), pictures["curves"])
     if len(job.config.fracs) == 1:  # a curve of one share shows nothing
         del pictures["curves"]
-    run_ids = {"ablation run": job.run_id}
-    run_ids |= {f"{stage} run": run_id for stage, run_id in job.run_ids.items()}
-    pages = {name: server_page(run_link(experiment_of(i), i)) for name, i in run_ids.items()}
-    report = ablation_html.Report(
-        job.config,
-        job.data,
-        result,
-        figures=pictures,
-        quality=_quality(job.run_ids["trak"]),
-        run_ids=run_ids,
-        run_pages={name: page for name, page in pages.items() if page},
-        versions=machine.hardware(),
-    )
-    (folder / "report.html").write_text(ablation_html.page(report), encoding="utf-8")
-
-
-def _quality(trak_id: str) -> pd.DataFrame | None:
-    """The table of the newest `evaluate` of these scores; None if there is none."""
-    run_id = newest("evaluate", {"trak_run_id": trak_id})
-    try:
-        return pd.read_csv(artifact_path(run_id, "evaluation.csv")) if run_id else None
-    except InputError as error:  # the report says that nothing was measured
-        say(f"ablation: {error}")
-        return None
+    ids = {"ablation": job.run_id, **job.run_ids}
+    runs = {
+        f"{stage} run": (run_id, server_page(run_link(experiment_of(run_id), run_id)))
+        for stage, run_id in ids.items()
+    }
+    page = ablation_html.page(job.config, job.data, result, pictures, runs, machine.hardware())
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> Record:

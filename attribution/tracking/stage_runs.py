@@ -54,7 +54,12 @@ def find_finished(stage: str, config: Config, data: ImageData) -> str | None:
 
     A run that was built on one that is gone does not count.
     """
-    for run in _finished(stage, {"fingerprint": fingerprint(stage, config, data)}):
+    terms = f"tags.stage = '{stage}' and tags.fingerprint = '{fingerprint(stage, config, data)}'"
+    for run in mlflow.MlflowClient().search_runs(
+        [current_run().experiment_id],
+        f"{terms} and attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+    ):
         if _has_upstream(run) and is_whole(stage, run.info.run_id, config):
             return run.info.run_id
     return None
@@ -91,12 +96,6 @@ def _has_upstream(run: Run) -> bool:
     return all(find_run(run_id) for run_id in ids if run_id)
 
 
-def newest(stage: str, tags: dict[str, str]) -> str | None:
-    """The id of the newest FINISHED run of a stage with these tags in the active experiment."""
-    runs = _finished(stage, tags)
-    return next((run.info.run_id for run in runs if "fingerprint" in run.data.tags), None)
-
-
 def newest_lineages() -> Iterator[dict[str, str]]:
     """The lineages of the newest FINISHED runs of the active experiment, one after the other."""
     for run in mlflow.MlflowClient().search_runs(
@@ -108,15 +107,6 @@ def newest_lineages() -> Iterator[dict[str, str]]:
         found = lineage(run.data.tags.get("reused_run_id", run.info.run_id))
         if found:
             yield found
-
-
-def _finished(stage: str, tags: dict[str, str]) -> list[Any]:
-    terms = [f"tags.{name} = '{value}'" for name, value in {"stage": stage, **tags}.items()]
-    return mlflow.MlflowClient().search_runs(
-        [current_run().experiment_id],
-        " and ".join([*terms, "attributes.status = 'FINISHED'"]),
-        order_by=["attributes.start_time DESC"],
-    )
 
 
 def is_whole(stage: str, run_id: str, config: Config) -> bool:

@@ -94,7 +94,7 @@ def trials_of(spec: dict[tuple[str, int, str], Any], n: int) -> list[Trial]:
 
 def made_page(
     folder: Path, spec: dict[tuple[str, int, str], Sequence[int]], names: Sequence[str],
-    quality: pd.DataFrame | None = None, curves: bool = True, action: str = "remove", **sizes: int,
+    curves: bool = True, action: str = "remove", **sizes: int,
 ) -> Made:  # fmt: skip
     """Args: spec: of (arm, size, action) how many of the first test images are right, by seed."""
     data = made_data(folder / "data", names, **sizes)
@@ -123,11 +123,11 @@ def made_page(
     contrasts = contrast(outcomes, [])
     table = comparison_table(outcomes)
     comparison = Comparison(outcomes, table, contrasts, effects, train, evidence)
-    report = ablation_html.Report(
-        toy_config(dataset=f"somewhere/{NASTY[1]}", action=action), data, comparison, figures, quality,
-        {"ablation run": "a0", "trak run": "t1", "finetune run": "f2"}, {"torch": NASTY[0]},
+    html = ablation_html.page(
+        toy_config(dataset=f"somewhere/{NASTY[1]}", action=action), data, comparison, figures,
+        {"ablation run": ("a0", ""), "trak run": ("t1", ""), "finetune run": ("f2", "")},
+        {"torch": NASTY[0]},
     )  # fmt: skip
-    html = ablation_html.page(report)
     return Made(parsed(html), data, trials, logits, comparison, html)
 
 
@@ -459,30 +459,7 @@ def test_baselines_alone_make_a_page(tmp_path) -> None:
     )
 
 
-def quality(ceiling: float) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "method": ["trak", "<i>loss</i>"], "noise_ceiling": ceiling, "lds": [0.5, np.nan],
-            "lds_ci_low": [0.4, np.nan], "lds_ci_high": [0.6, np.nan],
-            "lds_share_of_ceiling": [0.625, np.nan], "auroc": [0.9, 0.95],
-            "auroc_ci_low": [0.88, 0.9], "auroc_ci_high": [0.92, 1.0],
-        }
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("ceiling", [0.8, np.nan])
-def test_what_evaluate_found_is_told(tmp_path, ceiling: float) -> None:
-    made = made_page(tmp_path, SPEC, NASTY, quality(ceiling))
-    ((_, *rows),) = tables_after(made.tree, "How good is the attribution?")
-    assert rows == [
-        ["trak", "0.500 [0.400, 0.600]", "62 %", "0.900 [0.880, 0.920]"],
-        ["<i>loss</i>", "", "", "0.950 [0.900, 1.000]"],
-    ]
-    assert ("noise ceiling of 0.800" in made.tree.text) == np.isfinite(ceiling)
-    assert "Not measured" not in made.tree.text
-
-
-def test_without_evaluate_the_page_says_how_to_measure(made) -> None:
+def test_the_page_says_how_to_measure_the_scores(made) -> None:
     _, command = after(made.tree, "How good is the attribution?")
     assert command.text == "python -m scripts.evaluate --trak_run_id t1"
 
@@ -563,25 +540,6 @@ def test_an_explanation_of_a_folder_with_such_names(nasty, tmp_path) -> None:
             np.testing.assert_array_equal(image_of(figure.all("img")[0]), pixels)
     assert next(figures, None) is None
     assert all(" ".join(name.split()) in " ".join(result.out.split()) for name in names)
-
-
-@pytest.mark.slow
-def test_a_report_has_what_evaluate_found_of_the_same_scores(nasty) -> None:
-    place, folder, first = nasty
-    given = {"dataset": folder, "epochs": 1, "label_noise": 0.2}
-    made = place.done(
-        "evaluate", **given, num_subsets=10, num_repeats=1, methods="trak,loss,random"
-    )
-    assert made.tags["trak_run_id"] == first.tags["trak_run_id"]
-    second = place.done("ablation", **given, arms="loss")
-    rows = tables_after(
-        page_of(place, second.run_id, "report.html"), "How good is the attribution?"
-    )[0][1:]
-    table = pd.read_csv(place.artifacts(made.run_id) / "evaluation.csv").set_index("method")
-    assert [row[0] for row in rows] == ["trak", "loss", "random"]
-    assert rows[0][1].split()[0] == f"{table.loc['trak', 'lds']:.3f}"
-    # The first report was made before evaluate.
-    assert "Not measured" in page_of(place, first.run_id, "report.html").text
 
 
 def test_shares_that_are_written_alike_keep_their_columns(tmp_path) -> None:

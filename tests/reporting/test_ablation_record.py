@@ -1,4 +1,4 @@
-"""The note of an ablation's run, and the quality of the scores as far as it is known."""
+"""The note of an ablation's run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from attribution.errors import InputError
 from attribution.reporting import ablation_record
 from attribution.reporting.ablation_record import MOST_ARMS
 
@@ -32,15 +31,3 @@ def test_the_note_of_very_many_arms_is_whole(count: int) -> None:
     assert note.count("\n- **none") == shown
     assert ("and 260 more" in note) == (count == 300)
     assert "a" * 32 in note and "b" * 32 in note
-
-
-def test_a_report_is_made_where_the_table_of_evaluate_is_gone(monkeypatch, capsys) -> None:
-    def gone(run_id: str, path: str) -> None:
-        raise InputError(f"{path} is gone from run {run_id}")
-
-    monkeypatch.setattr(ablation_record, "artifact_path", gone)
-    monkeypatch.setattr(ablation_record, "newest", lambda stage, terms: "e5")
-    assert ablation_record._quality("t1") is None
-    assert "evaluation.csv is gone from run e5" in capsys.readouterr().err
-    monkeypatch.setattr(ablation_record, "newest", lambda stage, terms: None)
-    assert ablation_record._quality("t1") is None and not capsys.readouterr().err
