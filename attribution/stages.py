@@ -17,8 +17,7 @@ class Stage:
         name: the entry point, the script that computes the stage, and its runs' tag `stage`.
         groups: parameter groups that the result depends on, beside those of upstream stages.
         artifacts: what a finished run must still have for later commands to build on it; one name
-            a checkpoint where it contains {m}.
-        results: artifacts that a replay compares, of folders their weights.
+            a checkpoint where it contains {m}. A replay compares tables and arrays among them.
         note: markdown at the top of the run's page in MLflow.
         about: what the command does, for --help.
         examples: flags of example commands.
@@ -32,7 +31,6 @@ class Stage:
     name: str
     groups: tuple[str, ...]
     artifacts: tuple[str, ...]
-    results: tuple[str, ...]
     note: str
     about: str
     examples: tuple[str, ...]
@@ -70,7 +68,6 @@ _STAGES = (
         groups=("data", "training", "finetune"),
         more_groups=("corrected data", "files"),
         artifacts=("training/logits.npz", "checkpoint_{m:03d}/model.safetensors"),
-        results=("training/logits.npz",),
         note="""\
 An ensemble of checkpoints. Each one was trained on its own random part of the training set.
 
@@ -91,7 +88,6 @@ An ensemble of checkpoints. Each one was trained on its own random part of the t
             "suspects.csv", "scores/scores.npy", "scores/train.parquet", "scores/targets.parquet",
             "scores/metadata.json",
         ),
-        results=("scores/scores.npy", "suspects.csv"),
         note="""\
 How much each training example helps (positive) or hurts (negative) each validation example.
 
@@ -110,7 +106,6 @@ How much each training example helps (positive) or hurts (negative) each validat
         enough_for={"export_arm": "trak"},  # an arm chooses by scores: nothing is retrained
         more_groups=("design", "export", "output", "files"),
         artifacts=("comparison.csv", "contrasts.csv", "report.html"),
-        results=("comparison.csv", "per_class.csv"),
         note="The arms are being retrained. The comparison appears here when the run is finished.",
     ),
     Stage(
@@ -119,8 +114,7 @@ How much each training example helps (positive) or hurts (negative) each validat
         examples=("--trak_run_id RUN_ID", "--trak_run_id RUN_ID --methods trak,loss --num_subsets 50"),
         groups=("evaluate",),
         upstream=("trak", "finetune"),
-        artifacts=("evaluation.csv", "bank/spec.json"),
-        results=("evaluation.csv", "bank/margins.npy"),
+        artifacts=("evaluation.csv", "bank/margins.npy"),
         note="""\
 Is the attribution right? Each method's predictions against models retrained on random subsets.
 
@@ -138,7 +132,6 @@ Is the attribution right? Each method's predictions against models retrained on 
         upstream_for={"image": "finetune"},  # a new picture needs the checkpoints themselves
         more_groups=("output", "files"),
         artifacts=("explanation.html", "explanation.csv"),
-        results=("explanation.csv",),
         note="Why the model predicts what it does: open `explanation.html` under **Artifacts**.",
     ),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from attribution.tracking.artifacts import artifact_path, logged_models
 from attribution.tracking.logged_models import WEIGHTS
 from attribution.tracking.stage_runs import ENVIRONMENT, lineage
 
+COMPARED = (".csv", ".npy", ".npz")  # artifacts of a stage
 NOT_COMPARED = ("date", "command")  # of the environment
 
 
@@ -47,7 +48,7 @@ def _compare(stage: str, *run_ids: str) -> Iterator[tuple[str, str]]:
     kept = sorted(set.intersection(*(set(logged_models(run_id)) for run_id in run_ids)))
     if kept:
         yield "checkpoints", _weights_difference(kept, *run_ids)
-    for name in STAGES[stage].results:
+    for name in [name for name in STAGES[stage].artifacts if name.endswith(COMPARED)]:
         try:
             then, now = (artifact_path(run_id, name) for run_id in run_ids)
         except InputError:  # one of the runs did not keep it
