@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from attribution.cli import next_steps
-from attribution.cli.outputs import save, save_table
+from attribution.cli.outputs import save
 from attribution.cli.plan import Estimate, retraining_estimate
 from attribution.config import Config
 from attribution.data.dataset import ImageData
@@ -106,7 +106,7 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     report = address(done.run_id, "report.html")
     if config.output:
         report = str(Path(config.output).expanduser() / "report.html")
-        save(done.file("report.html"), Path(report))
+        save(done.file("report.html").read_bytes(), Path(report))
     print(f"ablation run: {done.run_id}")
     print(f"trak run: {trak_id}")
     print(f"scores: runs:/{trak_id}/scores")
@@ -120,7 +120,7 @@ def _export(config: Config, data: ImageData, trak_id: str) -> None:
         return
     tables = comparison.exported(config, data, load_scores(artifact_path(trak_id, "scores")))
     for name, file in _exports(config).items():
-        save_table(tables[name], file)
+        save(tables[name].to_csv(index=False).encode(), file)
         files = {"keep": file, "export": "corrected"}
         train = next_steps.with_correction(config, **files)
         next_steps.say_next(

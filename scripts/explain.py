@@ -118,7 +118,7 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
         names = [name for name in artifact_names(done.run_id) if name.endswith(SAVED)]
         refuse_existing([folder / name for name in names], config)
         for name in names:
-            save(done.file(name), folder / name)
+            save(done.file(name).read_bytes(), folder / name)
         page = str(folder / "explanation.html")
     print(f"explain run: {done.run_id}")
     next_steps.say_next("To see the examples behind each prediction, open:", page)

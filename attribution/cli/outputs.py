@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-
-import pandas as pd
 
 from attribution.config import Config
 from attribution.errors import InputError
@@ -31,31 +27,14 @@ def refuse_existing(files: Iterable[Path], config: Config) -> None:
             raise InputError(f"output={config.output}: {nearest} cannot be written to")
 
 
-def save(source: Path, file: Path) -> None:
-    """Copy a file to where a person wants it.
+def save(content: bytes, file: Path) -> None:
+    """Write a file where a person wants it.
 
     Raises:
         InputError: it cannot be written.
     """
-    with _saving(file) as unfinished:
-        shutil.copyfile(source, unfinished)
-
-
-def save_table(table: pd.DataFrame, file: Path) -> None:
-    """Write a table as .csv.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    with _saving(file) as unfinished:
-        table.to_csv(unfinished, index=False)
-
-
-@contextmanager
-def _saving(file: Path) -> Iterator[Path]:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with atomic(file) as unfinished:
-            yield unfinished
+            unfinished.write_bytes(content)
     except OSError as error:
         raise InputError(f"output={file}: cannot be written ({error.strerror})") from None
