@@ -38,23 +38,23 @@ class Comparison:
         table: comparison.csv, one row per outcome (see comparison_table).
         contrasts: contrasts.csv (see contrast).
         per_class: per_class.csv (see class_effects).
-        train: the score artifact's table of training examples.
+        scores: that the arms chose by.
     """
 
     outcomes: list[Outcome]
     table: pd.DataFrame
     contrasts: pd.DataFrame
     per_class: pd.DataFrame
-    train: pd.DataFrame
+    scores: Scores
     evidence: Evidence
 
     def removed(self, trial: Trial) -> pd.DataFrame:
         """The examples that a trial removes (see removed_table)."""
-        return arms.removed_table(trial, self.train, self.evidence)
+        return arms.removed_table(trial, self.scores.train, self.evidence)
 
     def removal_metrics(self, trial: Trial) -> dict[str, float]:
         """Removals per class, precision and recall of a trial (see arms.removal_metrics)."""
-        n_flipped = int(self.train["is_flipped"].sum())
+        n_flipped = int(self.scores.train["is_flipped"].sum())
         return arms.removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
 
 
@@ -113,7 +113,7 @@ def compare_arms(
     contrasted = contrasts.contrast(outcomes, contrasts.pairs_of(config))
     classes = class_effects(outcomes, labels, data.class_names)
     table = comparison_table(outcomes)
-    return Comparison(outcomes, table, contrasted, classes, scores.train, evidence)
+    return Comparison(outcomes, table, contrasted, classes, scores, evidence)
 
 
 def judged_groups(config: Config, data: ImageData) -> np.ndarray | None:
