@@ -215,8 +215,7 @@ def removal_curves(table: pd.DataFrame) -> Figure:
     for axes, metric in zip(panels, metrics, strict=True):
         _curves(axes, table, metric)
     handles, names = figure.axes[0].get_legend_handles_labels()
-    about = {"title": _plain(_pairs(table)), "title_fontsize": 8}
-    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=2, **about)
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -242,20 +241,6 @@ def _curves(axes: Axes, table: pd.DataFrame, metric: str) -> None:
         )  # fmt: skip
     label = f"test {METRICS[metric].words}, 95 % interval"
     axes.set(xlabel="% of the training set acted on", ylabel=label)
-
-
-def _pairs(table: pd.DataFrame) -> str:
-    """Which arms each random arm is the control of, a line for each set of arms."""
-    shares: dict[tuple[str, str], list[str]] = {}
-    for block in _with_their_control(table):
-        first, partners = block.iloc[0], ", ".join(block["arm"].iloc[1:])
-        if first["arm"] == "random" and partners:
-            shares.setdefault((first["action"], partners), []).append(f"{first['frac']:.3g}")
-    lines = [
-        f"{trial_name('random', action)} {', '.join(fracs)}: control of {partners}"
-        for (action, partners), fracs in shares.items()
-    ]
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, 60))
 
 
 def _intervals(axes: Axes, table: pd.DataFrame, mean: str, stem: str) -> None:
