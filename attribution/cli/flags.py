@@ -40,7 +40,7 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"{command} [--NAME VALUE ...]",
         _about(stage),
         _names(groups),
-        formatter_class=_Formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     sections = {group: parser.add_argument_group(group) for group in groups}
@@ -80,13 +80,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         self.exit(2, f"error: {message}\n")
-
-
-class _Formatter(argparse.HelpFormatter):
-    """Wraps the help of flags, and leaves descriptions as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text
 
 
 def _about(stage: str) -> str:
