@@ -100,30 +100,20 @@ def other_metrics(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 
 def _print_verdicts(console: Console, title: str, metric: str, table: pd.DataFrame) -> None:
-    """Print a comparison; a narrow terminal shows fewer columns, and at last the verdict below its row."""
+    """Print a comparison; a terminal that is too narrow for a table gets two lines for each row."""
     headers = ["arm", "frac", "removed", METRICS[metric].words, "vs random", "p (Holm)", "verdict"]
-    each = [(row, cells(row, metric)) for _, row in table.iterrows()]
-    full = [texts for _, texts in each]
-    # Where the share has no column it is part of the name.
-    short = [
-        [trial_name(row["arm"], row["action"], row["frac"]), *texts[1:]] for row, texts in each
-    ]
-    for shown, rows in (
-        (range(7), full),
-        ((0, 2, 3, 4, 5, 6), short),
-        ((0, 3, 4, 5, 6), short),
-        ((0, 3, 4, 6), short),
-    ):
-        widths = {i: max(len(texts[i]) for texts in [headers, *rows]) for i in shown}
-        if sum(widths.values()) + 3 * len(widths) + 1 <= console.width:
-            _print(
-                title, [headers[i] for i in shown], [[texts[i] for i in shown] for texts in rows]
-            )
-            return
+    rows = [cells(row, metric) for _, row in table.iterrows()]
+    widths = [max(map(len, texts)) for texts in zip(headers, *rows, strict=True)]
+    if sum(widths) + 3 * len(widths) + 1 <= console.width:
+        _print(title, headers, rows)
+        return
     console.print(f"{title}\n", highlight=False)
-    for texts in [headers, *short]:
-        line = f"{texts[0]:<{widths[0]}}  {texts[3]:>{widths[3]}}  {texts[4]:>{widths[4]}}"
-        console.print(Text(f"{line.rstrip()}\n    {texts[6]}"), soft_wrap=True)
+    names = [trial_name(row["arm"], row["action"], row["frac"]) for _, row in table.iterrows()]
+    width = max(map(len, names))
+    for name, texts in zip(["arm", *names], [headers, *rows], strict=True):
+        line = f"{name:<{width}}  {texts[3]:>{widths[3]}}  {texts[4]:>{widths[4]}}"
+        below = ", ".join(filter(None, (texts[6], texts[5])))
+        console.print(Text(f"{line.rstrip()}\n    {below}"), soft_wrap=True)
     console.print()
 
 
