@@ -50,25 +50,18 @@ def contrast(outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]) -> p
     Returns:
         One row per pair of trials: their paired difference with interval, p and p_holm, and a verdict.
     """
-    rows = _differences(outcomes, pairs)
+    rows = [
+        _difference(a, b)
+        for pair in pairs
+        for a in outcomes
+        for b in outcomes
+        if (a.trial.arm, b.trial.arm) == pair and _are_comparable(a, b)
+    ]
     adjusted = adjust(outcomes, outcomes[0].metric, "random", [row["p"] for row in rows])
     for row, p in zip(rows, adjusted, strict=True):
         row["p_holm"] = p
         row["verdict"] = judge(row["ci_low"], row["ci_high"], p, row["against"])
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _differences(
-    outcomes: Sequence[Outcome], pairs: Sequence[tuple[str, str]]
-) -> list[dict[str, Any]]:
-    """One row per pair of trials, with the paired difference in the headline metric; p_holm stays open."""
-    return [
-        _difference(a, b)
-        for arm, against in pairs
-        for a in outcomes
-        for b in outcomes
-        if (a.trial.arm, b.trial.arm) == (arm, against) and _are_comparable(a, b)
-    ]
 
 
 def _are_comparable(a: Outcome, b: Outcome) -> bool:
@@ -78,6 +71,7 @@ def _are_comparable(a: Outcome, b: Outcome) -> bool:
 
 
 def _difference(a: Outcome, b: Outcome) -> dict[str, Any]:
+    """The row of a pair of trials; p_holm and the verdict stay open."""
     metric = a.metric
     found = paired_difference(a.per_seed[metric], b.per_seed[metric], **a.limits(metric, True))
     return {
@@ -86,8 +80,5 @@ def _difference(a: Outcome, b: Outcome) -> dict[str, Any]:
         "against": b.trial.name,
         "action": a.trial.action,
         "metric": metric,
-        "difference": found.mean,
-        "ci_low": found.ci_low,
-        "ci_high": found.ci_high,
-        "p": found.p,
+        **found.contrast(),
     }

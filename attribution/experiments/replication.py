@@ -106,8 +106,7 @@ def _contrasts(tables: Mapping[int, pd.DataFrame]) -> list[dict[str, Any]]:
     for _, own in rows.groupby("contrast", sort=False):
         if len(own) == len(tables):
             estimate = mean_estimate(own["difference"].to_numpy())
-            ends = {"ci_low": estimate.ci_low, "ci_high": estimate.ci_high, "p": estimate.p}
-            found.append({**own.iloc[0], "difference": estimate.mean, **ends})
+            found.append({**own.iloc[0], **estimate.contrast()})
     return found
 
 

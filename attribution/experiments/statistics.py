@@ -31,6 +31,11 @@ class Estimate:
         ends = {f"{name}_ci_low": self.ci_low, f"{name}_ci_high": self.ci_high}
         return {f"{name}{suffix}": self.mean, **ends}
 
+    def contrast(self) -> dict[str, float]:
+        """The same as columns of contrasts.csv."""
+        ends = {"ci_low": self.ci_low, "ci_high": self.ci_high, "p": self.p}
+        return {"difference": self.mean, **ends}
+
 
 def mean_estimate(
     values: np.ndarray, step: float = 0.0, within: tuple[float, float] = (-np.inf, np.inf)
