@@ -67,24 +67,22 @@ class Outcome:
 
     def compare_with(self, name: str, control: Outcome) -> None:
         """Add the differences from a control, paired seed by seed; _p_holm stays open."""
-        found = {
-            metric: paired_difference(values, control.per_seed[metric], **self.limits(metric, True))
-            for metric, values in self.per_seed.items()
-        }
-        for metric, difference in found.items():
-            self.summary |= difference.columns(f"{metric}_vs_{name}")
-        for metric in self.judged:
-            values = self.per_seed[metric] - control.per_seed[metric]
-            low, high = bootstrap_interval(values)
-            figures = {
-                "p": found[metric].p,
-                "p_holm": np.nan,
-                "bootstrap_low": low,
-                "bootstrap_high": high,
-                "detectable": detectable_effect(float(values.std(ddof=1)), len(values)),
-            }
-            for figure, value in figures.items():
-                self.summary[f"{metric}_vs_{name}_{figure}"] = value
+        for metric, values in self.per_seed.items():
+            within = self.limits(metric, True)
+            found = paired_difference(values, control.per_seed[metric], **within)
+            stem = f"{metric}_vs_{name}"
+            self.summary |= found.columns(stem)
+            if metric in self.judged:
+                differences = values - control.per_seed[metric]
+                low, high = bootstrap_interval(differences)
+                spread = float(differences.std(ddof=1))
+                self.summary |= {
+                    f"{stem}_p": found.p,
+                    f"{stem}_p_holm": np.nan,
+                    f"{stem}_bootstrap_low": low,
+                    f"{stem}_bootstrap_high": high,
+                    f"{stem}_detectable": detectable_effect(spread, len(differences)),
+                }
 
 
 def compare(

@@ -77,17 +77,12 @@ def load_bank(source: str, config: Config, data: ImageData) -> Bank:
             f"bank={source}: was built for other data, labels, model or training settings; "
             "leave it out to build one"
         )
-    shape = len(data.rows("train")), len(data.rows(TARGETS))
-    fits = masks.ndim == 2 and margins.ndim == 3 and (masks.shape[1], margins.shape[2]) == shape
-    if not fits or len(masks) != len(margins) or min(margins.shape) == 0 or len(masks) < 2:
+    n, m, count = len(data.rows("train")), len(data.rows(TARGETS)), len(masks)
+    fits = masks.shape == (count, n) and margins.shape[::2] == (count, m) and margins.size
+    if not fits or count < 2 or not is_bool(masks) or margins.dtype.kind != "f":
         raise InputError(
-            f"bank={source}: arrays of shape {masks.shape} and {margins.shape} do not fit "
-            f"{shape[0]} training examples and {shape[1]} targets"
-        )
-    if not is_bool(masks) or margins.dtype.kind != "f":
-        raise InputError(
-            f"bank={source}: masks are {masks.dtype} and margins {margins.dtype}; "
-            "they have to be truth values and real numbers"
+            f"bank={source}: arrays {masks.dtype} {masks.shape} and {margins.dtype} {margins.shape}; they "
+            f"have to be truth values (subsets, {n}) and real numbers (subsets, models, {m})"
         )
     if not np.isfinite(margins).all():
         raise InputError(f"bank={source}: a margin is not finite")
