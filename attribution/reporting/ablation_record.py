@@ -31,9 +31,7 @@ MOST_ARMS = 40  # in a note: MLflow cuts off what is longer than 8,000 character
 
 def make(job: Job, result: Comparison) -> Record:
     """Everything that the comparison leaves in its run."""
-    name, view = mlflow_notes.arms_view(
-        job.run_id, f"Arms of {job.run_name}", headline_of(result.table)
-    )
+    name, view = mlflow_notes.arms_view(job.run_id, headline_of(result.table))
     rankings = job.result("trak").rankings()
     flips = detection_metrics(
         result.scores.train["is_flipped"].to_numpy(),

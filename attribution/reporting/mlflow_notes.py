@@ -19,7 +19,7 @@ CHARTS = {"{}": "BAR", "{}_vs_random": "BAR", "seed/{}": "LINE"}
 ARM = "`removed.png` under **Artifacts** shows the examples that it chose."
 
 
-def arms_view(run_id: str, name: str, metric: str) -> tuple[str, str]:
+def arms_view(run_id: str, metric: str) -> tuple[str, str]:
     """The experiment tag (name, value) that saves the table of arms as a view, which arms_link opens."""
     columns = {column.format(metric): width for column, width in COLUMNS.items()}
     widths = {"attributes.`Run Name`": 120, **columns, "runDateAndNestInfo": 130, "duration": 90}
@@ -38,7 +38,12 @@ def arms_view(run_id: str, name: str, metric: str) -> tuple[str, str]:
         "compareRunCharts": [{**chart, "metricSectionId": "arms", **kept} for chart in charts],
     }
     now = int(1000 * time.time())
-    view = {"name": name, "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+    view = {
+        "name": f"Arms of run {run_id}",
+        "createdAt": now,
+        "updatedAt": now,
+        "state": json.dumps(state),
+    }
     return f"mlflow.sharedViewState.{run_id}", json.dumps(view)
 
 

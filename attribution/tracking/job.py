@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
-
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.tracking.artifacts import artifact_path
@@ -55,11 +53,6 @@ class Job:
         if "trak" in ids and "finetune" not in ids:
             ids["finetune"] = run_tags(ids["trak"])["finetune_run_id"]
         return ids
-
-    @property
-    def run_name(self) -> str:
-        """The name of the run that the stage is computed in."""
-        return mlflow.get_run(self.run_id).info.run_name
 
     def stage_folder(self, stage: str, *parts: str) -> Path:
         """The folder for the stage's unfinished work, apart for each set of checkpoints."""
