@@ -118,9 +118,12 @@ def _export(config: Config, data: ImageData, done: Upstream, trak_id: str) -> No
     """Save what the exported arm keeps, and say how to train on it."""
     if not config.export_arm:
         return
-    scores = getattr(done.result, "scores", None)  # not of a comparison by an earlier command
-    scores = scores or load_scores(artifact_path(trak_id, "scores"))
-    tables = comparison.exported(config, data, scores)
+    if isinstance(done.result, Comparison):
+        evidence, train = done.result.evidence, done.result.train
+    else:  # an earlier command chose by them, or their matrix in hand is gone with unfinished work
+        scores = load_scores(artifact_path(trak_id, "scores"))
+        evidence, train = gather_evidence(config, data, scores), scores.train
+    tables = comparison.exported(config, evidence, train)
     for name, file in _exports(config).items():
         save(tables[name].to_csv(index=False).encode(), file)
         files = {"keep": file, "export": "corrected"}

@@ -13,7 +13,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments import arms, contrasts
 from attribution.experiments.arms import Trial
-from attribution.experiments.evidence import Evidence, gather_evidence
+from attribution.experiments.evidence import Evidence
 from attribution.experiments.metrics import headline
 from attribution.experiments.outcome import Outcome, compare, random_control, warn
 from attribution.experiments.statistics import paired_difference
@@ -38,40 +38,42 @@ class Comparison:
         table: comparison.csv, one row per outcome (see comparison_table).
         contrasts: contrasts.csv (see contrast).
         per_class: per_class.csv (see class_effects).
-        scores: that the arms chose by.
+        train: the score artifact's table of training examples.
     """
 
     outcomes: list[Outcome]
     table: pd.DataFrame
     contrasts: pd.DataFrame
     per_class: pd.DataFrame
-    scores: Scores
+    train: pd.DataFrame
     evidence: Evidence
 
     def removed(self, trial: Trial) -> pd.DataFrame:
         """The examples that a trial removes (see removed_table)."""
-        return arms.removed_table(trial, self.scores.train, self.evidence)
+        return arms.removed_table(trial, self.train, self.evidence)
 
     def removal_metrics(self, trial: Trial) -> dict[str, float]:
         """Removals per class, precision and recall of a trial (see arms.removal_metrics)."""
-        n_flipped = int(self.scores.train["is_flipped"].sum())
+        n_flipped = int(self.train["is_flipped"].sum())
         return arms.removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
 
 
-def exported(config: Config, data: ImageData, scores: Scores) -> dict[str, pd.DataFrame]:
+def exported(config: Config, evidence: Evidence, train: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The training examples that the arm to export keeps, by the names of arms.export_files.
 
     The arm chooses the same examples under every seed, so that scores are enough.
+
+    Args:
+        train: the score artifact's table of training examples.
     """
-    evidence = gather_evidence(config, data, scores)
     trials = arms.plan_trials([config.export_arm], config.fracs, evidence, seeds=[0])
     own = [trial for trial in trials if trial.arm == config.export_arm]
     files = arms.export_files(config.export_arm, config.arm_names, config.fracs, config.action)
     found = {}
     for name, frac in files.items():
         # Shares that round to the same number of examples are one trial.
-        trial = next(t for t in own if frac is None or t.size == round(frac * len(scores.train)))
-        found[name] = arms.kept_table(trial, scores.train)
+        trial = next(t for t in own if frac is None or t.size == round(frac * len(train)))
+        found[name] = arms.kept_table(trial, train)
     return found
 
 
@@ -113,7 +115,7 @@ def compare_arms(
     contrasted = contrasts.contrast(outcomes, contrasts.pairs_of(config))
     classes = class_effects(outcomes, labels, data.class_names)
     table = comparison_table(outcomes)
-    return Comparison(outcomes, table, contrasted, classes, scores, evidence)
+    return Comparison(outcomes, table, contrasted, classes, scores.train, evidence)
 
 
 def judged_groups(config: Config, data: ImageData) -> np.ndarray | None:

@@ -29,7 +29,6 @@ from attribution.experiments.comparison import (
 from attribution.experiments.outcome import Outcome
 from attribution.models.predict import predict
 from attribution.models.train import train
-from attribution.scores.artifact import Scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,13 +41,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("negative", {"negative.csv": 7}),
     ],
 )
-def test_an_exported_arm_keeps_all_that_it_does_not_choose(arm_name, sizes, monkeypatch) -> None:
+def test_an_exported_arm_keeps_all_that_it_does_not_choose(arm_name, sizes) -> None:
     n = np.arange(100)
     train = pd.DataFrame({"example_id": [f"id{i}" for i in n], "label_name": "a", "file_name": ""})
     evidence = evidence_of(n % 2, alignment=n - 6.5, trust=n / 100, loss=-n)
-    monkeypatch.setattr(comparison, "gather_evidence", lambda *given: evidence)
     config = toy_config(arms="harmful,negative", frac="0.05,0.049,0.09", export_arm=arm_name)
-    found = comparison.exported(config, None, Scores(None, train, None, {}))
+    found = comparison.exported(config, evidence, train)
     assert {name: table["example_id"].tolist() for name, table in found.items()} == {
         name: [f"id{i}" for i in range(size, 100)] for name, size in sizes.items()
     }

@@ -6,7 +6,6 @@ import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,9 +122,7 @@ def made_page(
     effects = class_effects(outcomes, labels, names)
     contrasts = contrast(outcomes, [])
     table = comparison_table(outcomes)
-    comparison = Comparison(
-        outcomes, table, contrasts, effects, SimpleNamespace(train=train), evidence
-    )
+    comparison = Comparison(outcomes, table, contrasts, effects, train, evidence)
     html = ablation_html.page(
         toy_config(dataset=f"somewhere/{NASTY[1]}", action=action), data, comparison, figures,
         {"ablation run": ("a0", ""), "trak run": ("t1", ""), "finetune run": ("f2", "")},
