@@ -274,7 +274,7 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_group_gives_the_parameters_of_these_groups_alone() -> None:
     execution = {"device", "jobs", "backend", "ray_address", "gpus_per_task", "cache_dir"}
-    execution |= {"keep_checkpoints", "gpu_kernels", "cuda_graphs", "time_budget"}
+    execution |= {"keep_checkpoints", "gpu_kernels", "cuda_graphs", "time_budget", "quality"}
     assert set(resolve({}).group("execution")) == execution
 
 

@@ -30,6 +30,7 @@ REPLAY_MAY_CHANGE = (
     "jobs", "device", "backend", "gpus_per_task", "ray_address", "keep_checkpoints", "gpu_kernels",
     "cuda_graphs",
 )  # fmt: skip
+BETTER = {"num_models": 3, "proj_dim": 2}  # times as large with quality=best
 
 
 def cache_of(given: dict[str, Any]) -> Path:
@@ -51,9 +52,11 @@ def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
     asked = {k: v for k, v in given.items() if not (k in inherited and v == "auto")}
     config = auto_settings.choose_model(_resolve_hardware(stage, resolve(asked, inherited)))
     listing = list_data(config)
+    known = {name for name, value in (asked | inherited).items() if value != "auto"}
     if config.preset == "images":
-        known = {name for name, value in (asked | inherited).items() if value != "auto"}
         config = _choose_by_data(stage, config, listing, known)
+    if config.quality == "best" and not config.replay:
+        config = _better(config, known)
     data = load_data(config, listing)
     config = _by_count(config, len(data.rows("train")))
     _check_unchanged(config, data)
@@ -61,6 +64,22 @@ def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
     if config.time_budget and not config.replay:
         config = time_budget.fit(stage, config, data, asked.keys() | inherited.keys())
     return config, data
+
+
+def _better(config: Config, known: Set[str]) -> Config:
+    """Raise what makes scores better, where it is left open, and say so.
+
+    Raises:
+        InputError: nothing is left open.
+    """
+    chosen = {n: times * getattr(config, n) for n, times in BETTER.items() if n not in known}
+    if not chosen:
+        raise InputError(
+            f"quality=best: num_models={config.num_models} and proj_dim={config.proj_dim} are "
+            "decided already; leave them out, or quality"
+        )
+    say(f"quality=best: {', '.join(f'{name} {value}' for name, value in chosen.items())}")
+    return dataclasses.replace(config, **chosen)
 
 
 def _by_count(config: Config, n_train: int) -> Config:
@@ -99,8 +118,10 @@ def _of_earlier_run(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
                 f"{stage.name}: takes dataset={found['dataset']} and the parameters of {name} run "
                 f"{run_ids[name]}" + ("" if dataset else "; --dataset digits takes the digits")
             )
-            decisions = ("keep", "labels") if stage.name == "finetune" else ()
-            return {k: v for k, v in found.items() if k not in decisions}
+            not_taken = ["keep", "labels"] if stage.name == "finetune" else []
+            if given.get("quality") == "best":
+                not_taken += BETTER
+            return {k: v for k, v in found.items() if k not in not_taken}
     return {}
 
 

@@ -93,6 +93,20 @@ def test_finetune_takes_no_corrections_from_another_run(take, capsys) -> None:
     assert take("trak", {}, runs)["keep"] == "old.csv"  # its checkpoints are of these images
 
 
+def test_better_scores_take_more_models_and_a_longer_projection(take, capsys) -> None:
+    config = resolve({"quality": "best"})
+    better = settings._better(config, known={"quality"})
+    assert (better.num_models, better.proj_dim) == (3 * config.num_models, 2 * config.proj_dim)
+    assert capsys.readouterr().err == "quality=best: num_models 30, proj_dim 512\n"
+    assert settings._better(config, known={"num_models"}).num_models == config.num_models
+    with pytest.raises(
+        InputError, match="^quality=best: num_models=10 and proj_dim=256 are decided"
+    ):
+        settings._better(config, known={"num_models", "proj_dim"})
+    found = take("explain", {"quality": "best"}, ("trak", OWN))
+    assert found["epochs"] == OWN["epochs"] and not {"num_models", "proj_dim"} & found.keys()
+
+
 @given(st.lists(st.integers(1, 9_999), min_size=1, max_size=4), st.integers(1, 100_000))
 def test_counts_become_shares_of_just_so_many_examples(counts: list[int], more: int) -> None:
     n = max(counts) + more
