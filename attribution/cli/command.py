@@ -22,8 +22,9 @@ from attribution.data.dataset import ImageData
 from attribution.errors import InputError, StoreFailure
 from attribution.models.checkpoints import checkpoint_name
 from attribution.runtime.cache_folder import alone, discard, size_of
+from attribution.runtime.pace import Pace
 from attribution.runtime.parallel import end_workers
-from attribution.runtime.progress import say
+from attribution.runtime.progress import follow, say
 from attribution.stages import STAGES, Stage
 from attribution.tracking import stage_runs
 from attribution.tracking.artifacts import address, delete_models
@@ -92,6 +93,7 @@ class Command:
         seconds = plan.seconds_of(estimates, self.config, self.data.class_names)
         for line in plan.describe(estimates, reused, seconds, self.config):
             say(line)
+        follow(Pace({name: seconds[name] for name in STAGES if name in seconds}))
 
     def _reuse(self, name: str, run_id: str) -> Upstream:
         say(f"{name}: reusing run {run_id}")

@@ -16,8 +16,8 @@ from attribution.errors import InputError
 from attribution.models.model_facts import forward_flops
 from attribution.models.train import seconds_per_example, stacking_pays
 from attribution.runtime.device import resolve_device
+from attribution.runtime.pace import duration
 from attribution.runtime.parallel import resolve_jobs
-from attribution.runtime.progress import duration
 from attribution.stages import STAGES
 from attribution.tracking.artifacts import local_root
 

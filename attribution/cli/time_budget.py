@@ -15,7 +15,8 @@ from attribution.errors import InputError
 from attribution.experiments.statistics import detectable_effect
 from attribution.runtime.cache_folder import cache_folder
 from attribution.runtime.hashing import digest
-from attribution.runtime.progress import duration, say
+from attribution.runtime.pace import duration
+from attribution.runtime.progress import say
 from attribution.runtime.safe_files import ResultStore
 from attribution.stages import STAGES, Stage
 from attribution.tracking import stage_runs

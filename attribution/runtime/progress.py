@@ -13,12 +13,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from attribution.errors import redact
+from attribution.runtime.pace import Pace, duration
 
 LONG_SECONDS = 10.0  # a task that takes longer says how far it is
 LINE_SECONDS = 60.0  # between the lines that replace the bar where there is no terminal
 TICK_SECONDS = 1.0
 # Without tqdm's own estimate of the time left, which knows nothing of tasks that are half done.
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+_pace = Pace()
+
+
+def follow(pace: Pace) -> None:
+    """Let progress bars tell how long the whole command still takes."""
+    global _pace
+    _pace = pace
 
 
 @contextmanager
@@ -49,7 +59,7 @@ def progress(
                 words, elapsed = _read(notes), time.monotonic() - start
                 epochs = re.findall(r"epoch (\d+)/(\d+)", words)
                 made = count - done + sum(int(a) / int(b) for a, b in epochs)
-                left = _left(made, total - done - made, elapsed)
+                left = _left(name, made, total - done - made, elapsed)
                 if not bar.disable:
                     bar.set_postfix_str(", ".join(filter(None, [left, words])))
                 elif time.monotonic() - told > LINE_SECONDS:
@@ -63,20 +73,12 @@ def progress(
             ended.set()
 
 
-def _left(made: float, left: float, elapsed: float) -> str:
-    """How long a bar still takes, in words; empty before a twentieth is made."""
-    return f"about {duration(elapsed / made * left)} left" if 0 < left < 20 * made else ""
-
-
-def duration(seconds: float) -> str:
-    """'40 s', '3 min' or '2 h 10 min', rounded as an estimate should be."""
-    if seconds < 90:
-        return f"{max(10, 10 * round(seconds / 10))} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, tens = divmod(round(minutes / 10), 6)
-    return f"{hours} h {10 * tens} min"
+def _left(name: str, made: float, left: float, elapsed: float) -> str:
+    """How long a bar, and then the command, still takes, in words; empty before a twentieth is made."""
+    if not 0 < left < 20 * made:
+        return ""
+    own, whole = map(duration, _pace.left(name, made, left, elapsed))
+    return f"about {own} left" + (f", {whole} in all" if whole != own else "")
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from attribution.runtime import progress as module
-from attribution.runtime.progress import duration, noting, progress
+from attribution.runtime.pace import Pace
+from attribution.runtime.progress import noting, progress
 
 
 class Terminal(io.StringIO):
@@ -66,25 +67,18 @@ def test_a_log_has_a_line_a_minute_and_no_bar(heard, tmp_path, monkeypatch) -> N
     assert set(lines) <= {f"trak: shards {done}/4, about 10 s left" for done in (1, 2)}
 
 
+def test_a_bar_also_tells_how_long_the_whole_command_takes(heard) -> None:
+    module.follow(Pace({"ablation": 60.0, "evaluate": 300.0}))
+    with progress("ablation: retrainings", 10) as advance:
+        advance()
+        wait_for("about 10 s left, ", heard)
+        wait_for(" in all", heard)
+    module.follow(Pace())
+
+
 def test_a_note_without_its_folder_is_not_made(heard, tmp_path: Path) -> None:
     """As on another machine of a cluster."""
     with noting(str(tmp_path / "gone" / "a")) as note:
         time.sleep(2 * module.LONG_SECONDS)
         note("epoch 1/2")
     assert not (tmp_path / "gone").exists()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0.2, "10 s"),
-        (44, "40 s"),
-        (89, "90 s"),
-        (100, "2 min"),
-        (3600, "60 min"),
-        (7140, "2 h 0 min"),
-        (8000, "2 h 10 min"),
-    ],
-)
-def test_durations_are_rounded_as_an_estimate_should_be(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
