@@ -118,6 +118,7 @@ class Config:
     lambda_reg: float = option("trak", "ridge, in units of the mean eigenvalue of the Gram matrix of the features", 0.1, at_least=0)
     loss_gradient_weight: str = option("trak", "mean multiplies row i of the scores by the mean of 1 - p over checkpoints; none does not", "mean", choices=("mean", "none"))
     keep_features: str = option("trak", "keep the features, which explain needs for new pictures (num_models x n_train x num_blocks x proj_dim x 2 bytes); auto keeps up to 2 GiB", "auto", choices=("auto", "yes", "no"))
+    cross_fit: str = option("trak", "examine every image for suspects by models trained on four fifths of all images without it (15 trainings); auto does so where the head alone is trained, but not with checkpoints", "auto", choices=("auto", "yes", "no"))
     replay: str = option("lineage", "id of a run to compute again with nothing reused; says whether the results are identical", "")
     trak_run_id: str = option("lineage", "id of the trak run whose scores are used; empty finds or makes one", "")
     frac: str = option("ablation", "share of the training set to remove: one value or a comma list", "0.05")

@@ -18,6 +18,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
 from attribution.experiments.statistics import detection_metrics
+from attribution.models.cross_fit import FOLDS, REPEATS
 from attribution.reporting import figures, html
 from attribution.runtime.progress import say
 from attribution.scores import scored, stored_features
@@ -41,12 +42,18 @@ def estimate(config: Config, data: ImageData) -> Estimate:
     stored = 2 * features if stored_features.are_wanted(config, features) else 0
     # Features of all splits, then each checkpoint's factors and whitened targets.
     work = 4 * models * length * (n + 2 * targets + test + config.proj_dim)
-    images = models * (n + targets + test)
+    images, pooled = models * (n + targets + test), n + targets + test
+    what, trainings = f"{images:,} gradients and their scores", 0
+    if config.cross_fit == "yes":
+        trainings = FOLDS * REPEATS
+        what += f", {trainings} models of all images but a fifth"
     return Estimate(
-        f"{images:,} gradients and their scores",
+        what,
+        trained=trainings * config.epochs * pooled * (1 - 1 / FOLDS),
         gradients=images,
-        tasks=3 * models,
-        work=work + scores + stored,
+        tasks=max(3 * models, trainings),
+        retrains=True,
+        work=work + scores + stored + 4 * trainings * pooled * len(data.class_names),
         kept=scores + stored,
     )
 

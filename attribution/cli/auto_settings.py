@@ -47,7 +47,7 @@ class Facts:
 
 
 def choose_model(config: Config) -> Config:
-    """Replace `auto` by the model that can be had within seconds, and by the layers that are trained."""
+    """Replace `auto` by the model that can be had within seconds, the layers to train, and whether to cross-fit."""
     model, layers = config.model, config.train_layers
     if model == "auto":
         model = pretrained.PRETRAINED
@@ -62,7 +62,10 @@ def choose_model(config: Config) -> Config:
         # Checkpoints that are given were probably trained whole.
         is_whole = model in pretrained.MINI_CONFIGS or config.checkpoints
         layers = "all" if is_whole or config.device.startswith("cuda") else "head"
-    return dataclasses.replace(config, model=model, train_layers=layers)
+    cross_fit = config.cross_fit
+    if cross_fit == "auto":
+        cross_fit = "yes" if layers == "head" and not config.checkpoints else "no"
+    return dataclasses.replace(config, model=model, train_layers=layers, cross_fit=cross_fit)
 
 
 def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:

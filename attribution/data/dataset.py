@@ -56,6 +56,14 @@ class ImageData:
         pairs = zip(table["split"], table["position"], strict=True)
         return np.array([rows[split][position] for split, position in pairs], np.int64)
 
+    def units(self) -> np.ndarray:
+        """The unit of each image (n,), see splits.units; without a listing only copies share one."""
+        digests = self.examples["example_id"].str[:16]  # copies have other endings
+        if self.listing:
+            table = self.listing.table
+            digests = digests.map(dict(zip(table["digest"].str[:16], table["unit"], strict=True)))
+        return digests.to_numpy(str)
+
     def labels(self, split: str) -> np.ndarray:
         """Labels of a split after planting, int64 (n_split,)."""
         return self.examples["label"].to_numpy(np.int64)[self.rows(split)]

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.listing import folder_of
 from attribution.data.splits import SPLITS, TARGETS
+from attribution.errors import InputError
 from attribution.models.checkpoints import Finetuned
+from attribution.models.cross_fit import cross_fit
 from attribution.models.ensemble import Ensemble, label_quality
-from attribution.models.predict import margins
+from attribution.models.predict import losses, margins
 from attribution.runtime.progress import say
 from attribution.scores import alignment, stored_features
 from attribution.scores.artifact import Scores, load_scores, write_scores
@@ -81,12 +84,13 @@ class Scored:
         write_scores(folder / "scores", self.matrix, own.train, own.targets, own.metadata)
 
     def metrics(self) -> dict[str, float]:
-        """Time taken, and the share of training examples with negative alignment."""
+        """Time taken, the share of training examples with negative alignment, and how suspects were sought."""
         gradients = len(self.stores) * sum(self.scores.values.shape)
         return {
             "seconds": self.seconds,
             "milliseconds_per_gradient": 1000 * self.seconds / gradients,
             "share_negative_alignment": float((self.scores.train["alignment"] < 0).mean()),
+            **{f"suspects_{k}": v for k, v in self.scores.metadata["suspects"].items()},
         }
 
     def rankings(self) -> dict[str, np.ndarray]:
@@ -100,10 +104,14 @@ def check(config: Config, data: ImageData) -> None:
     """Refuse settings and models that cannot be scored, before anything is trained.
 
     Raises:
-        InputError: see check_proj_dim and check_gradients.
+        InputError: see check_proj_dim and check_gradients; or cross_fit=yes with given checkpoints.
     """
     check_proj_dim(config, len(data.rows("train")))
     check_gradients(config, data.class_names)
+    if config.cross_fit == "yes" and config.checkpoints:
+        raise InputError(
+            "cross_fit=yes: trains models, and checkpoints gives trained ones; leave one of them out"
+        )
     if config.checkpoint_epochs and config.num_models < FEWEST:
         say(
             f"checkpoint_epochs={config.checkpoint_epochs}: the scores will have no unit; it takes "
@@ -167,7 +175,14 @@ def score_training_set(
             trust = trust_of_unseen(config, stores, held_out, split)
             examined[split] = predictions[split].assign(trust=trust)
     table = pd.concat(examined.values(), ignore_index=True)
-    listed = suspects(data, table, np.concatenate(list(probabilities.values())))
+    outputs = np.concatenate(list(probabilities.values()))
+    metadata["suspects"] = {"examined": len(table)}
+    if config.cross_fit == "yes":
+        logits = cross_fit(config, data, work / "cross_fit")[:, : len(table)]
+        table, outputs = _cross_fitted(table, outputs, logits, members.is_out_of_sample)
+        accuracy = (logits.argmax(axis=2) == table["label"].to_numpy()).mean()
+        metadata["suspects"]["cross_fit_accuracy"] = float(accuracy)
+    listed = suspects(data, table, outputs, by_loss=config.cross_fit == "yes")
     scores = Scores(found.values, train, targets, metadata)
     return Scored(scores, listed, found.file, stores, features, seconds)
 
@@ -206,6 +221,27 @@ def _train_table(
         trust=trust,
         self_influence=found.self_influence,
     )
+
+
+def _cross_fitted(
+    table: pd.DataFrame, probabilities: np.ndarray, logits: np.ndarray, is_out_of_sample: bool
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Mean of the ensemble's losses and probabilities with those by cross-fitting (docs/results.md).
+
+    Args:
+        probabilities: (n, C) of the ensemble.
+        logits: (repeats, n, C) of cross_fit.
+        is_out_of_sample: whether those of the ensemble are; otherwise cross-fitting counts alone.
+    """
+    labels, own = table["label"].to_numpy(), 0.5 if is_out_of_sample else 0.0
+    loss = np.mean([losses(each, labels) for each in logits], axis=0)
+    crossed = softmax(logits.astype(np.float64), axis=2).mean(axis=0)
+    probabilities = own * probabilities + (1 - own) * crossed
+    return table.assign(
+        loss=own * table["loss"] + (1 - own) * loss,
+        label_quality=label_quality(labels, probabilities),
+        predicted_label=probabilities.argmax(axis=1),
+    ), probabilities
 
 
 def _predictions(

@@ -22,10 +22,12 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def suspects(data: ImageData, examined: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+def suspects(
+    data: ImageData, examined: pd.DataFrame, probabilities: np.ndarray, by_loss: bool = False
+) -> pd.DataFrame:
     """The images whose labels are worth a look, the most doubtful first.
 
-    The order is the mean of the ranks by trust and by ensemble loss (docs/results.md). Confident
+    The order is the mean of the ranks by trust and by loss (docs/results.md). Confident
     learning estimates how many labels are wrong; the list holds twice as many images, as far as there
     is a reason to doubt them, and all near-duplicates with another label.
 
@@ -33,6 +35,7 @@ def suspects(data: ImageData, examined: pd.DataFrame, probabilities: np.ndarray)
         examined: one row per image, with the columns of ImageData.table, trust, loss, label_quality
             and predicted_label.
         probabilities: (n, C) of the same images, out of sample.
+        by_loss: whether the order is that of the loss alone, as with cross-fitting.
     """
     labels, names = examined["label"].to_numpy(), np.array(data.class_names, object)
     issues = label_issues(labels, probabilities)
@@ -47,7 +50,8 @@ def suspects(data: ImageData, examined: pd.DataFrame, probabilities: np.ndarray)
         ", ".join(text for text, holds in zip(reasons, row, strict=True) if holds)
         for row in zip(*reasons.values(), strict=True)
     ]
-    order = np.argsort(rankdata(examined["trust"]) + rankdata(-examined["loss"]), kind="stable")
+    ranks = rankdata(-examined["loss"]) + (0 if by_loss else rankdata(examined["trust"]))
+    order = np.argsort(ranks, kind="stable")
     differs = (examined["predicted_label"] != labels).to_numpy()
     ids = examined["example_id"].to_numpy(object)
     table = examined.assign(

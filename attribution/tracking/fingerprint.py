@@ -43,6 +43,8 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
         return digest(stage, key(config, data), settings, *replay)
     upstream = fingerprint(STAGES[stage].upstream[0], config, data)
     settings = config.group(stage)
+    if settings.get("cross_fit") in ("auto", "no"):  # as runs of earlier versions
+        del settings["cross_fit"]
     settings |= _contents(settings, data)
     if config.checkpoints and stage in ("ablation", "evaluate"):  # they train other models
         settings["training"] = _training_key(config, data)

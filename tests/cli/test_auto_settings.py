@@ -156,8 +156,22 @@ def test_auto_is_the_pretrained_model_where_it_can_be_had(
 @pytest.mark.parametrize("given", [{"preset": "digits"}, {"preset": "food101"}, {"model": "a/b"}])
 def test_a_model_that_is_given_or_of_a_fixed_preset_asks_nobody(given, monkeypatch) -> None:
     monkeypatch.setattr(pretrained, "is_cached", None)  # to call it would fail
-    before = resolve({"dataset": "x", "train_layers": "last", **given})
+    before = resolve({"dataset": "x", "train_layers": "last", "cross_fit": "no", **given})
     assert choose_model(before) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"train_layers": "head"}, "yes"),
+        ({"train_layers": "all"}, "no"),
+        ({"train_layers": "last", "cross_fit": "yes"}, "yes"),
+        ({"train_layers": "head", "cross_fit": "no"}, "no"),
+        ({"train_layers": "head", "checkpoints": "c"}, "no"),  # nothing is trained
+    ],
+)
+def test_cross_fitting_is_on_by_itself_where_the_head_alone_is_trained(given, expected) -> None:
+    assert choose_model(resolve({"dataset": "x", "model": "a/b", **given})).cross_fit == expected
 
 
 # -- the facts --------------------------------------------------------------------------------------

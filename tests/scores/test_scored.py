@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 from toy import toy_config
 
+from attribution.data.splits import SPLITS
 from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
 from attribution.runtime import safe_files
@@ -178,3 +179,48 @@ def test_features_longer_than_the_training_set_are_refused_at_once(ensemble, tmp
     with pytest.raises(InputError, match="^proj_dim=33"):
         score_training_set(config, data, finetuned, tmp_path, ORIGIN)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_out_of_sample", [True, False])
+def test_suspects_rest_on_cross_fitting_and_on_checkpoints_that_did_not_see_them(
+    ensemble, tmp_path, is_out_of_sample, monkeypatch
+) -> None:
+    """Half and half; the tables, which arms read, are those of the checkpoints alone."""
+    data, finetuned = ensemble
+    if not is_out_of_sample:
+        masks = np.ones_like(finetuned.members.masks)
+        finetuned = replace(finetuned, members=replace(finetuned.members, masks=masks))
+    plain = score_training_set(configured(), data, finetuned, tmp_path / "plain", ORIGIN)
+    logits = np.random.default_rng(0).normal(size=(3, 64, 2)).astype(np.float32)
+    examined, members = [], finetuned.members
+    monkeypatch.setattr(scored_module, "cross_fit", lambda config, data, work: logits)
+    monkeypatch.setattr(
+        scored_module, "suspects", lambda *a, **k: examined.append((a, k)) or plain.suspects
+    )
+    found = score_training_set(
+        configured(cross_fit="yes"), data, finetuned, tmp_path / "crossed", ORIGIN
+    )
+    pd.testing.assert_frame_equal(found.scores.train, plain.scores.train)
+    [((_, table, probabilities), asked)] = examined
+    assert asked == {"by_loss": True}
+    splits = SPLITS if is_out_of_sample else SPLITS[:1]
+    labels = np.concatenate([data.labels(split) for split in splits])
+    n, rows = len(labels), range(len(labels))
+    each = np.exp(logits[:, :n]) / np.exp(logits[:, :n]).sum(axis=2, keepdims=True)
+    loss, crossed = -np.log(each[:, rows, labels]).mean(axis=0), each.mean(axis=0)
+    if is_out_of_sample:
+        loss = (loss + np.concatenate([members.loss(s, data.labels(s)) for s in splits])) / 2
+        crossed = (crossed + np.concatenate([members.probabilities(s) for s in splits])) / 2
+    np.testing.assert_allclose(table["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(probabilities, crossed, rtol=1e-5)
+    np.testing.assert_array_equal(table["predicted_label"], crossed.argmax(1))
+    metrics = found.metrics()
+    assert metrics["suspects_examined"] == n
+    right = (logits[:, :n].argmax(2) == labels).mean()
+    assert metrics["suspects_cross_fit_accuracy"] == pytest.approx(right)
+
+
+def test_cross_fitting_is_refused_where_checkpoints_are_given(ensemble) -> None:
+    config = configured(cross_fit="yes", checkpoints="folder")
+    with pytest.raises(InputError, match="^cross_fit=yes: .*checkpoints"):
+        scored_module.check(config, ensemble[0])

@@ -61,18 +61,18 @@ def reasons_of(row: pd.Series, issue: bool) -> list[str]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0, 1))
-def test_the_list_holds_what_has_a_reason_in_order_of_its_mean_rank(data, seed, share) -> None:
+@given(st.integers(0, 10**6), st.floats(0, 1), st.booleans())
+def test_the_list_holds_what_has_a_reason_in_order_of_its_rank(data, seed, share, by_loss) -> None:
     """Twice as many images are looked at as confident learning takes for wrong."""
     examined, rng = evidence(data, seed), np.random.default_rng(seed)
     issues = rng.random(len(examined)) < share
-    ranks = examined["trust"].rank() + (-examined["loss"]).rank()
+    ranks = -examined["loss"] if by_loss else examined["trust"].rank() + (-examined["loss"]).rank()
     reasons = [reasons_of(row, issues[i]) for i, row in examined.iterrows()]
     first = ranks.sort_values(kind="stable").index[: 2 * issues.sum()]
     expected = [i for i in first if reasons[i]]
     with pytest.MonkeyPatch.context() as patch:
         doubting(patch, issues)
-        table = suspects(data, examined, uniform(examined))
+        table = suspects(data, examined, uniform(examined), by_loss)
     assert list(table) == ["rank", *COLUMNS]
     assert table["rank"].tolist() == list(range(1, len(expected) + 1))
     assert table["reasons"].tolist() == [", ".join(reasons[i]) for i in expected]
