@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from threading import Lock
 
 import numpy as np
@@ -34,9 +36,19 @@ TURNS = {
     8: Transpose.ROTATE_90,
 }  # by orientation
 LARGE = 1 << 24  # pixels in an image
-# Files are decoded by several threads. Only one of them may hold a large image at a time, so that
-# memory stays bounded.
-_large = Lock()
+# Files are decoded by several threads or forks. Only one of them may hold a large image at a time,
+# so that memory stays bounded. A file's lock is free again if the fork that holds it is killed.
+_large, _large_of_forks = Lock(), tempfile.TemporaryFile()  # noqa: SIM115
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    with _large:
+        fcntl.lockf(_large_of_forks, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(_large_of_forks, fcntl.LOCK_UN)
 
 
 def open_image(file: io.BytesIO) -> Image.Image:
@@ -57,7 +69,7 @@ def read_image(
         raise InputError("the file is empty or cannot be read")
     try:
         image = open(io.BytesIO(content))
-        with _large if image.width * image.height > LARGE else nullcontext():
+        with _alone() if image.width * image.height > LARGE else nullcontext():
             return decode_image(image, size)
     except UnidentifiedImageError:
         heic = "" if "HEIF" in FORMATS else "; HEIC needs pip install pillow-heif"

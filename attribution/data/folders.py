@@ -83,9 +83,9 @@ def find_files(root: Path, config: Config) -> Files:
         except OSError as error:
             raise InputError(f"dataset={config.dataset}: cannot be read ({error})") from None
     for folder, names in files.images.items():
-        for name in names:
-            path = files.path(folder, name)
-            if path.encode(errors="replace") != os.fsencode(path):
+        base = files.path(folder, "")
+        for path in (base + name for name in names):
+            if not path.isascii() and path.encode(errors="replace") != os.fsencode(path):
                 raise InputError(
                     f"dataset={config.dataset}: {path} has a name that is not UTF-8; rename it"
                 )
@@ -174,7 +174,8 @@ def class_folders(files: Files, config: Config) -> Source | None:
         for c, reals in found.items():
             for real in reals:
                 label = names[c] if is_known else None
-                rows += [(files.path(real, n), label, part) for n in files.images[real]]
+                base = files.path(real, "")
+                rows += [(base + name, label, part) for name in files.images[real]]
     order = sorted({label for _, label, _ in rows if label is not None})
     if all(name.isdecimal() for name in order) and order != sorted(order, key=int):
         notes.append(f"class names are sorted as text: {some(order)}")

@@ -255,9 +255,10 @@ def check_classes(table: pd.DataFrame, names: list[str], config: Config) -> None
         if label not in roles:
             raise InputError(f"{shown}: empty class {name!r}: it holds no images")
         if own.get(label, 0) < needed:
+            remedy = "; add --resplit to divide all images anew" if official else ""
             raise InputError(
-                f"{shown}: class {name!r} has {own.get(label, 0)} {kind} to train on; "
-                f"at least {needed} are needed, one for each split made from them"
+                f"{shown}: class {name!r} has {own.get(label, 0)} {kind} to train on; at least "
+                f"{needed} are needed, one for each split made from them{remedy}"
             )
     for split in official:
         lacking = [name for label, name in enumerate(names) if split not in roles[label]]

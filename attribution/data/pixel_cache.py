@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -107,35 +110,45 @@ def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config)
         InputError: an image is no longer the one that was listed.
     """
     rows, names, digests = (table[column].to_numpy() for column in ("row", "name", "digest"))
+    length = config.image_size**2 * 3
 
-    def decode(position: int, cell: dict[str, Any]) -> np.ndarray | InputError:
+    def decode(position: int, cell: dict[str, Any]) -> str | None:
         held = content(cell)
         if digest(held) != digests[position]:
             raise InputError(
                 f"dataset={config.dataset}: {names[position]} changed while it was read; try again"
             )
         try:
-            return read_image(held, config.image_size, source.open)
+            pixels = read_image(held, config.image_size, source.open)
         except InputError as error:
-            return error
+            return str(error)
+        # Here, in the fork or thread: to send pixels to this process would take longer.
+        if os.pwrite(out.fileno(), pixels.data, start + position * length) < length:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return None
 
-    bad, count = {}, 0
-    images = map_cells(source, rows, decode, "data: decoding images")
-    with file.open("wb") as out:
-        _write_header(out, len(rows), config)
-        for listed, image in zip(digests, images, strict=True):
-            if isinstance(image, InputError):
-                bad[listed] = str(image)
-            else:
-                out.write(image.data)
-                count += 1
-        out.seek(0)
-        _write_header(out, count, config)  # of the same length
-    return bad
+    with file.open("w+b", buffering=0) as out:
+        start = _write_header(out, len(rows), config)
+        found = list(map_cells(source, rows, decode, "data: decoding images"))
+        good = [position for position, why in enumerate(found) if why is None]
+        if len(good) < len(found):
+            _close_gaps(out, good, start, length)
+            _write_header(out, len(good), config)  # of the same length
+    return {listed: why for listed, why in zip(digests, found) if why is not None}
 
 
-def _write_header(out: BinaryIO, n: int, config: Config) -> None:
-    """Write the header of a pixels file of n images."""
+def _close_gaps(out: FileIO, rows: list[int], start: int, length: int) -> None:
+    """Keep these rows of a file, ascending, and go back to its beginning."""
+    for new, old in enumerate(rows):
+        row = os.pread(out.fileno(), length, start + old * length)
+        os.pwrite(out.fileno(), row, start + new * length)
+    out.truncate(start + len(rows) * length)
+    out.seek(0)
+
+
+def _write_header(out: FileIO, n: int, config: Config) -> int:
+    """Write the header of a pixels file of n images, and return its length."""
     shape = (n, config.image_size, config.image_size, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(out, header)
+    return out.tell()

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import io
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, TypeVar
 
 import numpy as np
+from joblib import cpu_count
 from PIL import Image
 
 from attribution.data.decoding import FORMATS, open_image
+from attribution.runtime.forked import on_all_cores
 from attribution.runtime.progress import progress
 
 Result = TypeVar("Result")
 Row = tuple[str, str | None, str]
 
 MOST_BYTES = 1 << 30  # a larger file is not read as an image
-CHUNK = 256  # images read at a time, which bounds memory
-PART = 32  # of them, images that a thread takes: to take one costs as much as to hash a small one
+MANY = 1000  # images, for which forks save more time than they take to start
+PART = 256  # images that a fork or thread takes at a time: to take one costs as much as to hash one
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Source:
 
     def name(self, cell: dict[str, Any]) -> str:
         """The file name of a cell, empty if it has none."""
-        path = cell["path"] or ""
+        path, inside = cell["path"] or "", f"{self.root}{os.sep}"
+        if self.root and path.startswith(inside):
+            return path[len(inside) :]  # as relpath, which takes as long as to hash a small file
         return os.path.relpath(path, self.root) if path and self.root else os.path.basename(path)
 
 
@@ -107,18 +112,26 @@ def some(names: Sequence[str], limit: int = 5) -> str:
 def map_cells(
     source: Source, rows: np.ndarray, function: Callable[[int, dict[str, Any]], Result], doing: str
 ) -> Iterator[Result]:
-    """Yield function(position in rows, cell) for each row in order, computed by threads.
+    """Yield function(position in rows, cell) for each row in order, computed on all cores.
 
     Args:
+        function: runs in a fork if there are MANY rows, and cannot change this process then.
         doing: what the progress bar says.
     """
-    with ThreadPoolExecutor() as pool, progress(doing, len(rows)) as advance:
-        for start in range(0, len(rows), CHUNK):
-            cells = list(enumerate(source.cells(rows[start : start + CHUNK]), start))
-            parts = [cells[i : i + PART] for i in range(0, len(cells), PART)]
-            for results in pool.map(lambda part: [function(*cell) for cell in part], parts):
+
+    def run(start: int) -> list[Result]:
+        cells = source.cells(rows[start : start + PART])
+        return [function(position, cell) for position, cell in enumerate(cells, start)]
+
+    with on_all_cores(run, fork=len(rows) >= MANY) as submit:
+        parts = map(submit, range(0, len(rows), PART))
+        ahead = deque(islice(parts, cpu_count() + 2))
+        with progress(doing, len(rows)) as advance:
+            while ahead:
+                results = ahead.popleft().result()
+                ahead.extend(islice(parts, 1))
                 yield from results
-            advance(len(cells))
+                advance(len(results))
 
 
 def content(cell: dict[str, Any]) -> bytes:

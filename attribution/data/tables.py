@@ -55,6 +55,10 @@ def read_tables(files: Files, config: Config) -> Labelled | None:
         if "submission" not in table[-1].lower()
         and not (texts > MOST_TEXTS and table[-1].endswith(".txt"))
     ]
+    if not shown:
+        return None
+    if not shown:
+        return None
     finder = _Finder(files)
     found = [
         (table, rows) for table in shown if (rows := _read_one(table, finder, config)) is not None

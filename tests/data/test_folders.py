@@ -135,3 +135,27 @@ def test_classes_keep_their_names_and_images(tmp_path_factory, classes) -> None:
         own = listing.table[listing.table["label"] == label]
         assert len(own) == classes[name]
         assert {Path(file).parent.name for file in own["file_name"]} == {name}
+
+
+def test_classes_that_only_the_test_part_has_are_refused_with_the_option_that_reads_them(
+    load, tmp_path, capsys
+) -> None:
+    """As in MVTec: defects in the test part alone, and masks of them in a folder next to it."""
+    root = tmp_path / "i"
+    seed = write_classes(root / "train", {"good": 6})
+    seed = write_classes(root / "test", {"good": 3, "crack": 4}, seed)
+    write_classes(root / "ground_truth", {"crack": 4}, seed)
+    fails(load, root, "class 'crack' has 0 ", "add --resplit to divide all images anew")
+    loaded = load(root, resplit="yes")
+    assert loaded.class_names == ("crack", "good") and len(loaded.examples) == 13
+    assert "not used: ground_truth/crack (4 images)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["class_to_idx.json", "classes.txt"])
+def test_a_list_of_class_names_next_to_class_folders_is_counted_and_changes_nothing(
+    load, root, capsys, name
+) -> None:
+    before = load(root).examples
+    (root / name).write_text('{"cat": 0, "dog": 1}' if name.endswith("json") else "cat\ndog\n")
+    assert load(root).examples.equals(before)
+    assert "1 files are not images and are not used" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ import pytest
 from image_folders import fails, picture, png, write_classes
 from PIL import Image
 
-from attribution.data import dataset, pixel_cache
+from attribution.data import dataset, pixel_cache, sources
+from attribution.data.decoding import decode_image
 
 
 def test_cache_hit_decodes_nothing(load, root, decodes) -> None:
@@ -122,3 +124,31 @@ def test_all_bad(load, tmp_path) -> None:
     for i, file in enumerate((tmp_path / "i").glob("*/*.png")):
         file.write_bytes(f"no image {i}".encode())
     fails(load, tmp_path / "i", "empty class 'a'", on_bad_image="skip")
+
+
+@pytest.mark.parametrize("most", [0, 1 << 30], ids=["forks", "threads"])
+def test_rows_close_up_where_images_are_damaged(load, root, monkeypatch, most: int) -> None:
+    """The first, the last and several neighbours in the order of the digests, by forks and threads."""
+    monkeypatch.setattr(sources, "MANY", most)
+    files = sorted(root.rglob("*.png"), key=lambda file: sources.digest(file.read_bytes()))
+    bad = [files[i] for i in (0, 7, 8, 24)]
+    for i, file in enumerate(bad):
+        file.write_bytes(file.read_bytes()[: 60 + i])
+    fails(load, root, "and 3 others cannot be decoded")
+    loaded = load(root, on_bad_image="skip")
+    assert loaded.skipped == tuple(sorted(str(file.relative_to(root)) for file in bad))
+    assert loaded.pixels_file.stat().st_size == 128 + 21 * 8 * 8 * 3
+    for row in loaded.examples.itertuples():
+        expected = decode_image(Image.open(root / row.file_name), 8)
+        assert (loaded.pixels()[row.Index] == expected).all()
+
+
+def test_a_full_disk_is_told_by_forks_too(load, root, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "MANY", 0)
+    monkeypatch.setattr(os, "pwrite", lambda *_: 5)
+    fails(load, root, "cache_dir=", "cannot be written (No space left on device)")
+
+
+def test_a_changed_file_is_named_by_forks_too(load, root, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "MANY", 0)
+    test_a_file_that_changes_while_it_is_read_is_named(load, root, tmp_path, monkeypatch)

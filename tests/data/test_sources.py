@@ -10,8 +10,9 @@ import pytest
 from image_folders import fails, png, sizes, write_classes
 from PIL import Image
 
+from attribution.data import sources
 from attribution.data.decoding import decode_image
-from attribution.data.sources import CHUNK, PART, digits, map_cells
+from attribution.data.sources import PART, digits, map_cells
 
 
 def test_digits(load) -> None:
@@ -139,15 +140,16 @@ def test_any_name_that_is_a_name_is_taken(load, tmp_path, name) -> None:
 
 
 def test_a_file_too_large_for_an_image_is_not_read(load, tmp_path) -> None:
-    from attribution.data import sources
-
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(sources.MOST_BYTES + 1)
     assert sources.content({"bytes": None, "path": str(tmp_path / "large.png")}) == b""
 
 
-def test_cells_are_mapped_in_order() -> None:
-    rows = np.random.default_rng(0).permutation(1797)[: 2 * CHUNK + PART + 1]
-    found = list(map_cells(digits(), rows, lambda i, cell: (i, cell["bytes"]), "test"))
+@pytest.mark.parametrize("most", [0, 1 << 30], ids=["forks", "threads"])
+def test_cells_are_mapped_in_order(monkeypatch, most: int) -> None:
+    monkeypatch.setattr(sources, "MANY", most)
+    rows = np.random.default_rng(0).permutation(1797)[: 6 * PART + 1]
+    found = list(map_cells(digits(), rows, lambda i, cell: (i, cell["bytes"], os.getpid()), "test"))
     expected = [cell["bytes"] for cell in digits().cells(rows)]
-    assert found == list(enumerate(expected))
+    assert [result[:2] for result in found] == list(enumerate(expected))
+    assert (os.getpid() in {pid for *_, pid in found}) == bool(most)
