@@ -57,8 +57,6 @@ def read_tables(files: Files, config: Config) -> Labelled | None:
     ]
     if not shown:
         return None
-    if not shown:
-        return None
     finder = _Finder(files)
     found = [
         (table, rows) for table in shown if (rows := _read_one(table, finder, config)) is not None
