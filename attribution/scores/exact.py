@@ -26,7 +26,7 @@ from attribution.models.batches import Batches
 from attribution.models.checkpoints import checkpoint_name
 from attribution.models.ensemble import Ensemble
 from attribution.models.train import make_optimizer, new_model, steps_per_epoch
-from attribution.runtime.device import autocast
+from attribution.runtime.device import autocast, resolve_precision
 from attribution.runtime.hashing import derive_seed
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ class Run:
         logits = run.logits(run.trained(torch.ones(len(keep))), targets).detach().numpy()
         wanted = members.validation_logits[m]
         error = float(np.abs(logits - wanted).max() / np.abs(wanted).max())
-        if error > frozen.TOLERANCE[targets.dtype]:
+        if error > frozen.TOLERANCE[resolve_precision(config.precision, CPU)]:
             raise InputError(
                 f"exact=yes: {run.name} trained again predicts otherwise (a logit by {error:.1%}); make the "
                 "scores on this machine, with these versions"

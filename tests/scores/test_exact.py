@@ -107,6 +107,23 @@ def test_the_run_is_the_checkpoint_s_and_any_other_is_refused(trained) -> None:
         Run.of(replace(config, seed=5), data, members, 0)
 
 
+def test_a_transformer_in_bfloat16_is_repeated_too(trained, tmp_path) -> None:
+    """Its head receives float32 from a layer norm, and computes in bfloat16."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vit = ViTConfig(**sizes, intermediate_size=16, image_size=16, patch_size=8)
+    ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
+    config = replace(trained[0], model=str(tmp_path / "vit"), precision="bfloat16")
+    checkpoints = train_checkpoints(config, trained[1], MASKS, tmp_path / "work")
+    run = Run.of(config, trained[1], Finetuned.of(MASKS, checkpoints).members, 1)
+    inputs, labels = targets(run, trained[1])
+    removed = exact.random_removals(run)
+    found = run.derivatives(inputs, labels)
+    assert exact.agreement(found, removed, run.changes(removed, inputs, labels)).mean() > 0.8
+
+
 def test_an_example_of_weight_zero_could_be_any(trained) -> None:
     """What weighs nothing has no say: other inputs in its place leave the model as it is."""
     run = run_of(trained)
