@@ -26,7 +26,7 @@ from attribution.models.batches import Batches
 from attribution.models.checkpoints import checkpoint_name
 from attribution.models.ensemble import Ensemble
 from attribution.models.train import make_optimizer, new_model, steps_per_epoch
-from attribution.runtime.device import autocast, resolve_precision
+from attribution.runtime.device import autocast, one_thread, resolve_precision
 from attribution.runtime.hashing import derive_seed
 
 CPU = torch.device("cpu")
@@ -125,6 +125,7 @@ class Run:
         with autocast(self.config, CPU):
             return self.rest.received(images)
 
+    @one_thread()  # the matrices are small: threads would mostly wait for one another
     def trained(self, weights: Tensor) -> list[Tensor]:
         """Train the head; the result can be derived by the weights if they require gradients.
 
@@ -156,6 +157,7 @@ class Run:
         """Margins (K,) of K targets after training with these weights."""
         return margins(self.logits(self.trained(weights), inputs), labels)
 
+    @one_thread()
     def derivatives(self, inputs: Tensor, labels: Tensor) -> np.ndarray:
         """Derivative of each target's margin by each example's weight, (n_train, K); positive = helpful.
 
