@@ -142,6 +142,7 @@ class Config:
     image: str = option("explain", "image file whose prediction is explained; needs a trak run with features", "")
     label: str = option("explain", "class whose margin is explained for that image; empty takes the predicted class", "")
     errors: int = option("explain", "explain this many of the most confident mistakes; 0 means 6 if neither target nor image is given", 0, at_least=0)
+    exact: str = option("explain", "explain one model, the best checkpoint, by the exact derivative of its margins through its own training, and train it again to check; needs train_layers=head; the flag alone means yes", "no", choices=("no", "yes"))
     num_examples: int = option("explain", "how many helpful and how many harmful examples are shown", 6, at_least=1)
     export_arm: str = option("export", "arm whose kept training examples are written to a file per frac, for keep", "")
     export: str = option("corrected data", "folder to write the data set to, as keep and labels leave it", "")

@@ -52,7 +52,7 @@ def run(job: Job) -> list[Explanation]:
         members = job.result("finetune").members
     else:
         members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS), data)
-    if not config.image:
+    if not config.image or config.exact == "yes":
         return explanation.explain(config, data, scored.scores, members)
     warn_of_other_checkpoints(job)
     stored = scored.features or _stored_features(job.upstream["trak"])

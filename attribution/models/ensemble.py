@@ -64,6 +64,10 @@ class Ensemble:
         """Return the content, to be kept as an .npz file."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    def only(self, m: int) -> Ensemble:
+        """Return the ensemble of checkpoint m alone."""
+        return Ensemble(*(each[m : m + 1] for each in self.arrays().values()))
+
     @property
     def is_out_of_sample(self) -> bool:
         """Whether every training example was left out by at least one checkpoint."""

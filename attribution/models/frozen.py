@@ -65,7 +65,15 @@ _stored: dict[tuple, Tensor | None] = {}
 def stored_logits(
     config: Config, data: ImageData, model: nn.Module, split: str
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return a function from positions in a split (B,) to the logits (B, C) of images without augmentation.
+    """Return a function from positions in a split (B,) to the logits (B, C), as stored_inputs does."""
+    found = stored_inputs(config, data, model, split)
+    return (lambda rows: found[0](found[1][rows])) if found else None
+
+
+def stored_inputs(
+    config: Config, data: ImageData, model: nn.Module, split: str
+) -> tuple[Rest, Tensor] | None:
+    """Return the trained layers, and what they receive for a split's images without augmentation (n, ...).
 
     None where all layers have to run: none is frozen, their outputs take too much memory, or other
     layers than the first trained one read them.
@@ -92,7 +100,7 @@ def stored_logits(
         logits = model(images).logits
         error = (rest(inputs[: len(images)]) - logits).abs().max()
     is_exact = error <= TOLERANCE[logits.dtype] * logits.abs().max()
-    return (lambda rows: rest(inputs[rows])) if is_exact else None
+    return (rest, inputs) if is_exact else None
 
 
 def _received(config: Config, data: ImageData, rest: Rest, split: str) -> Tensor | None:

@@ -80,8 +80,8 @@ def train(
         InputError: the loss is not finite, or fewer than two examples are kept.
     """
     device = _prepare(config)
-    kept, steps = np.flatnonzero(keep), _steps(config, keep)
-    model = _new_model(config, data, seed, device)
+    kept, steps = np.flatnonzero(keep), steps_per_epoch(config, keep)
+    model = new_model(config, data, seed, device)
     parts = classifier.freeze(model, config.model, config.train_layers)
     weights = [p for p in model.parameters() if p.requires_grad]
     batches = _batches(config, data, seed, device, labels)
@@ -165,8 +165,8 @@ def train_stacked(
     labels = [None] * len(seeds) if labels is None else labels
     if len(seeds) == 1:  # other kernels, with other last bits, would run for a stack of one
         return train_stacked(config, data, [*seeds] * 2, [*keeps] * 2, [*labels] * 2)[:1]
-    device, steps = _prepare(config), _steps(config, keeps[0])
-    members = [_new_model(config, data, seed, device).train() for seed in seeds]
+    device, steps = _prepare(config), steps_per_epoch(config, keeps[0])
+    members = [new_model(config, data, seed, device).train() for seed in seeds]
     weights, buffers = torch.func.stack_module_state(members)
     batches = [
         _batches(config, data, seed, device, own) for seed, own in zip(seeds, labels, strict=True)
@@ -301,7 +301,7 @@ def _prepare(config: Config) -> torch.device:
     return resolve_device(config.device)
 
 
-def _steps(config: Config, keep: np.ndarray) -> int:
+def steps_per_epoch(config: Config, keep: np.ndarray) -> int:
     """Return the number of steps in an epoch; every batch has two examples at least, for BatchNorm."""
     kept = int(keep.sum())
     if kept < 2:
@@ -311,7 +311,7 @@ def _steps(config: Config, keep: np.ndarray) -> int:
     return min(math.ceil(kept / config.batch_size), kept // 2)
 
 
-def _new_model(config: Config, data: ImageData, seed: int, device: torch.device) -> PreTrainedModel:
+def new_model(config: Config, data: ImageData, seed: int, device: torch.device) -> PreTrainedModel:
     model = classifier.build(config.model, data.class_names, derive_seed(seed, "weights"))
     memory_layout.place(model, device, config.image_size)
     return model

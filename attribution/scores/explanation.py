@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from attribution.config import Config, nearest
 from attribution.data import looks
@@ -19,7 +20,7 @@ from attribution.errors import InputError
 from attribution.models.ensemble import Ensemble
 from attribution.runtime.device import one_thread
 from attribution.runtime.safe_files import regular
-from attribution.scores import stored_features
+from attribution.scores import exact, stored_features
 from attribution.scores.artifact import Scores
 from attribution.scores.stored_features import StoredFeatures
 
@@ -43,6 +44,7 @@ class Explanation:
             strongest first.
         in_margins: whether scores are changes of the margin, see calibration.calibrate.
         warnings: a line for each way in which an image is unlike the training data.
+        measured: for exact scores, what training the model again has shown, in words.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Explanation:
     harmful: pd.DataFrame
     in_margins: bool
     warnings: tuple[str, ...] = ()
+    measured: str = ""
 
     @property
     def is_right(self) -> bool:
@@ -77,7 +80,7 @@ class Explanation:
         side = "fall" if first["score"] > 0 else "rise"
         return (
             f"without training image {first['example_id']}, the margin (log-odds) of {self.label} "
-            f"would {side} by about {abs(first['score']):.2g}"
+            f"would {side} by about {abs(first['score']):.2g}{self.measured and '. '}{self.measured}"
         )
 
     def table(self) -> pd.DataFrame:
@@ -136,10 +139,18 @@ def explain(
     Raises:
         InputError: nothing is named, and the ensemble makes no mistake.
     """
-    found, targets = [], list(dict.fromkeys(config.target_numbers))
+    if config.exact == "yes":
+        return explain_exactly(config, data, scores, members)
+    found = []
     if stored:
         found.append(explain_picture(config, data, scores, members, stored, checkpoints))
-    errors = config.errors
+    targets = _targets(config, data, members, bool(found))
+    return found + explain_targets(data, scores, members, targets, config.num_examples)
+
+
+def _targets(config: Config, data: ImageData, members: Ensemble, found: bool) -> list[int]:
+    """The targets and mistakes that the config names; mistakes where nothing is named or found."""
+    errors, targets = config.errors, list(dict.fromkeys(config.target_numbers))
     if not (errors or found or targets):
         errors = DEFAULT_ERRORS
     probabilities = members.probabilities("validation")
@@ -149,7 +160,38 @@ def explain(
         raise InputError(
             f"errors={errors}: the ensemble makes no mistake on the targets; name one, e.g. target=0"
         )
-    return found + explain_targets(data, scores, members, targets, config.num_examples)
+    return targets
+
+
+def explain_exactly(
+    config: Config, data: ImageData, scores: Scores, members: Ensemble
+) -> list[Explanation]:
+    """Explain the predictions of the best checkpoint by its exact derivatives (scores/exact.py).
+
+    Args:
+        scores: for its table of training examples.
+
+    Raises:
+        InputError: as explain and exact.Run.of do.
+    """
+    m = members.best(data.labels(TARGETS))
+    members, run = members.only(m), exact.Run.of(config, data, members, m)
+    found, warnings = [], []
+    if config.image:
+        size, pixels = read_picture(config)
+        logits = run.logits(run.trained(torch.ones(len(run.keep))), run.received(pixels[None]))
+        found.append(_prediction(config, data, pixels, logits.softmax(1).detach().numpy()))
+        warnings = looks.unlike(data, size, pixels) + _doubts(found[0].probabilities.max(), members)
+    found += _predictions(data, members, _targets(config, data, members, bool(found)))
+    inputs = run.received(np.stack([each.pixels for each in found]))
+    labels = torch.tensor([each.label for each in found])
+    values = run.derivatives(inputs, labels)
+    columns = Scores(values, scores.train, pd.DataFrame(), {"calibration": True})
+    shown = [_explain(data, each, columns, i, config.num_examples) for i, each in enumerate(found)]
+    parts = [each.helpful["position"].to_numpy() for each in shown]
+    words = exact.findings(run, values, parts, inputs, labels)
+    shown = [replace(each, measured=own) for each, own in zip(shown, words, strict=True)]
+    return [replace(shown[0], warnings=tuple(warnings)), *shown[1:]]
 
 
 def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
@@ -176,16 +218,20 @@ def explain_targets(
         InputError: a number that is no target.
     """
     _check_targets(targets, len(scores.targets))
-    chosen, pixels, rows = scores.select(targets), data.pixels(), data.rows(TARGETS)
+    chosen, found = scores.select(targets), _predictions(data, members, targets)
+    return [_explain(data, each, chosen, i, k) for i, each in enumerate(found)]
+
+
+def _predictions(data: ImageData, members: Ensemble, targets: list[int]) -> list[Prediction]:
+    pixels, rows = data.pixels(), data.rows(TARGETS)
     labels, probabilities = data.labels(TARGETS), members.probabilities("validation")
     votes = members.validation_logits.argmax(axis=2)
-    found = [
+    return [
         Prediction(
             f"target {t}", np.array(pixels[rows[t]]), labels[t], probabilities[t], votes[:, t]
         )
         for t in targets
     ]
-    return [_explain(data, each, chosen, i, k) for i, each in enumerate(found)]
 
 
 def explain_picture(
@@ -203,33 +249,33 @@ def explain_picture(
     """
     size, pixels = read_picture(config)
     with one_thread():  # for a single image, threads would mostly wait for one another
-        prediction = _predict(config, data, checkpoints, pixels)
+        each = stored_features.probabilities(config, checkpoints, pixels[None])[:, 0]
+        prediction = _prediction(config, data, pixels, each)
         labels = np.array([prediction.label])
         new = stored_features.new_features(config, checkpoints, pixels[None], labels)
     column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
     found = _explain(data, prediction, column, 0, config.num_examples)
-    warnings = looks.unlike(data, size, pixels) + _doubts(found, members)
+    warnings = looks.unlike(data, size, pixels) + _doubts(found.probability, members)
     return replace(found, warnings=tuple(warnings))
 
 
-def _predict(
-    config: Config, data: ImageData, checkpoints: Sequence[Path], pixels: np.ndarray
+def _prediction(
+    config: Config, data: ImageData, pixels: np.ndarray, each: np.ndarray
 ) -> Prediction:
-    """The prediction of the image, and the class that is asked about."""
-    each = stored_features.probabilities(config, checkpoints, pixels[None])[:, 0]
+    """The prediction of the image by each checkpoint's probabilities (M, C), and the class asked about."""
     mean = each.mean(axis=0)
     label = data.class_names.index(config.label) if config.label else int(mean.argmax())
     return Prediction(Path(config.image).name, pixels, label, mean, each.argmax(axis=1))
 
 
-def _doubts(found: Explanation, members: Ensemble) -> list[str]:
+def _doubts(probability: float, members: Ensemble) -> list[str]:
     """A line if the ensemble is less certain than of nearly all validation examples."""
     usual = members.probabilities("validation").max(axis=1)
-    surer = (usual > found.probability).mean()
+    surer = (usual > probability).mean()
     if surer < LOW_CONFIDENCE:
         return []
     return [
-        f"low confidence: {found.probability:.2f}; the models are more certain of "
+        f"low confidence: {probability:.2f}; the models are more certain of "
         f"{100 * surer:.0f} % of the validation images"
     ]
 
@@ -241,6 +287,8 @@ def check(config: Config, data: ImageData) -> None:
         InputError: an unknown target or class, an image that cannot be read, an image with
             keep_features=no, or a label without an image.
     """
+    if config.exact == "yes":
+        exact.check(config, data)
     _check_targets(config.target_numbers, len(data.rows(TARGETS)))
     if config.label and config.label not in data.class_names:
         raise InputError(
@@ -253,7 +301,7 @@ def check(config: Config, data: ImageData) -> None:
         )
     if config.image:
         read_picture(config)
-        if config.keep_features == "no":
+        if config.keep_features == "no" and config.exact == "no":
             raise InputError(
                 "keep_features=no: image needs stored features; make the scores with "
                 "keep_features=yes"

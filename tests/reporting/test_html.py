@@ -16,7 +16,8 @@ def test_any_text_is_escaped(text: str) -> None:
             "title": text, "tone": ""}  # fmt: skip
     each = {
         "name": text, "label": text, "predicted": text, "is_right": False, "probability": 0.5,
-        "label_probability": 0.5, "agreement": text, "effect": text, "warnings": [text], "pixels": "",
+        "label_probability": 0.5, "agreement": text, "effect": text, "measured": "", "warnings": [text],
+        "pixels": "",
     }  # fmt: skip
     given = {"explanations": [(each, [tile], [])], "picture": "data:image/png;base64,".format}
     tree = parsed(pages.render("explanation", **given, run_ids={text: text}))

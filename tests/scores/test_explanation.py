@@ -554,10 +554,9 @@ def test_votes_are_those_of_the_checkpoints_and_doubt_is_relative_to_validation_
         assert (each.votes, each.num_models) == (list(own).count(predicted), 2)
         assert each.warnings == ()
     assert picture.agreement == targets[4].agreement
-    unsure = replace(picture, probability=0.4)
-    (line,) = explanation._doubts(unsure, finetuned.members)
+    (line,) = explanation._doubts(0.4, finetuned.members)
     assert line.startswith("low confidence: 0.40") and "100 % of the validation images" in line
-    assert not explanation._doubts(replace(picture, probability=0.9999999), finetuned.members)
+    assert not explanation._doubts(0.9999999, finetuned.members)
 
 
 def test_right_and_wrong_predictions_are_told_apart() -> None:
