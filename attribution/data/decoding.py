@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from threading import Lock
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from multiprocessing import get_context
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -37,18 +35,8 @@ TURNS = {
 }  # by orientation
 LARGE = 1 << 24  # pixels in an image
 # Files are decoded by several threads or forks. Only one of them may hold a large image at a time,
-# so that memory stays bounded. A file's lock is free again if the fork that holds it is killed.
-_large, _large_of_forks = Lock(), tempfile.TemporaryFile()  # noqa: SIM115
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    with _large:
-        fcntl.lockf(_large_of_forks, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(_large_of_forks, fcntl.LOCK_UN)
+# so that memory stays bounded.
+_large = get_context("fork").Lock()
 
 
 def open_image(file: io.BytesIO) -> Image.Image:
@@ -69,7 +57,7 @@ def read_image(
         raise InputError("the file is empty or cannot be read")
     try:
         image = open(io.BytesIO(content))
-        with _alone() if image.width * image.height > LARGE else nullcontext():
+        with _large if image.width * image.height > LARGE else nullcontext():
             return decode_image(image, size)
     except UnidentifiedImageError:
         heic = "" if "HEIF" in FORMATS else "; HEIC needs pip install pillow-heif"
