@@ -110,7 +110,7 @@ def retrained_logits(
     todo = [k for k, stack in distinct.items() if not _is_kept(store, k, (len(stack), *shape))]
     total = sum(map(len, distinct.values()))
     left = sum(len(distinct[key]) for key in todo)
-    say(f"{stage}: {total} models to compare, {left} of them to train")
+    say(f"{stage}: {total} models, {left} of them to train")
     names = [f"retraining of {distinct[key].name}" for key in todo]
     jobs = resolve_jobs(config.jobs, device, len(distinct))
     with (

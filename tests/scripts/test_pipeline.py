@@ -328,7 +328,7 @@ def test_another_frac_retrains_nothing_upstream(chain) -> None:
     other = place.done("ablation", frac=0.2)
     assert other.made() == {"ablation"}
     assert other.tags["trak_run_id"] == first.tags["trak_run_id"]
-    assert "6 models to compare, 4 of them to train" in other.err  # the two of `none` are shared
+    assert "6 models, 4 of them to train" in other.err  # the two of `none` are shared
     ours, theirs = (comparison(place, run.run_id).set_index("arm") for run in (other, first))
     assert ours.loc["none", "accuracy_mean"] == theirs.loc["none", "accuracy_mean"]
     assert ours.loc["random", "n_removed"] == 5 and theirs.loc["random", "n_removed"] == 2
@@ -536,7 +536,7 @@ def test_a_killed_ablation_goes_on_and_ends_the_same(finished, new_place: NewPla
 
     result = place.done("ablation")
     assert result.made() == {"ablation"}
-    assert "6 models to compare, 6 of them" not in result.err
+    assert "6 models, 6 of them" not in result.err
     assert (
         place.client().get_run(killed.info.run_id).info.status == "KILLED"
     )  # said by the next one
