@@ -10,7 +10,6 @@ from attribution.cli.main import main
 if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
     main("finetune")
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,21 +28,13 @@ from attribution.models import checkpoints
 from attribution.models.checkpoints import Finetuned, checkpoint_name
 from attribution.models.ensemble import Ensemble
 from attribution.models.model_facts import parameter_count
-from attribution.reporting import figures
+from attribution.reporting import finetune_record
 from attribution.runtime.progress import say
 from attribution.tracking.artifacts import address, artifact_path
 from attribution.tracking.job import Job, Upstream
-from attribution.tracking.logged_models import TrainedModel
 from attribution.tracking.record import Record
-from attribution.tracking.stage_runs import NOTE
 
 LOGITS = "training/logits.npz"
-BEST = {"best": "validation loss", NOTE: "The lowest validation loss of this run's checkpoints."}
-
-GIVEN_NOTE = """\
-Checkpoints that were trained elsewhere (parameter `checkpoints`), as they were found: each one is a model
-of this run. What they were trained on is not known; every training example counts as seen.
-"""
 
 
 def check(config: Config, data: ImageData) -> None:
@@ -92,66 +83,7 @@ def run(job: Job) -> Finetuned:
 
 def record(job: Job, result: Finetuned) -> Record:
     """Weights, masks, logits and learning curves."""
-
-    def write(folder: Path) -> None:
-        training = folder / "training"
-        training.mkdir()
-        np.savez(training / "logits.npz", allow_pickle=False, **result.members.arrays())
-        job.data.examples.to_parquet(training / "examples.parquet", index=False)
-        histories = [run.history for run in result.runs]
-        if any(histories):
-            figures.save(figures.training_curves(histories), training / "curves.png")
-
-    if job.config.checkpoints:
-        return Record(
-            tags={"source": "given"},
-            metrics=result.members.metrics(job.data),
-            models=_models(job.data, result, [{"folder": f} for f in job.config.given_folders]),
-            write=write,
-            note=lambda _: GIVEN_NOTE,
-        )
-    return Record(
-        metrics=result.members.metrics(job.data) | result.test,
-        series=[
-            (f"{checkpoints.run_name(job.config, r)}/{name}", value, int(epoch["epoch"]))
-            for r, run in enumerate(result.runs)
-            for epoch in run.history
-            for name, value in epoch.items()
-            if name != "epoch"
-        ],
-        models=_models(job.data, result, _origins(job.config, result)),
-        write=write,
-    )
-
-
-def _models(
-    data: ImageData, result: Finetuned, origins: Sequence[dict[str, str]]
-) -> dict[str, TrainedModel]:
-    """The checkpoints by name, with tags of their origins and one for the best on validation."""
-    labels = data.labels("validation")
-    best, found = result.members.best(labels), {}
-    for m, metrics in enumerate(result.members.metrics_of_each(labels)):
-        name = checkpoint_name(m)
-        shown = {f"validation_{key}": value for key, value in metrics.items()}
-        if f"{name}/test_accuracy" in result.test:
-            shown["test_accuracy"] = result.test[f"{name}/test_accuracy"]
-        tags = origins[m] | (BEST if m == best else {})
-        found[name] = TrainedModel(result.folders[m], shown, tags)
-    return found
-
-
-def _origins(config: Config, result: Finetuned) -> list[dict[str, str]]:
-    """Tags of each checkpoint: its run from 0 and its epoch from 1, and the epoch that patience would keep."""
-    if not config.checkpoint_epochs:
-        return [{} for _ in result.folders]
-    found = []
-    for r, run in enumerate(result.runs):
-        tags = {"training_run": f"{r}"}
-        if config.patience:
-            losses = [epoch["validation_log_loss"] for epoch in run.history]
-            tags["best_epoch"] = f"{1 + int(np.argmin(losses))}"
-        found += [tags | {"epoch": f"{len(each.history)}"} for each in run.epochs]
-    return found
+    return finetune_record.make(job, result)
 
 
 def load(run_id: str, config: Config, data: ImageData) -> Finetuned:

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
 
-import scripts.finetune
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
@@ -32,6 +31,7 @@ from attribution.models.checkpoints import (
 from attribution.models.ensemble import Ensemble
 from attribution.models.predict import predict
 from attribution.models.train import train
+from attribution.reporting import finetune_record
 from attribution.runtime.hashing import derive_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,7 +249,7 @@ def test_epochs_of_a_run_are_what_it_passes_through_and_leave_it_as_it_was(
     if numbers is None:
         assert ran < 9 and weights(run) not in map(weights, run.epochs)
         numbers = [ran - 1, ran]
-        tags = scripts.finetune._origins(config, Finetuned.of(keep, [run]))
+        tags = finetune_record.origins(config, Finetuned.of(keep, [run]))
         assert [each["best_epoch"] for each in tags] == [f"{ran - 2}"] * 2
     elif ran in numbers:
         assert weights(run.epochs[-1]) == weights(run)
@@ -275,7 +275,7 @@ def test_checkpoints_stand_run_by_run_and_by_epoch_and_share_their_runs_examples
     assert names == [f"{r}/epochs/{e}/model" for r in ("000", "001") for e in (9, 10)]
     masks = subset_masks(24, 2, 0.5, 0)
     np.testing.assert_array_equal(found.members.masks, masks[[0, 0, 1, 1]])
-    tags = scripts.finetune._origins(config, found)
+    tags = finetune_record.origins(config, found)
     expected = [("0", "9"), ("0", "10"), ("1", "9"), ("1", "10")]
     assert [(each["training_run"], each["epoch"]) for each in tags] == expected
     shutil.rmtree(tmp_path / "001" / "epochs" / "9")
