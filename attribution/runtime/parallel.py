@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from joblib import cpu_count
@@ -21,6 +22,7 @@ from attribution.errors import InputError
 from attribution.runtime.pool import LostWorker, Pool, call, prepare_worker, threads_per_task
 from attribution.runtime.progress import say
 from attribution.runtime.ray_pool import RayPool
+from attribution.runtime.signals import GRACE_SECONDS, is_stopping
 
 Result = TypeVar("Result")
 
@@ -182,7 +184,15 @@ def _begin_worker(threads: int, driver: int) -> None:
 
 
 def end_workers() -> None:
-    """Kill the workers, also idle ones, which would take seconds to end by themselves."""
+    """Kill the workers, also idle ones, which would take seconds to end by themselves.
+
+    On a busy machine that takes seconds too, for loky looks for children of each worker. A command
+    that is stopping waits only so long that it can still mark its runs; a worker without its driver
+    ends by itself.
+    """
     executor = reusable_executor._executor
     if executor:
-        executor.shutdown(wait=True, kill_workers=True)
+        kill = partial(executor.shutdown, wait=True, kill_workers=True)
+        ending = threading.Thread(target=kill, daemon=True)
+        ending.start()
+        ending.join(GRACE_SECONDS / 2 if is_stopping() else None)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attribution.errors import InputError
+from attribution.runtime import parallel
 from attribution.runtime.parallel import (
     ATTEMPTS,
     MOVES,
@@ -22,6 +24,7 @@ from attribution.runtime.parallel import (
     resolve_jobs,
 )
 from attribution.runtime.pool import LostWorker
+from attribution.runtime.signals import ended_by_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -203,3 +206,21 @@ def test_a_machine_that_goes_away_changes_no_batch() -> None:
     function, batches = losing(MOVES, moved=True)
     with pytest.raises(InputError, match="task 0: its machine went away, 10 times"):
         list(parallel_map(function, [(64,)], 1, smaller=smaller))
+
+
+def test_a_command_that_is_stopping_does_not_wait_for_slow_workers(monkeypatch) -> None:
+    for_ever = threading.Event()
+
+    class Slow:
+        def shutdown(self, **_: bool) -> None:
+            for_ever.wait()
+
+    monkeypatch.setattr(parallel.reusable_executor, "_executor", Slow())
+    monkeypatch.setattr(parallel, "GRACE_SECONDS", 0.02)
+    with pytest.raises(KeyboardInterrupt), ended_by_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for_ever.wait(60)  # the signal ends this
+        finally:
+            end_workers()
+    for_ever.set()
