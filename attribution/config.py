@@ -149,7 +149,7 @@ class Config:
     export_format: str = option("corrected data", "folder: class folders in train, validation and test; hf: a data set for load_from_disk; csv: a table of the images' paths, labels and label issues, which the others hold too", "folder", choices=("folder", "hf", "csv"))
     output: str = option("output", "folder to save the report or the explanations in; exported arms go to cleaned if it is empty", "")
     overwrite: str = option("files", "whether existing files, or an earlier export, may be replaced; the flag alone means yes", "no", choices=("no", "yes"))
-    quality: str = option("execution", "best takes three times as many models and twice the proj_dim, where they are left open: scores that predict retraining better, for more time", "default", choices=("default", "best"))
+    quality: str = option("execution", "best takes three times as many models and (except for a head alone) twice the proj_dim, where they are left open: scores that predict retraining better, for more time", "default", choices=("default", "best"))
     time_budget: str = option("execution", "longest time for the command, such as 90s, 10min or 2h (a plain number is minutes): it lowers num_models and num_seeds, where they are left open, until the plan fits", "")
     keep_checkpoints: str = option("execution", "checkpoints to keep in MLflow once the command has ended: all, the best on validation, or none. Applies to checkpoints that this command has made", "all", choices=("all", "best", "none"))
     device: str = option("execution", "auto, cpu, or cuda", "auto")

@@ -30,7 +30,8 @@ REPLAY_MAY_CHANGE = (
     "jobs", "device", "backend", "gpus_per_task", "ray_address", "keep_checkpoints", "gpu_kernels",
     "cuda_graphs",
 )  # fmt: skip
-BETTER = {"num_models": 3, "proj_dim": 2}  # times as large with quality=best
+# Times as large with quality=best. A longer projection makes the scores of a head alone worse.
+BEST = {"num_models": 3, "proj_dim": 2}
 
 
 def cache_of(given: dict[str, Any]) -> Path:
@@ -72,7 +73,9 @@ def _better(config: Config, known: Set[str]) -> Config:
     Raises:
         InputError: nothing is left open.
     """
-    chosen = {n: times * getattr(config, n) for n, times in BETTER.items() if n not in known}
+    of_head = {"proj_dim"} if config.train_layers == "head" else set()
+    open_ = [name for name in BEST if name not in known | of_head]
+    chosen = {name: BEST[name] * getattr(config, name) for name in open_}
     if not chosen:
         raise InputError(
             f"quality=best: num_models={config.num_models} and proj_dim={config.proj_dim} are "
@@ -120,7 +123,7 @@ def _of_earlier_run(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
             )
             not_taken = ["keep", "labels"] if stage.name == "finetune" else []
             if given.get("quality") == "best":
-                not_taken += BETTER
+                not_taken += BEST
             return {k: v for k, v in found.items() if k not in not_taken}
     return {}
 

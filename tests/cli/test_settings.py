@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,8 @@ def test_better_scores_take_more_models_and_a_longer_projection(take, capsys) ->
     assert (better.num_models, better.proj_dim) == (3 * config.num_models, 2 * config.proj_dim)
     assert capsys.readouterr().err == "quality=best: num_models 30, proj_dim 512\n"
     assert settings._better(config, known={"num_models"}).num_models == config.num_models
+    of_head = settings._better(dataclasses.replace(config, train_layers="head"), known=set())
+    assert (of_head.num_models, of_head.proj_dim) == (3 * config.num_models, config.proj_dim)
     with pytest.raises(
         InputError, match="^quality=best: num_models=10 and proj_dim=256 are decided"
     ):
