@@ -256,7 +256,7 @@ def test_scores_without_suspects_are_logged(finished, new_place, monkeypatch) ->
 
     place = new_place("none", like=finished[0])
     original = module.suspects
-    monkeypatch.setattr(module, "suspects", lambda *args: original(*args)[:0])
+    monkeypatch.setattr(module, "suspects", lambda *args, **how: original(*args, **how)[:0])
     result = place.done("trak", lambda_reg=0.7)
     assert result.made() == {"trak"} and "suspects: 0 of " in result.out
     assert not place.done("trak", lambda_reg=0.7).made()

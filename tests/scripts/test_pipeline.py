@@ -371,7 +371,7 @@ def test_every_parameter_changes_the_fingerprint_of_the_stages_that_depend_on_it
         "arms": "none", "action": "relabel", "metric": "macro_f1", "contrasts": "loss-none", "num_seeds": 3, "groups": "is_flipped", "group_weights": "loss",
         "num_subsets": 11, "num_repeats": 1, "alpha": 0.4, "bank": "folder", "methods": "trak",
         "brittleness_targets": 7, "brittleness_k": 3, "keep_features": "no", "cross_fit": "yes", "target": "1",
-        "image": str(image), "label": "dark", "errors": 1, "num_examples": 2,
+        "image": str(image), "label": "dark", "errors": 1, "exact": "yes", "num_examples": 2,
     }  # fmt: skip
     for name, f in FIELDS.items():
         group = f.metadata["group"]
