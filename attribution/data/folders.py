@@ -131,7 +131,8 @@ def _walk(files: Files, folder: FolderPath, above: frozenset, advance: Callable[
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "without suffix"
+    _, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() if dot else "without suffix"
 
 
 def _set_masks_aside(files: Files) -> None:

@@ -246,7 +246,7 @@ def check_classes(table: pd.DataFrame, names: list[str], config: Config) -> None
     shown = f"dataset={config.dataset}"
     official = sorted(set(table["role"]) - {"pool"})
     needed = len(SPLITS) - len(official)  # splits made from the pool
-    roles = table.groupby("label")["role"].agg(set)
+    roles = table.drop_duplicates(["label", "role"]).groupby("label")["role"].agg(set)
     own = _own_images(table, config)
     kind = (
         f"units by split_by={config.split_by}" if config.split_by else "different images of its own"
