@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +16,7 @@ from typing import Any
 from joblib import cpu_count
 
 from attribution.errors import InputError
+from attribution.runtime.signals import follow_driver
 
 _function: Callable[[int], Any]  # of a fork
 
@@ -59,16 +59,9 @@ def on_all_cores(function: Callable[[int], Any], fork: bool) -> Iterator[Callabl
 def _begin_fork(function: Callable[[int], Any], driver: int, stop: Event) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the driver ends its forks
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-
-    def end_when_told() -> None:  # also when the driver was killed and could not tell
-        while not stop.wait(1) and os.getppid() == driver:
-            pass
-        os._exit(1)
-
-    threading.Thread(target=end_when_told, daemon=True).start()
+    follow_driver(driver, stop)
 
 
 def _run(argument: int) -> Any:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -22,7 +20,7 @@ from attribution.errors import InputError
 from attribution.runtime.pool import LostWorker, Pool, call, prepare_worker, threads_per_task
 from attribution.runtime.progress import say
 from attribution.runtime.ray_pool import RayPool
-from attribution.runtime.signals import GRACE_SECONDS, is_stopping
+from attribution.runtime.signals import GRACE_SECONDS, follow_driver, is_stopping
 
 Result = TypeVar("Result")
 
@@ -172,14 +170,7 @@ class Workers(Pool):
 
 
 def _begin_worker(threads: int, driver: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the driver ends its workers
-
-    def end_with_driver() -> None:  # also when the driver was killed and could not end its workers
-        while os.getppid() == driver:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=end_with_driver, daemon=True).start()
+    follow_driver(driver)
     prepare_worker(threads)
 
 

@@ -9,7 +9,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
 
 GRACE_SECONDS = 4.0  # to end workers and to mark the runs
 AGAIN_SECONDS = 0.05  # until an exception that Python dropped is raised once more
@@ -95,6 +98,23 @@ def stop_after() -> Iterator[None]:
         handler.waits = False
     if handler.asked and not stopping:
         raise KeyboardInterrupt
+
+
+def follow_driver(driver: int, told: Event | None = None) -> None:
+    """In a worker: leave Ctrl-C to the driver, and end once told to, or when the driver is gone.
+
+    Args:
+        driver: its process id. If it was killed, it could tell nothing.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    waiting = told or threading.Event()
+
+    def watch() -> None:
+        while not waiting.wait(1) and os.getppid() == driver:
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end(code: int) -> NoReturn:
