@@ -105,7 +105,7 @@ How much each training example helps (positive) or hurts (negative) each validat
         upstream=("trak",),
         enough_for={"export_arm": "trak"},  # an arm chooses by scores: nothing is retrained
         more_groups=("design", "export", "output", "files"),
-        artifacts=("comparison.csv", "contrasts.csv", "report.html"),
+        artifacts=("comparison.csv", "contrasts.csv", "per_class.csv", "report.html"),
         note="The arms are being retrained. The comparison appears here when the run is finished.",
     ),
     Stage(
