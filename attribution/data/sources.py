@@ -27,7 +27,9 @@ Row = tuple[str, str | None, str]
 
 MOST_BYTES = 1 << 30  # a larger file is not read as an image
 MANY = 1000  # images, for which forks save more time than they take to start
-PART = 256  # images that a fork or thread takes at a time: to take one costs as much as to hash one
+# Images that a fork or thread takes at a time: to take one costs as much as to hash one. As many
+# are in memory at once on any number of cores, since a data set may hold the files' contents.
+PART = max(32, 512 // cpu_count())
 
 
 @dataclass(frozen=True)
