@@ -52,7 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--limit", type=float, default=600, help="seconds that a method may take")
     quality = parser.add_argument_group("quality: resnet-mini on the digits, a tenth flipped")
-    quality.add_argument("--checkpoints", type=int, default=5, help="on random halves")
+    quality.add_argument(
+        "--checkpoints", type=int, nargs="*", default=[5], help="on random halves; several: a curve"
+    )
     quality.add_argument("--proj_dim", type=int, default=512)
     quality.add_argument("--subsets", type=int, default=50, help="random halves to retrain on")
     quality.add_argument("--subset_repeats", type=int, default=2, help="models a subset, 2 or more")
@@ -156,26 +158,35 @@ def score_once(name: str, problem: Problem) -> Outcome:
 
 
 def measure_quality(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per method: LDS over the validation split, AUROC for the flips, seconds, MiB."""
+    """One row per number of checkpoints and method: LDS, AUROC of the flips, seconds, MiB."""
 
+    most = max(options.checkpoints)
     given = {"preset": "digits", "cache_dir": options.cache_dir, "device": "cpu"}
-    config = resolve(given | {"num_models": options.checkpoints, "proj_dim": options.proj_dim})
+    config = resolve(given | {"num_models": most, "proj_dim": options.proj_dim})
     data = load_data(config)
     n = len(data.rows("train"))
-    work = Path(config.cache_dir) / f"peers-{digest(training_key(config, data))}"
-    (work / "checkpoints").mkdir(parents=True, exist_ok=True)
-    masks = subset_masks(n, config.num_models, config.subset_fraction, config.seed)
-    checkpoints = train_checkpoints(config, data, masks, work / "checkpoints")
-    bank = build_bank(config, data, options.subsets, options.subset_repeats, 0.5, work / "bank")
+    masks = subset_masks(n, most, config.subset_fraction, config.seed)
     alone = dataclasses.replace(config, jobs=1)  # one process, like the peers
-    problem = Problem(alone, data, [c.folder for c in checkpoints], work)
-    outcomes = in_turn({name: (score_once, (name, problem)) for name in options.methods}, options)
-    judge = Judge(data, Finetuned.of(masks, checkpoints).members, bank)
-    ours = outcomes.get("ours", Outcome()).scores
     rows = []
-    for name, outcome in outcomes.items():
-        row = {"part": "quality", "method": name} | judge(outcome, ours)
-        rows.append(row | _cost(outcome, n * len(checkpoints), METHODS[name].note))
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        start = time.perf_counter()
+        runs = train_checkpoints(config, data, masks, work)
+        training = (time.perf_counter() - start) / most
+        cache = Path(config.cache_dir) / f"peers-{digest(training_key(config, data))}"
+        bank = build_bank(config, data, options.subsets, options.subset_repeats, 0.5, cache)
+        for m in options.checkpoints:
+            problem = Problem(alone, data, [run.folder for run in runs[:m]], work)
+            judge = Judge(data, Finetuned.of(masks[:m], runs[:m]).members, bank)
+            tasks = {name: (score_once, (name, problem)) for name in options.methods}
+            outcomes = in_turn(tasks, options)
+            ours = outcomes.get("ours", Outcome()).scores
+            for name, outcome in outcomes.items():
+                row = {"part": f"quality, {m} checkpoints", "method": name}
+                row |= judge(outcome, ours) | _cost(outcome, n * m, METHODS[name].note)
+                if outcome.seconds:
+                    row["with_training_s"] = m * training + statistics.median(outcome.seconds)
+                rows.append(row)
     ceiling = float(np.nanmean(noise_ceiling(bank.margins)))
     rows.append({"part": "quality", "method": "noise ceiling", "lds": ceiling})
     note = {"note": "out of sample; for flips only"}
