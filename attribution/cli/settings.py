@@ -177,9 +177,7 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
         other = run.data.tags.get("reused_run_id")
         raise InputError(f"{shown}: only points to run {other}; name that one")
     groups = (*stage.all_groups, *more_groups)
-    # Runs of earlier versions do not say these.
-    values: dict[str, Any] = {"train_layers": "all", "checkpoint_epochs": "", "cross_fit": "no"}
-    values |= {
+    values = {
         name: convert(name, text)
         for name, text in params_of(run).items()
         if name in FIELDS and name != "cache_dir" and FIELDS[name].metadata["group"] in groups

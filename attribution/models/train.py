@@ -38,8 +38,6 @@ TRAINING_VERSION = 3
 def training_key(config: Config, data: ImageData) -> str:
     """Hash what a trained model depends on, apart from its seed and the examples that it sees."""
     settings = config.group("training") | {"model": pretrained.fingerprint(config.model)}
-    if config.train_layers == "all":  # as runs of earlier versions, which had no such parameter
-        del settings["train_layers"]
     return digest(TRAINING_VERSION, settings, data.fingerprint)
 
 
