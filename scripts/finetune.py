@@ -91,7 +91,7 @@ def load(run_id: str, config: Config, data: ImageData) -> Finetuned:
     folders = [artifact_path(run_id, checkpoint_name(m)) for m in range(config.num_checkpoints)]
     metrics = mlflow.get_run(run_id).data.metrics
     test = {name: value for name, value in metrics.items() if name.startswith("test_")}
-    return replace(Finetuned.load(artifact_path(run_id, LOGITS), folders, data), test=test)
+    return Finetuned(Ensemble.load(artifact_path(run_id, LOGITS), data), folders, test=test)
 
 
 def outputs(config: Config) -> list[Path]:
