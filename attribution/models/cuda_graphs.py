@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import reason
 from attribution.models.batches import Batches
@@ -43,16 +42,6 @@ class ResidentBatches(Batches):
 
     def _pixels(self, index: Tensor) -> Tensor:
         return self._images[index]
-
-
-def gpu_batches(
-    config: Config, data: ImageData, seed: int, device: torch.device, labels: np.ndarray | None
-) -> Batches:
-    """Return ResidentBatches where the GPU has room for the images, else Batches."""
-    images = images_on_gpu(data, device)
-    if images is None:
-        return Batches(config, data, seed, device, labels)
-    return ResidentBatches(images, config, data, seed, device, labels)
 
 
 @lru_cache(maxsize=1)  # many models are trained on the same images
