@@ -185,25 +185,20 @@ class Call:
         return formed.movedim(4, 2).reshape(-1, *self.module.weight.shape)
 
     def hashing_pays(self, k: int) -> bool:
-        """Whether a sketch of k cells is cheaper by hashing deltas and patches than by `products`."""
-        return hashing_pays(k, *self.shape(), self.delta.dtype)
+        """Whether a sketch of k cells is cheaper by hashing deltas and patches than by `products`.
 
-
-def hashing_pays(
-    k: int, positions: int, outputs: int, patch: int, dtype: torch.dtype = torch.float32
-) -> bool:
-    """Compare the costs of both routes, in ns measured on one AVX-512 core.
-
-    Hashing takes per position two transforms of length k, their product, and the hashing of delta and
-    patch. Forming takes a GEMM at 200 GFLOP/s (bfloat16: 400; 800 for a long map, which needs no
-    patches) and passes over the gradient. Other CPUs are two to four times slower at
-    all of it; which route is cheaper is nearly always the same.
-    """
-    hashing = positions * (0.15 * k * math.log2(k + 1) + 0.6 * outputs + 0.2 * patch)
-    gemm = 0.01
-    if dtype == torch.bfloat16:
-        gemm = 0.0025 if positions >= LONG_MAP else 0.005
-    return hashing < outputs * patch * (gemm * positions + 0.15)
+        Costs are in ns, measured on one AVX-512 core. Hashing takes per position two transforms of
+        length k, their product, and the hashing of delta and patch. Forming takes a GEMM at 200
+        GFLOP/s (bfloat16: 400; 800 for a long map, which needs no patches) and passes over the
+        gradient. Other CPUs are two to four times slower at all of it; which route is cheaper is
+        nearly always the same.
+        """
+        positions, outputs, patch = self.shape()
+        hashing = positions * (0.15 * k * math.log2(k + 1) + 0.6 * outputs + 0.2 * patch)
+        gemm = 0.01
+        if self.delta.dtype == torch.bfloat16:
+            gemm = 0.0025 if positions >= LONG_MAP else 0.005
+        return hashing < outputs * patch * (gemm * positions + 0.15)
 
 
 @dataclass
