@@ -159,10 +159,7 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
         InputError: no such run, of another stage, or not FINISHED.
     """
     shown = f"{parameter}={run_id}"
-    try:
-        run = find_run(run_id)
-    except mlflow.exceptions.MlflowException:  # not even the form of an id
-        run = None
+    run = find_run(run_id)
     if not run:
         raise InputError(
             f"{shown}: no such run in {mlflow.get_tracking_uri()}, or it is deleted (mlflow runs "
