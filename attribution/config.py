@@ -285,11 +285,6 @@ def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
     return ("did you mean " if close else "valid: ") + ", ".join(map(str, names)) + more
 
 
-def default_of(f: dataclasses.Field) -> Any:
-    """Default value of a field."""
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
 def convert(name: str, text: str) -> Any:
     """Convert the text of a flag to the type of its parameter.
 

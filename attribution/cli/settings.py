@@ -11,7 +11,7 @@ from typing import Any
 import mlflow
 
 from attribution.cli import auto_settings, time_budget
-from attribution.config import AUTO, FIELDS, Config, convert, default_of, resolve
+from attribution.config import AUTO, FIELDS, Config, convert, resolve
 from attribution.data.dataset import ImageData, load_data
 from attribution.data.decisions import LEFT_OUT
 from attribution.data.listing import Listing, folder_of, list_data
@@ -36,7 +36,7 @@ BEST = {"num_models": 3, "proj_dim": 2}
 
 def cache_of(given: dict[str, Any]) -> Path:
     """The cache folder under the parameters that a caller gave."""
-    return Path(given.get("cache_dir") or default_of(FIELDS["cache_dir"])).expanduser()
+    return Path(given.get("cache_dir") or Config().cache_dir).expanduser()
 
 
 def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
