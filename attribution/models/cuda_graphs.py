@@ -126,10 +126,11 @@ class ReplayedStep:
 
     def _record_or_give_up(self, draw: Tensor) -> Tensor:
         """Take a step eagerly, and again by a new recording; keep the recording if they agree."""
-        before = _copies(self._buffers)
+        before = [buffer.clone() for buffer in self._buffers]
         with torch.random.fork_rng([self._device]):  # the replay draws the same random numbers
             loss, waits = self._watch(draw)
-        gradients, after = [weight.grad for weight in self._weights], _copies(self._buffers)
+        after = [buffer.clone() for buffer in self._buffers]
+        gradients = [weight.grad for weight in self._weights]
         try:
             if waits:  # recording it would fail, and leave the random numbers unusable
                 raise RuntimeError("the step waits for the GPU")
@@ -179,10 +180,6 @@ def are_close(found: Tensor | None, expected: Tensor | None) -> bool:
     found, expected = found.double(), expected.double()
     atol = TOLERANCE * float(expected.abs().max())
     return torch.allclose(found, expected, rtol=0, atol=atol, equal_nan=True)
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
 
 
 def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
