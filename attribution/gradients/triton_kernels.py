@@ -164,11 +164,9 @@ class KernelCall(Call):
         found = {"weight": self.batch_norm_weight(sums, weighted), "bias": sums}
         return {name: found[kind] for kind, name in self.names.items()}
 
-    def products(
-        self, rows: slice, signs: tuple[Tensor, Tensor] | None = None, stride: int | None = None
-    ) -> Tensor:
-        """As Call's; with signs, products may be computed in TF32."""
-        if not (signs and self.has_kernels()):
+    def products(self, rows: slice, signs: tuple[Tensor, Tensor], stride: int) -> Tensor:
+        """As Call's; products may be computed in TF32."""
+        if not self.has_kernels():
             return super().products(rows, signs, stride)
         x, delta = self.input[rows], self.delta[rows]
         module: Any = self.module
@@ -182,7 +180,7 @@ class KernelCall(Call):
             tf32 = torch.backends.cudnn.allow_tf32
             delta = delta.contiguous(memory_format=torch.channels_last)
         _, outputs, patch = self.shape()
-        out = delta.new_empty(len(delta), outputs, stride or patch, dtype=torch.float32)
+        out = delta.new_empty(len(delta), outputs, stride, dtype=torch.float32)
         outer_products(x, delta, geometry, *signs, out[..., :patch], tf32)
         return out
 
@@ -214,7 +212,8 @@ def compare(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         if call.has_matrix:
             name, (_, outputs, patch), rows = call.names["weight"], call.shape(), slice(len(images))
             signs = torch.ones(outputs + patch, device=call.delta.device).split([outputs, patch])
-            found[name], plain[name] = call.products(rows, signs), Call.products(call, rows, signs)
+            found[name] = call.products(rows, signs, patch)
+            plain[name] = Call.products(call, rows, signs, patch)
         for name, expected in plain.items():
             error = float((found[name] - expected).norm() / expected.norm().clamp(min=1e-30))
             if not error <= TOLERANCE:
