@@ -30,7 +30,7 @@ from small_models import (
 )
 from torch import nn
 
-from attribution.gradients.errors import GradientError
+from attribution.gradients import GradientError
 from attribution.gradients.per_sample import capture, check, margins
 from attribution.gradients.sketch import Sketch
 

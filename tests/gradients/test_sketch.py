@@ -25,7 +25,7 @@ from small_models import (
 )
 from torch import nn
 
-from attribution.gradients.errors import GradientError
+from attribution.gradients import GradientError
 from attribution.gradients.layer_rules import Call
 from attribution.gradients.per_sample import capture
 from attribution.gradients.sketch import Sketch, dealt
