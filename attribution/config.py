@@ -68,10 +68,7 @@ def _default_cache_dir() -> str:
 
 def option(group: str, help: str, default: Any = None, **bounds: Any) -> Any:
     """A documented parameter; `bounds` may hold choices, at_least, at_most, above and below."""
-    metadata = {"group": group, "help": help, **bounds}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"group": group, "help": help, **bounds})
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ class Config:
     ray_address: str = option("execution", "host:port of a running Ray cluster, or auto; empty takes RAY_ADDRESS, or starts a cluster on this machine", "")
     gpus_per_task: float = option("execution", "GPUs per task with backend=ray and device=cuda; 0.25 puts four tasks on a GPU", 1.0, at_least=0)
     gpu_kernels: str = option("execution", "on a GPU, compute features with this project's Triton kernels if a comparison on two images passes; off uses PyTorch's operations alone", "on", choices=("on", "off"))
-    cache_dir: str = option("execution", "folder for decoded images and unfinished work", _default_cache_dir)
+    cache_dir: str = field(default_factory=_default_cache_dir, metadata={"group": "execution", "help": "folder for decoded images and unfinished work"})
     # fmt: on
 
     @property
