@@ -106,7 +106,7 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     report = address(done.run_id, "report.html")
     if config.output:
         report = str(Path(config.output).expanduser() / "report.html")
-        save(done.file("report.html").read_bytes(), Path(report))
+        save(artifact_path(done.run_id, "report.html").read_bytes(), Path(report))
     print(f"ablation run: {done.run_id}")
     print(f"trak run: {trak_id}")
     print(f"scores: runs:/{trak_id}/scores")
