@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import ge, gt, le, lt
 from typing import Any
 
 from attribution.errors import InputError
@@ -17,6 +18,8 @@ FOOD_CLASSES = (
     "bruschetta,garlic_bread,grilled_salmon,omelette,pancakes,"
     "pizza,pork_chop,spaghetti_bolognese,spaghetti_carbonara,steak"
 )
+
+BOUNDS = {"at_least": ge, "at_most": le, "above": gt, "below": lt}  # of option
 
 UNITS = {"s": 1, "min": 60, "m": 60, "": 60, "h": 3600}  # of time_budget
 
@@ -65,10 +68,7 @@ def _default_cache_dir() -> str:
 
 def option(group: str, help: str, default: Any = None, **bounds: Any) -> Any:
     """A documented parameter; `bounds` may hold choices, at_least, at_most, above and below."""
-    metadata = {"group": group, "help": help, **bounds}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"group": group, "help": help, **bounds})
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,12 @@ class Config:
     ray_address: str = option("execution", "host:port of a running Ray cluster, or auto; empty takes RAY_ADDRESS, or starts a cluster on this machine", "")
     gpus_per_task: float = option("execution", "GPUs per task with backend=ray and device=cuda; 0.25 puts four tasks on a GPU", 1.0, at_least=0)
     gpu_kernels: str = option("execution", "on a GPU, compute features with this project's Triton kernels if a comparison on two images passes; off uses PyTorch's operations alone", "on", choices=("on", "off"))
-    cache_dir: str = option("execution", "folder for decoded images and unfinished work", _default_cache_dir)
+    cache_dir: str = field(default_factory=_default_cache_dir, metadata={"group": "execution", "help": "folder for decoded images and unfinished work"})
     # fmt: on
 
     @property
     def fracs(self) -> list[float]:
-        return [float(value) for value in self.frac.split(",")]
+        return [_share(part, self.frac) for part in self.frac.split(",")]
 
     @property
     def counts(self) -> list[int]:
@@ -264,17 +264,22 @@ def _whole_numbers(name: str, text: str) -> list[int]:
         raise InputError(f"{name}={text}: not a comma list of whole numbers") from None
 
 
+def _share(part: str, text: str) -> float:
+    try:
+        value = float(part)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise InputError(f"frac={text}: {part!r} is not a number between 0 and 1, both excluded")
+    return value
+
+
 def nearest(name: str, valid: Sequence[str], limit: int = 5) -> str:
     """The valid names closest to a mistyped one, as the end of an error message."""
     close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
     names = close or list(valid)[:limit]
     more = "" if close or len(valid) <= limit else f", … ({len(valid)} in total)"
     return ("did you mean " if close else "valid: ") + ", ".join(map(str, names)) + more
-
-
-def default_of(f: dataclasses.Field) -> Any:
-    """Default value of a field."""
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def convert(name: str, text: str) -> Any:
@@ -319,13 +324,13 @@ def resolve(given: dict[str, Any], inherited: dict[str, Any] | None = None) -> C
     config = Config(**values)
     for f in FIELDS.values():
         _check(f, getattr(config, f.name))
-    _check_fracs(config.frac)
     if config.val_fraction + config.test_fraction >= 1:
         raise InputError(
             f"val_fraction={config.val_fraction}: leaves nothing to train on with test_fraction="
             f"{config.test_fraction}; their sum must be below 1"
         )
-    _ = config.target_numbers, config.counts, config.budget_seconds, config.epoch_numbers
+    _ = config.fracs, config.counts, config.target_numbers
+    _ = config.epoch_numbers, config.budget_seconds
     return config
 
 
@@ -342,23 +347,6 @@ def _check(f: dataclasses.Field, value: Any) -> None:
         raise InputError(f"{shown}: {nearest(str(value), rules['choices'], limit=10)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{shown}: must be a finite number")
-    if "at_least" in rules and value < rules["at_least"]:
-        raise InputError(f"{shown}: must be at least {rules['at_least']}")
-    if "at_most" in rules and value > rules["at_most"]:
-        raise InputError(f"{shown}: must be at most {rules['at_most']}")
-    if "above" in rules and value <= rules["above"]:
-        raise InputError(f"{shown}: must be above {rules['above']}")
-    if "below" in rules and value >= rules["below"]:
-        raise InputError(f"{shown}: must be below {rules['below']}")
-
-
-def _check_fracs(text: str) -> None:
-    for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = math.nan
-        if not 0 < value < 1:
-            raise InputError(
-                f"frac={text}: {part!r} is not a number between 0 and 1, both excluded"
-            )
+    for bound, holds in BOUNDS.items():
+        if bound in rules and not holds(value, rules[bound]):
+            raise InputError(f"{shown}: must be {bound.replace('_', ' ')} {rules[bound]}")

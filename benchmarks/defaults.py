@@ -114,7 +114,7 @@ class Ensemble:
         self.config, self.data, self.members = config, data, members
         labels = data.labels("train")
         # 1 - p of each training example under each checkpoint.
-        self.each = np.stack([expit(-margins(m.train_logits, labels)) for m in members])
+        self.each = np.stack([expit(-margins(m.logits["train"], labels)) for m in members])
         self._features: dict[tuple[int, int, int], np.ndarray] = {}
 
     def scores(self, setting: Setting) -> dict[str, np.ndarray]:

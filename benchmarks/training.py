@@ -59,7 +59,8 @@ def bare_epochs(config: Config, data: ImageData, keep: np.ndarray) -> Callable[[
 
     device = torch.device(config.device)
     steps = -(-int(keep.sum()) // config.batch_size)
-    batches = list(Batches(config, data, 0, device)(np.flatnonzero(keep), steps))
+    drawn = Batches(config, data, 0, device)
+    batches = list(map(drawn.load, drawn.draws(np.flatnonzero(keep), steps)))
     model = classifier.build(config.model, data.class_names, 0)
     memory_layout.place(model.train(), device, config.image_size)
 

@@ -94,7 +94,7 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     """Print the comparison, save what was asked for, and say where to look at the rest."""
     if isinstance(done.result, Scored):  # no comparison is finished, and export_arm needs none
         print(f"trak run: {done.run_id}")
-        _export(config, data, done, done.run_id)
+        _export(config, data, done.run_id)
         again = next_steps.command("ablation", config, trak_run_id=done.run_id)
         next_steps.say_next("To retrain without these images, and see what that changes:", again)
         return
@@ -102,11 +102,11 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     contrasts = answer.contrasts(done.result.contrasts)
     terminal.print_comparison(done.result.table, about_metric, contrasts)
     trak_id = lineage(done.run_id)["trak"]
-    _export(config, data, done, trak_id)
+    _export(config, data, trak_id)
     report = address(done.run_id, "report.html")
     if config.output:
         report = str(Path(config.output).expanduser() / "report.html")
-        save(done.file("report.html").read_bytes(), Path(report))
+        save(artifact_path(done.run_id, "report.html").read_bytes(), Path(report))
     print(f"ablation run: {done.run_id}")
     print(f"trak run: {trak_id}")
     print(f"scores: runs:/{trak_id}/scores")
@@ -114,16 +114,12 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     _say_next(done, config, trak_id)
 
 
-def _export(config: Config, data: ImageData, done: Upstream, trak_id: str) -> None:
+def _export(config: Config, data: ImageData, trak_id: str) -> None:
     """Save what the exported arm keeps, and say how to train on it."""
     if not config.export_arm:
         return
-    if isinstance(done.result, Comparison):
-        evidence, train = done.result.evidence, done.result.train
-    else:  # an earlier command chose by them, or their matrix in hand is gone with unfinished work
-        scores = load_scores(artifact_path(trak_id, "scores"))
-        evidence, train = gather_evidence(config, data, scores), scores.train
-    tables = comparison.exported(config, evidence, train)
+    scores = load_scores(artifact_path(trak_id, "scores"))
+    tables = comparison.exported(config, gather_evidence(config, data, scores), scores.train)
     for name, file in _exports(config).items():
         save(tables[name].to_csv(index=False).encode(), file)
         files = {"keep": file, "export": "corrected"}

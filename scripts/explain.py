@@ -48,10 +48,7 @@ def estimate(config: Config, data: ImageData) -> Estimate:
 def run(job: Job) -> list[Explanation]:
     """Find the training examples that raised and lowered each margin most."""
     config, data, scored = job.config, job.data, job.result("trak")
-    if "finetune" in job.upstream:
-        members = job.result("finetune").members
-    else:
-        members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS), data)
+    members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS), data)
     if not config.image or config.exact == "yes":
         return explanation.explain(config, data, scored.scores, members)
     warn_of_other_checkpoints(job)
@@ -63,7 +60,7 @@ def run(job: Job) -> list[Explanation]:
 
 def _stored_features(trak: Upstream) -> StoredFeatures:
     try:
-        return load_features(trak.file("features"))
+        return load_features(artifact_path(trak.run_id, "features"))
     except InputError as error:
         raise InputError(
             f"trak_run_id={trak.run_id}: has no stored features, which image needs; make the "
@@ -118,7 +115,7 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
         names = [name for name in artifact_names(done.run_id) if name.endswith(SAVED)]
         refuse_existing([folder / name for name in names], config)
         for name in names:
-            save(done.file(name).read_bytes(), folder / name)
+            save(artifact_path(done.run_id, name).read_bytes(), folder / name)
         page = str(folder / "explanation.html")
     print(f"explain run: {done.run_id}")
     next_steps.say_next("To see the examples behind each prediction, open:", page)

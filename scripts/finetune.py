@@ -10,6 +10,7 @@ from attribution.cli.main import main
 if __name__ == "__main__":  # before the imports that take seconds: --help needs none of them
     main("finetune")
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def load(run_id: str, config: Config, data: ImageData) -> Finetuned:
     folders = [artifact_path(run_id, checkpoint_name(m)) for m in range(config.num_checkpoints)]
     metrics = mlflow.get_run(run_id).data.metrics
     test = {name: value for name, value in metrics.items() if name.startswith("test_")}
-    return replace(Finetuned.load(artifact_path(run_id, LOGITS), folders, data), test=test)
+    return Finetuned(Ensemble.load(artifact_path(run_id, LOGITS), data), folders, test=test)
 
 
 def outputs(config: Config) -> list[Path]:
@@ -133,12 +134,10 @@ def warn_of_other_checkpoints(job: Job) -> None:
     used = job.upstream["finetune"]
     if used.run_id == scored:
         return
-    try:
+    with suppress(InputError):  # raised where nothing is left to compare with
         logits = Ensemble.load(artifact_path(scored, LOGITS), job.data).train_logits
         if np.array_equal(logits, used.result.members.train_logits):
             return
-    except InputError:  # nothing is left to compare with
-        pass
     say(
         f"finetune: the checkpoints of run {used.run_id} differ from those that trak run "
         f"{job.upstream['trak'].run_id} scored (another jobs or device?): the results mix both"

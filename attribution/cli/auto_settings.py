@@ -70,33 +70,29 @@ def choose_model(config: Config) -> Config:
 
 def choose(facts: Facts, known: dict[str, Any]) -> dict[str, Any]:
     """A value for every open setting; known settings influence the others."""
-    scratch, values = facts.own_size is None, dict(known)
-
-    def settle(name: str, rule: Callable[[], Any]) -> Any:
-        if name not in values:
-            values[name] = rule()
-        return values[name]
-
-    size = settle("image_size", lambda: image_size(facts))
+    scratch, is_head = facts.own_size is None, facts.train_layers == "head"
+    size = known.get("image_size") or image_size(facts)
+    power_of_two = 2 ** int(math.log2(math.sqrt(facts.n_train)))
+    batch = known.get("batch_size") or max(16, min(128, power_of_two))
+    steps, least, most = (SCRATCH_STEPS, 5, 60) if scratch else (FINE_TUNING_STEPS, 3, 20)
+    wanted = round(steps / math.ceil(facts.n_train / batch))
+    epochs = known.get("epochs") or max(least, min(most, wanted))
     # Photographs may be mirrored. Images without colour are often writing, which may not.
     # Frozen layers run once for an image that stays as it is.
     by_colour = "crop" if facts.is_grey else "flip,crop"
-    settle("augment", lambda: by_colour if facts.train_layers == "all" else "none")
-    power_of_two = 2 ** int(math.log2(math.sqrt(facts.n_train)))
-    batch = settle("batch_size", lambda: max(16, min(128, power_of_two)))
-    steps, least, most = (SCRATCH_STEPS, 5, 60) if scratch else (FINE_TUNING_STEPS, 3, 20)
-    wanted = round(steps / math.ceil(facts.n_train / batch))
-    epochs = settle("epochs", lambda: max(least, min(most, wanted)))
-    of_pretrained = 2e-3 if facts.train_layers == "head" else 2e-4
-    settle("learning_rate", lambda: 3e-3 if scratch else of_pretrained)
-    settle("weight_decay", lambda: 5e-4 if scratch else 0.01)
-
-    def work() -> float:  # operations of one training; an idle core does about 1e11 a second
-        passes = 0 if facts.train_layers == "head" else 3 * epochs
-        return passes * (facts.flops(size) or 0) * facts.n_train
-
-    settle("num_models", lambda: 10 if work() < 3e13 else 4)
-    settle("num_seeds", lambda: 10 if work() < 2e12 else 5)
+    of_pretrained = 2e-3 if is_head else 2e-4
+    # Operations of one training; an idle core does about 1e11 a second.
+    work = 0 if is_head else 3 * epochs * (facts.flops(size) or 0) * facts.n_train
+    values = {
+        "image_size": size,
+        "augment": by_colour if facts.train_layers == "all" else "none",
+        "batch_size": batch,
+        "epochs": epochs,
+        "learning_rate": 3e-3 if scratch else of_pretrained,
+        "weight_decay": 5e-4 if scratch else 0.01,
+        "num_models": 10 if work < 3e13 else 4,
+        "num_seeds": 10 if work < 2e12 else 5,
+    }
     return {name: value for name, value in values.items() if name not in known}
 
 

@@ -16,9 +16,9 @@ from attribution.config import (
     FOOD_CLASSES,
     PRESETS,
     SCRATCH_MODELS,
+    Config,
     check_device,
     convert,
-    default_of,
     nearest,
     split_list,
 )
@@ -109,7 +109,7 @@ def _help(f: dataclasses.Field) -> str:
     if f.name in AUTO:
         values["images"] = "by the data"
     shown = [f"{k}: {v}" for k, v in values.items() if v not in (None, "", FOOD_CLASSES)]
-    default = default_of(f)
+    default = getattr(Config(), f.name)
     if default is not None:
         shown = [f"default: {'empty' if default == '' else default}"]
     return f"{text} ({', '.join(shown)})" if shown else text

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from typing import Any
 
 import mlflow
 
-from attribution.config import AUTO, FIELDS, PRESETS, SCRATCH_MODELS, Config, default_of
+from attribution.config import AUTO, FIELDS, PRESETS, SCRATCH_MODELS, Config
 from attribution.errors import redact
 from attribution.runtime.progress import say
 from attribution.stages import STAGES
@@ -62,7 +63,7 @@ def with_correction(config: Config, **files: Any) -> str:
 
 def _usual(config: Config) -> dict[str, Any]:
     """The parameters that a command on this data has without flags, as far as that is known."""
-    usual = {name: default_of(f) for name, f in FIELDS.items()} | PRESETS[config.preset]
+    usual = dataclasses.asdict(Config()) | PRESETS[config.preset]
     usual["preset"] = "digits" if config.dataset == "digits" else "images"
     # What this command chose by the data, another one may choose otherwise.
     by_data = CHOSEN if config.preset == "images" and not config.checkpoints else []

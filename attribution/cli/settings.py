@@ -11,7 +11,7 @@ from typing import Any
 import mlflow
 
 from attribution.cli import auto_settings, time_budget
-from attribution.config import AUTO, FIELDS, Config, convert, default_of, resolve
+from attribution.config import AUTO, FIELDS, Config, convert, resolve
 from attribution.data.dataset import ImageData, load_data
 from attribution.data.decisions import LEFT_OUT
 from attribution.data.listing import Listing, folder_of, list_data
@@ -36,7 +36,7 @@ BEST = {"num_models": 3, "proj_dim": 2}
 
 def cache_of(given: dict[str, Any]) -> Path:
     """The cache folder under the parameters that a caller gave."""
-    return Path(given.get("cache_dir") or default_of(FIELDS["cache_dir"])).expanduser()
+    return Path(given.get("cache_dir") or Config().cache_dir).expanduser()
 
 
 def prepare(stage: Stage, given: dict[str, Any]) -> tuple[Config, ImageData]:
@@ -159,10 +159,7 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
         InputError: no such run, of another stage, or not FINISHED.
     """
     shown = f"{parameter}={run_id}"
-    try:
-        run = find_run(run_id)
-    except mlflow.exceptions.MlflowException:  # not even the form of an id
-        run = None
+    run = find_run(run_id)
     if not run:
         raise InputError(
             f"{shown}: no such run in {mlflow.get_tracking_uri()}, or it is deleted (mlflow runs "
@@ -177,9 +174,7 @@ def _inherit(stage: Stage, run_id: str, parameter: str, *more_groups: str) -> di
         other = run.data.tags.get("reused_run_id")
         raise InputError(f"{shown}: only points to run {other}; name that one")
     groups = (*stage.all_groups, *more_groups)
-    # Runs of earlier versions do not say these.
-    values: dict[str, Any] = {"train_layers": "all", "checkpoint_epochs": "", "cross_fit": "no"}
-    values |= {
+    values = {
         name: convert(name, text)
         for name, text in params_of(run).items()
         if name in FIELDS and name != "cache_dir" and FIELDS[name].metadata["group"] in groups
@@ -226,11 +221,8 @@ def _choose_by_data(stage: Stage, config: Config, listing: Listing, known: Set[s
 
 def _reasons(config: Config, facts: auto_settings.Facts) -> dict[str, str]:
     """Why some of the settings were chosen, in brackets."""
-    size = f"median side {facts.side}"
-    if facts.own_size:
-        size = f"the model's own is {facts.own_size}"
-        if not facts.has_gpu and config.image_size <= 64 < min(facts.own_size, facts.side):
-            size += ", without a GPU at most 64"
+    own = facts.own_size
+    size = f"the model's own is {own}" if own else f"median side {facts.side}"
     steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
     layers = "" if config.train_layers == "all" else " (without a GPU)"
     return {"train_layers": layers, "image_size": f" ({size})", "epochs": f" ({steps:,} steps)"}

@@ -45,7 +45,7 @@ def test_metrics(
     trained = train_checkpoints(config, before, masks, work)
     models = (classifier.load(checkpoint.folder) for checkpoint in trained)
     without = _accuracy([predict(config, model, data, "test") for model in models], data)
-    own = _accuracy([run.test_logits for run in cleaned], data)
+    own = _accuracy([run.logits["test"] for run in cleaned], data)
     found = {f"{name}/test_accuracy": value for name, value in zip(names, own, strict=True)}
     found |= {
         "test_accuracy_mean": own.mean(),

@@ -3,6 +3,6 @@
 per_sample.capture gives the gradients, sketch.Sketch their projection. Both raise GradientError.
 """
 
-from attribution.gradients.errors import GradientError
 
-__all__ = ["GradientError"]
+class GradientError(ValueError):
+    """The model or its input would make a gradient wrong or incomplete; the message names the part."""

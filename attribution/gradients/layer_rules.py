@@ -139,29 +139,32 @@ class Call:
             and all(before == after for before, after in padding_of(self.module))
         )
 
-    def products(
-        self, rows: slice, signs: tuple[Tensor, Tensor] | None = None, stride: int | None = None
-    ) -> Tensor:
-        """Weight gradients of some samples, (b, O, stride): patches (kh, kw, channel) and then zeros.
+    def products(self, rows: slice, signs: tuple[Tensor, Tensor], stride: int) -> Tensor:
+        """Signed weight gradients of some samples, (b, O, stride): patches (kh, kw, channel), then zeros.
 
         Args:
             signs: (O,) and (patch,) that the entries are multiplied by.
-            stride: at least a patch's length, which is the default.
+            stride: at least a patch's length.
         """
-        formed = self._by_convolution(rows) if self.convolves() else self._by_patches(rows)
-        patch = self.shape()[2]
-        out = formed.new_empty(*formed.shape[:2], stride or patch)
+        formed, patch = self._formed(rows), self.shape()[2]
+        out = formed.new_empty(*formed.shape[:2], stride)
         out[..., patch:] = 0
         entries = out[..., :patch].unflatten(-1, self.patch_shape())
-        if signs is None:
-            entries.copy_(formed)
-        else:
-            of_rows, of_columns = (s.to(out.dtype) for s in signs)
-            torch.mul(formed, (of_rows[:, None] * of_columns).view(formed.shape[1:]), out=entries)
+        of_rows, of_columns = (s.to(out.dtype) for s in signs)
+        torch.mul(formed, (of_rows[:, None] * of_columns).view(formed.shape[1:]), out=entries)
         return out
 
+    def weight_gradient(self) -> Tensor:
+        """Exact per-sample gradient of the weight, (B, *weight.shape)."""
+        formed = self._formed(slice(0, len(self.delta)))
+        return formed.movedim(4, 2).reshape(-1, *self.module.weight.shape)
+
+    def _formed(self, rows: slice) -> Tensor:
+        """Weight gradients (b, O, kh, kw, channel) of some samples."""
+        return self._by_convolution(rows) if self.convolves() else self._by_patches(rows)
+
     def _by_convolution(self, rows: slice) -> Tensor:
-        """Weight gradients (b, O, kh, kw, channel) by one backward call of the convolution per sample."""
+        """By one backward call of the convolution per sample."""
         conv, delta = self.module, self.delta[rows]
         pairs = zip(self.input[rows].to(delta.dtype).split(1), delta.split(1), strict=True)
         padding = tuple(before for before, _ in padding_of(conv))
@@ -170,7 +173,7 @@ class Call:
         return torch.stack(formed).movedim(2, 4)
 
     def _by_patches(self, rows: slice) -> Tensor:
-        """Weight gradients (b, O, kh, kw, channel) by a GEMM."""
+        """By a GEMM."""
         formed = self.deltas(rows).mT @ self.windows(rows).flatten(4).flatten(2, 3)
         return formed.flatten(1, 2).unflatten(2, self.patch_shape())
 
@@ -179,31 +182,21 @@ class Call:
         positions, outputs, _ = self.shape()
         return 2 * outputs + (0 if self.convolves() else self.groups * positions)
 
-    def weight_gradient(self) -> Tensor:
-        """Exact per-sample gradient of the weight, (B, *weight.shape)."""
-        formed = self.products(slice(0, len(self.delta))).unflatten(2, self.patch_shape())
-        return formed.movedim(4, 2).reshape(-1, *self.module.weight.shape)
-
     def hashing_pays(self, k: int) -> bool:
-        """Whether a sketch of k cells is cheaper by hashing deltas and patches than by `products`."""
-        return hashing_pays(k, *self.shape(), self.delta.dtype)
+        """Whether a sketch of k cells is cheaper by hashing deltas and patches than by `products`.
 
-
-def hashing_pays(
-    k: int, positions: int, outputs: int, patch: int, dtype: torch.dtype = torch.float32
-) -> bool:
-    """Compare the costs of both routes, in ns measured on one AVX-512 core.
-
-    Hashing takes per position two transforms of length k, their product, and the hashing of delta and
-    patch. Forming takes a GEMM at 200 GFLOP/s (bfloat16: 400; 800 for a long map, which needs no
-    patches) and passes over the gradient. Other CPUs are two to four times slower at
-    all of it; which route is cheaper is nearly always the same.
-    """
-    hashing = positions * (0.15 * k * math.log2(k + 1) + 0.6 * outputs + 0.2 * patch)
-    gemm = 0.01
-    if dtype == torch.bfloat16:
-        gemm = 0.0025 if positions >= LONG_MAP else 0.005
-    return hashing < outputs * patch * (gemm * positions + 0.15)
+        Costs are in ns, measured on one AVX-512 core. Hashing takes per position two transforms of
+        length k, their product, and the hashing of delta and patch. Forming takes a GEMM at 200
+        GFLOP/s (bfloat16: 400; 800 for a long map, which needs no patches) and passes over the
+        gradient. Other CPUs are two to four times slower at all of it; which route is cheaper is
+        nearly always the same.
+        """
+        positions, outputs, patch = self.shape()
+        hashing = positions * (0.15 * k * math.log2(k + 1) + 0.6 * outputs + 0.2 * patch)
+        gemm = 0.01
+        if self.delta.dtype == torch.bfloat16:
+            gemm = 0.0025 if positions >= LONG_MAP else 0.005
+        return hashing < outputs * patch * (gemm * positions + 0.15)
 
 
 @dataclass

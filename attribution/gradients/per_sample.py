@@ -21,7 +21,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from attribution.gradients.errors import GradientError
+from attribution.gradients import GradientError
 from attribution.gradients.layer_rules import COVERED, Call, Stray
 
 
@@ -39,14 +39,12 @@ class Captured:
     Attributes:
         logits: (B, C).
         margins: (B,).
-        probability: of the label, (B,).
         calls: of covered modules, in order, and parameters without a rule.
         shapes: of trained_parameters(model) by name.
     """
 
     logits: Tensor
     margins: Tensor
-    probability: Tensor
     calls: list[Call | Stray] = field(repr=False)
     shapes: dict[str, torch.Size] = field(repr=False)
 
@@ -148,7 +146,7 @@ def capture(
     if not f.isfinite().all():
         sample = int((~f.isfinite()).nonzero()[0])
         raise GradientError(f"the margin of sample {sample} is not finite")
-    return Captured(logits.detach(), f, f.sigmoid(), used[::-1], shapes)
+    return Captured(logits.detach(), f, used[::-1], shapes)
 
 
 @contextmanager
@@ -287,10 +285,10 @@ def _has_rule(module: nn.Module) -> bool:
     )
 
 
-def _is_close(found: Tensor, expected: Tensor, tolerance: float, least: float = 0.0) -> bool:
-    """Whether no entry differs by more than a share of the largest, plus `least`."""
+def _is_close(found: Tensor, expected: Tensor, least: float) -> bool:
+    """Whether no entry differs by more than a thousandth of the largest, plus `least`."""
     error = (found - expected).abs().max()
-    return bool(error <= tolerance * expected.abs().max() + least)
+    return bool(error <= 1e-3 * expected.abs().max() + least)
 
 
 def check(model: nn.Module, images: Tensor) -> None:
@@ -312,7 +310,7 @@ def check(model: nn.Module, images: Tensor) -> None:
         whole = torch.autograd.grad(total, trained, materialize_grads=True)
     least = 1e-5 * max(float(expected.abs().max()) for expected in whole)
     for (name, found), expected in zip(together.items(), whole, strict=True):
-        if not _is_close(found.sum(0), expected, 1e-3, least):
+        if not _is_close(found.sum(0), expected, least):
             raise GradientError(
                 f"{name}: the gradients of single images do not add up to the gradient of their sum; "
                 "is it read by anything other than its own layer?"
@@ -322,7 +320,7 @@ def check(model: nn.Module, images: Tensor) -> None:
         # BatchNorm in some models on a CPU.
         alone = capture(model, images[[i, i]], labels[:2]).per_sample()
         for name, found in together.items():
-            if not _is_close(found[i], alone[name][0], 1e-3, least):
+            if not _is_close(found[i], alone[name][0], least):
                 raise GradientError(
                     f"{name}: the gradient of an image depends on the other images of its batch; "
                     "samples mix or change places in the model"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attribution.gradients.errors import GradientError
+from attribution.gradients import GradientError
 from attribution.gradients.layer_rules import Call, Stray, steps
 from attribution.gradients.per_sample import Captured, capture, trained_parameters
 

@@ -12,16 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from attribution.gradients.errors import GradientError
+from attribution.gradients import GradientError
 from attribution.gradients.layer_rules import Call, Stray, padding_of
 from attribution.gradients.per_sample import capture
 
-# For each type, a tile's columns and positions at a time, then warps and stages of its pipeline.
-TILES = {
-    torch.float32: (64, 32, 4, 3),
-    torch.bfloat16: (64, 64, 4, 3),
-    torch.float16: (64, 64, 4, 3),
-}
+COLUMNS = 64  # of a tile
+POSITIONS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # of a tile at a time
 SPAN = 1024  # positions that one program of _position_sums adds up
 # Largest relative error of a layer that passes for rounding of operands to TF32 or bfloat16.
 TOLERANCE = 2e-2
@@ -104,16 +100,15 @@ def outer_products(
     (b, channels, height, width), outputs = x.shape, delta.shape[1]
     patch, positions = out.shape[2], delta[0, 0].numel()
     wide = 128 if outputs >= 128 else 64
-    columns, depth, warps, stages = TILES[delta.dtype]
     gap = out.stride(1) - patch
-    grid = triton.cdiv(patch + gap, columns), triton.cdiv(outputs, wide), b
+    grid = triton.cdiv(patch + gap, COLUMNS), triton.cdiv(outputs, wide), b
     _outer_products[grid](
         x, delta, row_signs, column_signs, out,
         *x.stride(), *delta.stride(), *out.stride()[:2],
         channels, height, width, outputs, delta.shape[3], positions, patch, gap,
         sy, sx, top, left, ddy, ddx,
-        KW=kw, ALIGNED=channels % columns == 0, PRECISION="tf32" if tf32 else "ieee",
-        BO=wide, BP=columns, BT=depth, num_warps=warps, num_stages=stages,
+        KW=kw, ALIGNED=channels % COLUMNS == 0, PRECISION="tf32" if tf32 else "ieee",
+        BO=wide, BP=COLUMNS, BT=POSITIONS[delta.dtype], num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
@@ -159,7 +154,7 @@ class KernelCall(Call):
 
     def has_kernels(self) -> bool:
         """Whether the kernels apply: to types that the GPU's matrix units multiply, without groups."""
-        return self.groups == 1 and {self.delta.dtype, self.input.dtype} <= TILES.keys()
+        return self.groups == 1 and {self.delta.dtype, self.input.dtype} <= POSITIONS.keys()
 
     def vectors(self) -> dict[str, Tensor]:
         """As Call's."""
@@ -169,11 +164,9 @@ class KernelCall(Call):
         found = {"weight": self.batch_norm_weight(sums, weighted), "bias": sums}
         return {name: found[kind] for kind, name in self.names.items()}
 
-    def products(
-        self, rows: slice, signs: tuple[Tensor, Tensor] | None = None, stride: int | None = None
-    ) -> Tensor:
-        """As Call's; with signs, products may be computed in TF32."""
-        if not (signs and self.has_kernels()):
+    def products(self, rows: slice, signs: tuple[Tensor, Tensor], stride: int) -> Tensor:
+        """As Call's; products may be computed in TF32."""
+        if not self.has_kernels():
             return super().products(rows, signs, stride)
         x, delta = self.input[rows], self.delta[rows]
         module: Any = self.module
@@ -187,7 +180,7 @@ class KernelCall(Call):
             tf32 = torch.backends.cudnn.allow_tf32
             delta = delta.contiguous(memory_format=torch.channels_last)
         _, outputs, patch = self.shape()
-        out = delta.new_empty(len(delta), outputs, stride or patch, dtype=torch.float32)
+        out = delta.new_empty(len(delta), outputs, stride, dtype=torch.float32)
         outer_products(x, delta, geometry, *signs, out[..., :patch], tf32)
         return out
 
@@ -219,7 +212,8 @@ def compare(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         if call.has_matrix:
             name, (_, outputs, patch), rows = call.names["weight"], call.shape(), slice(len(images))
             signs = torch.ones(outputs + patch, device=call.delta.device).split([outputs, patch])
-            found[name], plain[name] = call.products(rows, signs), Call.products(call, rows, signs)
+            found[name] = call.products(rows, signs, patch)
+            plain[name] = Call.products(call, rows, signs, patch)
         for name, expected in plain.items():
             error = float((found[name] - expected).norm() / expected.norm().clamp(min=1e-30))
             if not error <= TOLERANCE:

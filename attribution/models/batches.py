@@ -44,10 +44,6 @@ class Batches:
         labels = data.labels("train") if labels is None else labels
         self.labels = torch.from_numpy(labels).to(device)
 
-    def __call__(self, kept: np.ndarray, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images (B, 3, H, W) and labels (B,) of the batches of one epoch."""
-        return map(self.load, self.draws(kept, steps))
-
     def draws(self, kept: np.ndarray, steps: int) -> Iterator[Tensor]:
         """Draw the batches of one epoch.
 

@@ -116,20 +116,14 @@ class Checkpoint:
 
     Attributes:
         history: the metrics of every epoch that was run; up to its own for an epoch of a run.
+        logits: by split, (n, C).
         epochs: the same model after each of `checkpoint_epochs`, ascending.
     """
 
     folder: Path
     history: list[dict[str, float]]
-    train_logits: np.ndarray
-    validation_logits: np.ndarray
-    test_logits: np.ndarray
+    logits: dict[str, np.ndarray]
     epochs: tuple[Checkpoint, ...] = ()
-
-    @property
-    def logits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The logits in the order of SPLITS."""
-        return self.train_logits, self.validation_logits, self.test_logits
 
 
 @dataclass(frozen=True)
@@ -153,22 +147,8 @@ class Finetuned:
         """Gather the checkpoints of runs that were just trained, in the order of masks (R, n_train)."""
         found = [each for run in runs for each in run.epochs or (run,)]
         masks = masks.repeat(len(found) // len(runs), axis=0)
-        members = Ensemble(masks, *map(np.stack, zip(*(c.logits for c in found))))
+        members = Ensemble(masks, *(np.stack([c.logits[s] for c in found]) for s in SPLITS))
         return cls(members, [c.folder for c in found], runs)
-
-    @classmethod
-    def load(cls, logits_file: Path, folders: list[Path], data: ImageData) -> Finetuned:
-        """Read the result of an earlier run.
-
-        Args:
-            logits_file: the archive of Ensemble.arrays().
-            folders: as of the class.
-            data: that the models are of.
-
-        Raises:
-            InputError: as Ensemble.load does.
-        """
-        return cls(Ensemble.load(logits_file, data), folders)
 
 
 def finetune(config: Config, data: ImageData, work: Path) -> Finetuned:
@@ -264,11 +244,11 @@ def _files(
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
-    train, validation, test = read_arrays(folder / "logits.npz", SPLITS)
+    logits = dict(zip(SPLITS, read_arrays(folder / "logits.npz", SPLITS), strict=True))
     after = sorted(folder.glob(f"{EPOCHS}/*"), key=lambda path: int(path.name))
     epochs = tuple(map(_read_checkpoint, after))
     history = read_json(folder / "history.json")
-    return Checkpoint(folder / "model", history, train, validation, test, epochs)
+    return Checkpoint(folder / "model", history, logits, epochs)
 
 
 def _is_whole(folder: Path, config: Config, data: ImageData) -> bool:
@@ -281,8 +261,8 @@ def _is_whole(folder: Path, config: Config, data: ImageData) -> bool:
         fits = len(run.epochs) == len(config.epoch_numbers)
         for found in (run, *run.epochs):
             classifier.load(found.folder)
-            fits &= [each.shape for each in found.logits] == wanted
-            fits &= all(np.isfinite(each).all() for each in found.logits)
+            fits &= [each.shape for each in found.logits.values()] == wanted
+            fits &= all(np.isfinite(each).all() for each in found.logits.values())
         if fits:
             return True
     except Exception:  # numpy, json and zipfile raise many kinds on damaged files

@@ -50,7 +50,7 @@ def build(name: str, class_names: tuple[str, ...], seed: int) -> PreTrainedModel
             f"model={name}: has no linear head with one logit per class; "
             "name a transformers image classifier that has one"
         )
-    model, info = load_pretrained(name, labels, ignore_mismatched_sizes=True)
+    model, info = load_pretrained(name, **labels)
     # transformers draws tensors that are missing or have another shape; only heads may be drawn.
     drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     for path in own_heads:  # even where the shape fits, their weights are for other classes
@@ -169,7 +169,7 @@ def load(folder: Path) -> nn.Module:
     Raises:
         InputError: as load_pretrained does, or the tensors do not fit the config.
     """
-    model, info = load_pretrained(str(folder), local_files_only=True)
+    model, info = load_pretrained(str(folder))
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise InputError(f"checkpoint={folder}: tensors do not fit its config: {wrong[:3]}")

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.errors import reason
 from attribution.models.batches import Batches
@@ -43,16 +42,6 @@ class ResidentBatches(Batches):
 
     def _pixels(self, index: Tensor) -> Tensor:
         return self._images[index]
-
-
-def gpu_batches(
-    config: Config, data: ImageData, seed: int, device: torch.device, labels: np.ndarray | None
-) -> Batches:
-    """Return ResidentBatches where the GPU has room for the images, else Batches."""
-    images = images_on_gpu(data, device)
-    if images is None:
-        return Batches(config, data, seed, device, labels)
-    return ResidentBatches(images, config, data, seed, device, labels)
 
 
 @lru_cache(maxsize=1)  # many models are trained on the same images
@@ -137,10 +126,11 @@ class ReplayedStep:
 
     def _record_or_give_up(self, draw: Tensor) -> Tensor:
         """Take a step eagerly, and again by a new recording; keep the recording if they agree."""
-        before = _copies(self._buffers)
+        before = [buffer.clone() for buffer in self._buffers]
         with torch.random.fork_rng([self._device]):  # the replay draws the same random numbers
             loss, waits = self._watch(draw)
-        gradients, after = [weight.grad for weight in self._weights], _copies(self._buffers)
+        after = [buffer.clone() for buffer in self._buffers]
+        gradients = [weight.grad for weight in self._weights]
         try:
             if waits:  # recording it would fail, and leave the random numbers unusable
                 raise RuntimeError("the step waits for the GPU")
@@ -190,10 +180,6 @@ def are_close(found: Tensor | None, expected: Tensor | None) -> bool:
     found, expected = found.double(), expected.double()
     atol = TOLERANCE * float(expected.abs().max())
     return torch.allclose(found, expected, rtol=0, atol=atol, equal_nan=True)
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
 
 
 def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -47,10 +47,8 @@ class Ensemble:
         return found
 
     def _check(self, data: ImageData) -> None:
-        logits, count = (
-            [self.train_logits, self.validation_logits, self.test_logits],
-            len(self.masks),
-        )
+        logits = [self.train_logits, self.validation_logits, self.test_logits]
+        count = len(self.masks)
         shapes = [self.masks.shape, *(each.shape for each in logits)]
         wanted = [(count, len(data.rows(split)), len(data.class_names)) for split in SPLITS]
         if not count or shapes != [wanted[0][:2], *wanted]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,9 +62,10 @@ def why_unreachable(name: str) -> str:
     return [*answers, f"no answer within {HUB_SECONDS:g} s"][0]
 
 
-def _needs_no_network(name: str, *files: str) -> bool:
-    """Whether a name is of a Hub model that is in the cache, so that transformers need not ask the Hub."""
-    return not Path(name).exists() and is_cached(name, *files)
+def _careful(name: str, *files: str) -> dict[str, bool]:
+    """Options of from_pretrained: run none of the model's code, ask the Hub only about what is not here."""
+    is_here = Path(name).exists() or is_cached(name, *files)
+    return {"trust_remote_code": False, "local_files_only": is_here}
 
 
 @contextmanager
@@ -84,14 +84,11 @@ def refusing(name: str) -> Iterator[None]:
         ) from error
 
 
-def load_pretrained(
-    name: str, labels: Mapping[str, Any] = MappingProxyType({}), **options: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_pretrained(name: str, **labels: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model from safetensors; also return what transformers reports about its tensors.
 
     Args:
-        labels: settings of the config to replace.
-        options: of transformers' from_pretrained.
+        labels: settings of the config to replace, where the model gets other classes.
 
     Raises:
         InputError: it cannot be loaded, needs a pickle or code of its own, or has a number that is
@@ -105,10 +102,10 @@ def load_pretrained(
             name,
             config=_config(name, **labels),
             use_safetensors=True,
-            trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
-            **{"local_files_only": _needs_no_network(name)} | options,
+            ignore_mismatched_sizes=bool(labels),  # the head is of other classes
+            **_careful(name),
         )
     for key, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
@@ -145,10 +142,7 @@ def _config(name: str, **labels: Any) -> Any:
 
     _check_folder(name)
     _refuse_adapter(name)
-    is_local = _needs_no_network(name)
-    config = AutoConfig.from_pretrained(
-        name, trust_remote_code=False, local_files_only=is_local, **labels
-    )
+    config = AutoConfig.from_pretrained(name, **_careful(name), **labels)
     if config.model_type == "timm_wrapper":  # transformers gives timm the number of classes itself
         (config.model_args or {}).pop("num_classes", None)
     return config
@@ -162,7 +156,7 @@ def _refuse_adapter(name: str) -> None:
     """
     from transformers.utils import find_adapter_config_file
 
-    if find_adapter_config_file(name, local_files_only=_needs_no_network(name)):
+    if find_adapter_config_file(name, local_files_only=_careful(name)["local_files_only"]):
         raise InputError(
             f"model={name}: holds an adapter (adapter_config.json), not a whole model; merge it with "
             "its base model: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
@@ -257,10 +251,8 @@ def _processor(name: str) -> Any:
     try:
         with refusing(name):
             _check_folder(name)
-            is_local = _needs_no_network(name, "preprocessor_config.json")
-            return AutoImageProcessor.from_pretrained(
-                name, trust_remote_code=False, local_files_only=is_local
-            )
+            options = _careful(name, "preprocessor_config.json")
+            return AutoImageProcessor.from_pretrained(name, **options)
     except InputError:
         if (Path(name) / "preprocessor_config.json").exists() or is_timm_local_checkpoint(name):
             raise

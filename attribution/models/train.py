@@ -38,8 +38,6 @@ TRAINING_VERSION = 3
 def training_key(config: Config, data: ImageData) -> str:
     """Hash what a trained model depends on, apart from its seed and the examples that it sees."""
     settings = config.group("training") | {"model": pretrained.fingerprint(config.model)}
-    if config.train_layers == "all":  # as runs of earlier versions, which had no such parameter
-        del settings["train_layers"]
     return digest(TRAINING_VERSION, settings, data.fingerprint)
 
 
@@ -240,9 +238,10 @@ def _batches(
     config: Config, data: ImageData, seed: int, device: torch.device, labels: np.ndarray | None
 ) -> Batches:
     if device.type == "cuda" and config.cuda_graphs == "on":
-        from attribution.models.cuda_graphs import gpu_batches
+        from attribution.models.cuda_graphs import ResidentBatches, images_on_gpu
 
-        return gpu_batches(config, data, seed, device, labels)
+        if (images := images_on_gpu(data, device)) is not None:
+            return ResidentBatches(images, config, data, seed, device, labels)
     return Batches(config, data, seed, device, labels)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,6 @@ from attribution.stages import STAGES
 # scores. TRAINING_VERSION in attribution/models does the same for trained models.
 ESTIMATOR_VERSION = 8
 
-# A command asks often, and the key of a model folder reads every file.
-_training_key = lru_cache(maxsize=8)(training_key)
-
 
 def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     """Hash of all that a stage's result depends on, its upstream stages included.
@@ -34,20 +30,14 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     Raises:
         InputError: a file that a parameter names cannot be read.
     """
-    if not STAGES[stage].upstream:
-        replay = [config.replay] if config.replay else []
-        settings = config.group(stage)
-        if not config.checkpoint_epochs:  # as runs of earlier versions, which had no such parameter
-            del settings["checkpoint_epochs"]
-        key = given.key if settings.pop("checkpoints") else _training_key
-        return digest(stage, key(config, data), settings, *replay)
-    upstream = fingerprint(STAGES[stage].upstream[0], config, data)
     settings = config.group(stage)
-    if settings.get("cross_fit") in ("auto", "no"):  # as runs of earlier versions
-        del settings["cross_fit"]
+    if not STAGES[stage].upstream:
+        key = given.key if settings.pop("checkpoints") else training_key
+        return digest(stage, key(config, data), settings, config.replay)
+    upstream = fingerprint(STAGES[stage].upstream[0], config, data)
     settings |= _contents(settings, data)
     if config.checkpoints and stage in ("ablation", "evaluate"):  # they train other models
-        settings["training"] = _training_key(config, data)
+        settings["training"] = training_key(config, data)
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
-from attribution.tracking.artifacts import artifact_path
 from attribution.tracking.fingerprint import stage_folder, work_folder
 from attribution.tracking.stage_runs import run_tags
 
@@ -19,10 +18,6 @@ class Upstream:
 
     run_id: str
     result: Any
-
-    def file(self, path: str) -> Path:
-        """A local copy of one of its run's artifacts."""
-        return artifact_path(self.run_id, path)
 
 
 @dataclass(frozen=True)

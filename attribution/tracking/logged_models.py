@@ -7,7 +7,6 @@ that MLflow's transformers flavor looks for. So weights are stored once, and no 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
+from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
@@ -51,7 +50,6 @@ def log_models(models: Mapping[str, TrainedModel]) -> None:
     client, active = mlflow.MlflowClient(), current_run()
     run: Any = client.get_run(active.run_id)
     data = run.inputs.dataset_inputs[0].dataset
-    metrics = []
     for step, (name, each) in enumerate(models.items()):
         model = client.create_logged_model(
             active.experiment_id,
@@ -65,14 +63,8 @@ def log_models(models: Mapping[str, TrainedModel]) -> None:
         client.log_model_artifacts(model.model_id, str(each.folder))
         client.log_outputs(active.run_id, [LoggedModelOutput(model.model_id, step)])
         client.finalize_logged_model(model.model_id, "READY")
-        links = (model.model_id, data.name, data.digest, active.run_id)
-        now = int(time.time() * 1000)
-        metrics += [
-            Metric(f"checkpoint/{key}", value, now, step, *links)
-            for key, value in each.metrics.items()
-        ]
-    if metrics:
-        client.log_batch(active.run_id, metrics=metrics)
+        shown = {f"checkpoint/{key}": value for key, value in each.metrics.items()}
+        mlflow.log_metrics(shown, step, run_id=active.run_id, model_id=model.model_id, dataset=data)
 
 
 def _add_mlflow_files(folder: Path, model: LoggedModel) -> None:

@@ -31,11 +31,11 @@ def current_run() -> RunInfo:
 
 
 def find_run(run_id: str) -> Run | None:
-    """A run of the tracking store; None if it is unknown there or deleted."""
+    """A run of the tracking store; None if it is unknown there or deleted, or no run has such an id."""
     try:
         run = mlflow.get_run(run_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
@@ -142,15 +142,12 @@ def end_dead_runs(cache: Path) -> None:
     for run in client.search_runs(where, f"{own} = 'RUNNING'"):
         if run.info.run_id == active.run_id or is_alive(int(run.data.tags.get("process", 0))):
             continue
-        parts = [part for part in _nested_runs(run) if part.info.status == "RUNNING"]
-        for each in (run, *parts):
+        nested = (
+            f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and attributes.status = 'RUNNING'"
+        )
+        for each in (run, *client.search_runs(where, nested)):
             if each.info.run_id != active.run_id:
                 client.set_terminated(each.info.run_id, "KILLED")
-
-
-def _nested_runs(run: Any) -> list[Any]:
-    nested = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-    return mlflow.MlflowClient().search_runs([run.info.experiment_id], nested)
 
 
 def is_alive(process: int) -> bool:

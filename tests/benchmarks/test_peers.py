@@ -72,7 +72,7 @@ def test_dattri_and_traker_rank_as_our_exact_gradients_do(problem: Problem, tmp_
     many = 1e6 * ridge
     model = load(wide.checkpoints[0])
     train, targets = (gradients(model, *wide.tensors(s)) for s in ("train", TARGETS))
-    p = capture(model, *wide.tensors("train")).probability
+    p = capture(model, *wide.tensors("train")).margins.sigmoid()
     exact = ((train @ targets.T) * (1 - p)[:, None]).numpy()
     for name, method in (
         ("dattri", partial(peer_methods.dattri, ridge=many)),

@@ -80,7 +80,7 @@ def test_products_are_signed_and_padded(size):
     _, outputs, patch = call.shape()
     assert call.convolves() == (size == 32)
     signs = torch.randn(outputs, dtype=torch.float64), torch.randn(patch, dtype=torch.float64)
-    plain = call.products(slice(0, 3))
+    plain = call.weight_gradient().movedim(2, 4).flatten(2)  # channels last, as patches are
     found = call.products(slice(0, 3), signs, patch + 2)
     torch.testing.assert_close(found[..., :patch], plain * signs[0][:, None] * signs[1])
     assert (found[..., patch:] == 0).all() and found.shape == (3, outputs, patch + 2)

@@ -30,7 +30,7 @@ from small_models import (
 )
 from torch import nn
 
-from attribution.gradients.errors import GradientError
+from attribution.gradients import GradientError
 from attribution.gradients.per_sample import capture, check, margins
 from attribution.gradients.sketch import Sketch
 
@@ -86,7 +86,7 @@ def test_capture_reports_and_leaves_no_trace():
     images, labels = batch(4, (3, 20, 20))
     captured = capture(model, images.requires_grad_(), labels)
     p = model(images).logits.softmax(1)[range(4), labels]
-    torch.testing.assert_close(captured.probability, p.detach())
+    torch.testing.assert_close(captured.margins.sigmoid(), p.detach())
     assert not captured.logits.requires_grad and not captured.margins.requires_grad
     assert images.grad is None and all(q.grad is None for q in model.parameters())
     assert [q.requires_grad for q in model.parameters()].count(False) == 1

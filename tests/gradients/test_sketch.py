@@ -25,8 +25,8 @@ from small_models import (
 )
 from torch import nn
 
-from attribution.gradients.errors import GradientError
-from attribution.gradients.layer_rules import Call, hashing_pays
+from attribution.gradients import GradientError
+from attribution.gradients.layer_rules import Call
 from attribution.gradients.per_sample import capture
 from attribution.gradients.sketch import Sketch, dealt
 
@@ -57,9 +57,14 @@ def test_both_routes_occur_and_the_default_mixes_them():
     captured = capture(small_resnet(), *batch(3, (3, 20, 20)))
     sketch = Sketch(64)
     chosen = {sketch.tensorsketches(call) for _, call in captured.matrices()}
-    wide = hashing_pays(1024, 4, 512, 4608), hashing_pays(1024, 3136, 64, 576)
-    assert chosen == {False} and wide == (True, False)
+    assert chosen == {False} and [hashes(512, 2), hashes(64, 56)] == [True, False]
     assert_sketch_is(captured, 64, None)
+
+
+def hashes(channels: int, size: int) -> bool:
+    """Whether a wide sketch hashes a 3 x 3 convolution of a map of this size."""
+    conv, delta = nn.Conv2d(channels, channels, 3), torch.empty(1, channels, size, size)
+    return Call(conv, {"weight": "w"}, delta, 0, delta).hashing_pays(1024)
 
 
 @pytest.mark.slow

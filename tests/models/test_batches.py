@@ -31,7 +31,7 @@ def epoch_of(
     batches = Batches(config, data, 9, CPU)
     rows = []
     for _ in range(epochs):
-        images, labels = zip(*batches(np.flatnonzero(keep), 4))
+        images, labels = zip(*map(batches.load, batches.draws(np.flatnonzero(keep), 4)))
         rows.append((torch.cat(images), torch.cat(labels)))
     return rows
 

@@ -8,7 +8,6 @@ import math
 import pickle
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from attribution.models.checkpoints import (
     subset_masks,
     train_checkpoints,
 )
-from attribution.models.ensemble import Ensemble
 from attribution.models.predict import predict
 from attribution.models.train import train
 from attribution.reporting import finetune_record
@@ -136,8 +134,8 @@ def test_finished_checkpoints_are_picked_up_and_a_missing_one_is_trained_the_sam
     second = train_checkpoints(*setting, tmp_path)
     assert trained[3:] == ["001"]
     for a, b in zip(first, second):
-        assert a.train_logits.tobytes() == b.train_logits.tobytes()
-        assert a.validation_logits.tobytes() == b.validation_logits.tobytes()
+        assert a.logits["train"].tobytes() == b.logits["train"].tobytes()
+        assert a.logits["validation"].tobytes() == b.logits["validation"].tobytes()
         assert a.history == b.history
 
 
@@ -167,7 +165,7 @@ def test_a_damaged_checkpoint_is_trained_again(
     second = train_checkpoints(config, data, masks[:2], tmp_path)
     assert trained[2:] == ["001"]
     for a, b in zip(first, second):
-        assert a.train_logits.tobytes() == b.train_logits.tobytes()
+        assert a.logits["train"].tobytes() == b.logits["train"].tobytes()
 
 
 def test_nothing_but_the_checkpoints_is_left_in_the_work_folder(setting, tmp_path: Path) -> None:
@@ -192,7 +190,7 @@ def test_the_saved_model_says_what_its_checkpoint_says(setting, tmp_path: Path) 
     checkpoint = train_checkpoints(config, data, masks[:1], tmp_path)[0]
     model = classifier.load(checkpoint.folder)
     for split in ("train", "validation"):
-        saved = getattr(checkpoint, f"{split}_logits")
+        saved = checkpoint.logits[split]
         # Not bit for bit: a loaded model's weights lie in memory in another order.
         np.testing.assert_allclose(predict(config, model, data, split), saved, atol=1e-6)
 
@@ -202,13 +200,13 @@ def test_settings_and_data_sent_to_another_process_train_the_same(setting, tmp_p
     (here,) = train_checkpoints(config, data, masks[:1], tmp_path)
     shutil.rmtree(tmp_path / "000")
     (there,) = train_checkpoints(*pickle.loads(pickle.dumps((config, data, masks[:1]))), tmp_path)
-    assert here.train_logits.tobytes() == there.train_logits.tobytes()
+    assert here.logits["train"].tobytes() == there.logits["train"].tobytes()
 
 
 def test_checkpoints_differ_from_one_another(setting, tmp_path: Path) -> None:
     config, data, masks = setting
     first, second = train_checkpoints(config, data, np.ones_like(masks[:2]), tmp_path)
-    assert (first.train_logits != second.train_logits).any()
+    assert (first.logits["train"] != second.logits["train"]).any()
 
 
 # Epochs of a run as checkpoints
@@ -244,7 +242,10 @@ def test_epochs_of_a_run_are_what_it_passes_through_and_leave_it_as_it_was(
     (alone,) = train_checkpoints(plain, worsening, keep, tmp_path / "alone")
     (run,) = train_checkpoints(config, worsening, keep, tmp_path / "epochs")
     assert weights(run) == weights(alone) and alone.epochs == ()
-    assert run.history == alone.history and run.test_logits.tobytes() == alone.test_logits.tobytes()
+    assert (
+        run.history == alone.history
+        and run.logits["test"].tobytes() == alone.logits["test"].tobytes()
+    )
     ran = len(run.history)
     if numbers is None:
         assert ran < 9 and weights(run) not in map(weights, run.epochs)
@@ -260,7 +261,7 @@ def test_epochs_of_a_run_are_what_it_passes_through_and_leave_it_as_it_was(
     for number, each in zip(numbers, run.epochs, strict=True):
         for split in SPLITS:
             expected = predict(plain, passed[number - 1], worsening, split)
-            np.testing.assert_array_equal(getattr(each, f"{split}_logits"), expected)
+            np.testing.assert_array_equal(each.logits[split], expected)
         kept = classifier.load(each.folder).state_dict()
         assert all((kept[k] == v).all() for k, v in passed[number - 1].state_dict().items())
 
@@ -314,18 +315,6 @@ def test_the_result_of_finetuning_is_that_of_its_checkpoints(setting, tmp_path: 
     for m, folder in enumerate(found.folders):
         logits = predict(config, classifier.load(folder), data, "train")
         np.testing.assert_allclose(found.members.train_logits[m], logits, atol=1e-6)
-
-
-def test_a_result_loaded_from_files_is_the_one_that_was_kept(tmp_path: Path) -> None:
-    logits = [np.full((2, n, 3), n, np.float32) for n in (5, 4, 3)]
-    members = Ensemble(subset_masks(5, 2, 0.5, 0), *logits)
-    np.savez(tmp_path / "logits.npz", **members.arrays())
-    sizes = {"train": 5, "validation": 4, "test": 3}
-    data = SimpleNamespace(rows=lambda split: range(sizes[split]), class_names=("a", "b", "c"))
-    found = Finetuned.load(tmp_path / "logits.npz", [tmp_path / "a", tmp_path / "b"], data)
-    for name, array in members.arrays().items():
-        np.testing.assert_array_equal(getattr(found.members, name), array)
-    assert found.folders == [tmp_path / "a", tmp_path / "b"] and found.runs == []
 
 
 def test_what_cannot_be_trained_is_refused_before_training(setting) -> None:

@@ -118,7 +118,7 @@ def test_every_kind_of_task_gives_the_same_bits_as_local_workers(
         retrained = comparison.retrain(stacked, data, trials, [1, 2], work / "retrainings")
         found[config.backend] = [
             *(c.folder.joinpath("model.safetensors").read_bytes() for c in trained),
-            *(c.train_logits.tobytes() for c in trained),
+            *(c.logits["train"].tobytes() for c in trained),
             *(str(c.history) for c in trained),
             *(f.read_bytes() for f in sorted((work / "trak").rglob("*.mmap"))),
             scores.values.tobytes(),

@@ -80,7 +80,7 @@ def reference(data, models, ridge=RIDGE):
         gram = f.T @ f
         gram += ridge * gram.trace() / DIM * torch.eye(DIM)
         inner = inner + f @ torch.linalg.inv(gram) @ g.T / len(models)
-        weight = weight + (1 - train.probability.double()) / len(models)
+        weight = weight + (1 - train.margins.double().sigmoid()) / len(models)
     return (inner * weight[:, None]).numpy()
 
 

@@ -683,7 +683,7 @@ def planted_checkpoints(tmp_path_factory: pytest.TempPathFactory):
     config = toy_config(num_models=3, epochs=20)
     masks = np.ones((3, len(data.rows("train"))), dtype=bool)
     found = train_checkpoints(config, data, masks, folder)
-    assert all((c.train_logits.argmax(1) == data.labels("train")).mean() > 0.8 for c in found)
+    assert all((c.logits["train"].argmax(1) == data.labels("train")).mean() > 0.8 for c in found)
     return data, right, wrong, [checkpoint.folder for checkpoint in found]
 
 

@@ -1,4 +1,4 @@
-"""A stage's fingerprint: what it hashes for runs of earlier versions too."""
+"""A stage's fingerprint: which parameters it depends on where that is not said by their group."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ from pathlib import Path
 from toy import toy_config, toy_data
 
 from attribution.models.train import training_key
-from attribution.runtime.hashing import digest
-from attribution.tracking.fingerprint import ESTIMATOR_VERSION, fingerprint
+from attribution.tracking.fingerprint import fingerprint
 
 
-def test_epochs_are_part_of_it_only_where_they_are_wanted(tmp_path: Path) -> None:
-    data, plain = toy_data(tmp_path), toy_config(num_models=3, subset_fraction=0.5)
-    wanted = toy_config(num_models=3, subset_fraction=0.5, checkpoint_epochs="last:2")
-    key, known = training_key(plain, data), {"num_models": 3, "subset_fraction": 0.5}
-    assert fingerprint("finetune", plain, data) == digest("finetune", key, known)
-    assert fingerprint("finetune", wanted, data) != digest("finetune", key, known)
-    assert training_key(wanted, data) == key  # what arms are retrained under
+def test_epochs_with_a_checkpoint_change_the_ensemble_and_not_what_arms_are_retrained_under(
+    tmp_path: Path,
+) -> None:
+    data, plain = toy_data(tmp_path), toy_config()
+    wanted = toy_config(checkpoint_epochs="last:2")
+    assert fingerprint("finetune", wanted, data) != fingerprint("finetune", plain, data)
+    assert training_key(wanted, data) == training_key(plain, data)
 
 
-def test_cross_fitting_is_part_of_it_only_where_it_is_done(tmp_path: Path) -> None:
-    data, config = toy_data(tmp_path), toy_config()
-    known = config.group("trak")
-    del known["cross_fit"]
-    old = digest("trak", ESTIMATOR_VERSION, fingerprint("finetune", config, data), known)
-    for value, is_old in (("auto", True), ("no", True), ("yes", False)):
-        assert (fingerprint("trak", toy_config(cross_fit=value), data) == old) is is_old
+def test_a_replay_has_fingerprints_of_its_own(tmp_path: Path) -> None:
+    data, plain, again = toy_data(tmp_path), toy_config(), toy_config(replay="r1")
+    for stage in ("finetune", "trak", "ablation"):
+        assert fingerprint(stage, again, data) != fingerprint(stage, plain, data)

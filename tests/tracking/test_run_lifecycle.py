@@ -142,8 +142,17 @@ def test_what_a_dead_process_left_running_is_marked_by_the_next_command(
         client.set_terminated(run.run_id, "FAILED", end_time=12345)
         return run.run_id
 
+    def below(run_id: str, **end: str) -> str:
+        nested = client.create_run("0", tags={"mlflow.parentRunId": run_id}).info.run_id
+        if end:
+            client.set_terminated(nested, **end)
+        return nested
+
+    parent = left(dead.pid)
     expected = {
-        left(dead.pid): "KILLED",
+        parent: "KILLED",
+        below(parent): "KILLED",
+        below(parent, status="FINISHED"): "FINISHED",
         left(os.getpid()): "KILLED",  # another process had this number
         left(sleeping.pid): "RUNNING",
         left(dead.pid, tmp_path / "another"): "RUNNING",  # perhaps of another container
