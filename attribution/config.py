@@ -92,7 +92,7 @@ class Config:
     resplit: str = option("data", "whether the data set's own validation and test parts are ignored and all its labelled images divided; the flag alone means yes", "no", choices=("no", "yes"))
     image_column: str = option("data", "column of a table or Hub data set that names or holds the images; empty finds it", "")
     label_column: str = option("data", "column of a table or Hub data set that holds the labels; empty finds it", "")
-    class_depth: int = option("data", "level of the class folders below the data set or its parts; 0 takes the deepest folders that hold images", 0, at_least=0)
+    class_depth: int = option("data", "level of the class folders below the data set or its parts; 0 takes the deepest folders that hold images, -1 takes those of one name as one class", 0, at_least=-1)
     small_classes: str = option("data", "what to do with classes that have too few images to divide: leave_out, or stop", "leave_out", choices=("leave_out", "stop"))
     on_bad_image: str = option("data", "what to do with a file that cannot be decoded: stop, or skip and count it", "stop", choices=("stop", "skip"))
     augment: str = option("training", "train-time augmentation", choices=("none", "flip", "crop", "flip,crop"))

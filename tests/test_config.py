@@ -124,7 +124,7 @@ def test_the_bounds_are_the_documented_ones() -> None:
     }
     assert {name: rules for name, rules in found.items() if rules} == {
         "image_size": {"at_least": 1, "at_most": 4096},
-        "class_depth": {"at_least": 0},
+        "class_depth": {"at_least": -1},
         "label_noise": {"at_least": 0, "below": 1},
         "data_seed": {"at_least": 0},
         "val_fraction": {"above": 0, "below": 1},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from attribution.config import Config
-from attribution.data.parts import by_role, role_of
+from attribution.data.parts import ROLES, by_role, plain, role_of
 from attribution.data.sources import Source, from_files, image_suffixes, some
 from attribution.errors import InputError
 from attribution.runtime.progress import progress
@@ -18,6 +19,9 @@ FolderPath = tuple[str, ...]  # names of folders, from the data set's own downwa
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}  # hold images of any class
 MASK_FOLDERS = {"masks", "mask", "annotations", "labels", "segmentation", "segmentations"}
+MASK_FILE = re.compile(
+    r"(.+)[_-](?:mask|segmentation)(?:[_-]?\d+)?"
+)  # beside the image 1.png: 1_mask.png
 
 
 @dataclass
@@ -30,7 +34,7 @@ class Files:
         others: number of other files by suffix.
         empty: the topmost folders without images.
         hidden: hidden files and folders.
-        masks: folders of masks or annotations beside the images, with their numbers of images.
+        masks: folders with masks or annotations beside the images, with their numbers.
     """
 
     root: Path
@@ -66,7 +70,7 @@ class Files:
         if self.empty:
             notes.append(f"folders without images left out: {some(self.empty)}")
         if self.masks:
-            notes.append(f"folders of masks or annotations left out: {some(self.masks)}")
+            notes.append(f"masks or annotations left out: {some(self.masks)}")
         return notes
 
 
@@ -136,20 +140,39 @@ def _suffix(name: str) -> str:
 
 
 def _set_masks_aside(files: Files) -> None:
-    """Remove folders of masks that lie beside a folder of images."""
+    """Remove masks that lie beside their images, or in a folder beside a folder of images."""
+    for folder, names in files.images.items():
+        if beside := _masks(names):
+            files.images[folder] = sorted(set(names) - beside)
+            files.masks.append(
+                f"{'/'.join(folder) or '.'} ({len(beside):,} files such as {min(beside)})"
+            )
     known = {folder[:i] for folder in files.images for i in range(1, len(folder) + 1)}
-    beside = {folder[:-1] for folder in known if folder[-1].lower() in IMAGE_FOLDERS}
-    masks = {f for f in known if f[-1].lower() in MASK_FOLDERS and f[:-1] in beside}
+    holding = {folder[:-1] for folder in known if folder[-1].lower() in IMAGE_FOLDERS}
+    masks = {f for f in known if f[-1].lower() in MASK_FOLDERS and f[:-1] in holding}
     for folder in list(files.images):
         if any(folder[:i] in masks for i in range(1, len(folder) + 1)):
             count = len(files.images.pop(folder))
             files.masks.append(f"{'/'.join(folder)} ({count:,} images)")
 
 
+def _masks(names: list[str]) -> set[str]:
+    """Of files in one folder, those that are called like another one with `_mask` behind its name."""
+    called = [name for name in names if "mask" in name.lower() or "segmentation" in name.lower()]
+    if not called:
+        return set()
+    stems = {os.path.splitext(name)[0] for name in names}
+    matches = {name: MASK_FILE.fullmatch(os.path.splitext(name)[0]) for name in called}
+    return {name for name, match in matches.items() if match and match[1] in stems}
+
+
 def class_folders(files: Files, config: Config) -> Source | None:
     """Images in class folders, with or without official parts; None if there are no classes.
 
     A class is the topmost folder that holds images itself, or the folder at level `class_depth`.
+
+    Raises:
+        InputError: the same class names lie below several folders, such as one for each patient.
     """
     notes: list[str] = []
     folders = _without_image_folders(files.images)
@@ -163,6 +186,9 @@ def class_folders(files: Files, config: Config) -> Source | None:
     train = classes[pool]
     if not train:
         return None
+    if not (config.class_depth or config.label_column):
+        _refuse_repeated(train, config)
+    classes = {part: _named_like(train, found) for part, found in classes.items()}
     grouped = [real for found in classes.values() for reals in found.values() for real in reals]
     if loose := sorted(used - set(grouped)):
         notes.append(
@@ -187,9 +213,10 @@ def class_folders(files: Files, config: Config) -> Source | None:
         example = "/".join(deepest)
         notes.append(
             f"{len(train)} classes are folders such as {example}; --class_depth N takes the folders of "
-            f"level N (1 to {levels})"
+            f"level N (1 to {levels}), -1 those of one name as one class"
         )
-    lower = [real for path, reals in inside.items() if path not in train for real in reals]
+    is_below = {path for path in inside if config.class_depth >= 0 and path not in train}
+    lower = [real for path in is_below for real in inside[path]]
     if merged := [real for real in lower if real not in loose]:
         notes.append(f"images below a class folder belong to its class: {files.counted(merged)}")
     return from_files(files.root, rows, order, notes)
@@ -218,21 +245,33 @@ def _without_image_folders(images: dict[FolderPath, list[str]]) -> Folders:
 def _official(folders: Folders) -> dict[str, Folders] | None:
     """The folders of each part by their paths below it, None if there are no parts.
 
-    A class may be called train: folders named like parts are parts if no other folder lies
-    next to them, or if the one for training holds folders itself.
+    A class may be called train: folders named like parts are parts if no other folder lies next to
+    them, if there is one for training and another one, or if the one for training holds folders.
     """
     tops = sorted({path[0] for path in folders if path})
     named = [top for top in tops if role_of(top)]
+    roles = {role_of(top) for top in named}
     nested = {path[0] for path in folders if path[1:]}
-    is_certain = any(
-        role_of(top) == "train" and top in nested and (named[1:] or top.lower() == "train")
-        for top in named
+    is_certain = "train" in roles and len(roles) > 1
+    is_certain |= any(
+        role_of(top) == "train" and (named[1:] or top.lower() == "train") for top in nested
     )
     if named and (is_certain or named == tops):
         return {top: _inside(folders, top) for top in named}
     if len(tops) == 1:  # data/train
         return _official(_below(folders, tops[0]))
-    return _lowest(folders)
+    return _beside_classes(folders, tops) or _lowest(folders)
+
+
+def _beside_classes(folders: Folders, tops: list[str]) -> dict[str, Folders] | None:
+    """Parts beside the classes that are trained on: cat, dog, test/cat, test/dog, or test alone."""
+    classes = [top for top in tops if not role_of(top)]
+    parts = {top: _inside(folders, top) for top in tops if role_of(top)}
+    held = {path[0] for inside in parts.values() for path in inside if path}
+    is_test = all(top.lower() in ROLES and role_of(top) == "test" for top in parts)
+    if not parts or len(classes) < 2 or not (held <= set(classes) if held else is_test):
+        return None
+    return {"train": {p: reals for p, reals in folders.items() if p and p[0] in classes}, **parts}
 
 
 def _lowest(folders: Folders) -> dict[str, Folders] | None:
@@ -269,7 +308,9 @@ def _classes(folders: Folders, holders: set[FolderPath], config: Config) -> Fold
     for path, reals in folders.items():
         topmost = next((i for i in range(1, len(path) + 1) if path[:i] in holders), 0)
         level = config.class_depth or topmost
-        if 0 < level <= len(path):
+        if level < 0 and path:
+            found.setdefault(path[-1:], []).extend(reals)
+        elif 0 < level <= len(path):
             found.setdefault(path[:level], []).extend(reals)
     return found
 
@@ -278,3 +319,25 @@ def _names(classes: set[FolderPath]) -> dict[FolderPath, str]:
     """A folder's own name, with the folders above it where several have that name."""
     count = Counter(c[-1] for c in classes)
     return {c: c[-1] if count[c[-1]] == 1 else "/".join(c) for c in classes}
+
+
+def _refuse_repeated(classes: Folders, config: Config) -> None:
+    """Refuse class folders of which every name lies below several folders, as with folds or patients."""
+    count = Counter(c[-1] for c in classes)
+    if len(count) > 1 and min(count.values()) > 1:
+        above = sorted({"/".join(c[:-1]) or "." for c in classes})
+        raise InputError(
+            f"dataset={config.dataset}: folders called {some(sorted(count))} lie in each of "
+            f"{some(above)}; add --class_depth -1 for one class for each name, or --class_depth N "
+            f"for the folders of level N (1 to {max(map(len, classes))})"
+        )
+
+
+def _named_like(train: Folders, found: Folders) -> Folders:
+    """The classes of a part; those that differ from the training part's in case alone are those."""
+    known = {tuple(map(plain, c)): c for c in train}
+    renamed: Folders = {}
+    for c, reals in found.items():
+        same = c if c in train else known.get(tuple(map(plain, c)), c)
+        renamed.setdefault(same, []).extend(reals)
+    return renamed

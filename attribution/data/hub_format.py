@@ -17,7 +17,7 @@ import pandas as pd
 from attribution.config import Config, nearest
 from attribution.data.folders import Files
 from attribution.data.sources import PART, Source, as_file, some
-from attribution.data.tables import LABEL_NAMES, choose_labels
+from attribution.data.tables import LABEL_NAMES, choose_labels, parts_of
 from attribution.errors import InputError, reason
 from attribution.runtime.progress import progress
 
@@ -114,9 +114,10 @@ def _what_it_holds(files: Files) -> str:
     if archives := [kind for kind in files.others if kind in ARCHIVES]:
         return f"holds archives ({', '.join(archives)}) and no labelled images; unpack them first"
     images = files.counted(list(files.images)) or "no images"
+    tables = f"{some(names)} (a table names images by file name or path)" if names else "none"
     return (
         "holds neither class subfolders with images, nor a table with their names and labels, nor a "
-        f"data set in Hub format; found: {images}; tables: {some(names) or 'none'}"
+        f"data set in Hub format; found: {images}; tables: {tables}"
     )
 
 
@@ -187,7 +188,11 @@ def _label_column(parts: dict[str, Any], config: Config) -> tuple[str, list[str]
 
 
 def _is_plain(kind: Any) -> bool:
-    return bool(re.match("u?int|(large_)?string|bool", getattr(kind, "dtype", "")))
+    return bool(re.match("u?int|(large_)?string|bool", _dtype(kind)))
+
+
+def _dtype(kind: Any) -> str:
+    return getattr(kind, "dtype", "")
 
 
 def _values(part: Any, column: str) -> list[Any]:
@@ -213,16 +218,28 @@ def _from_parts(
                 )
             labels.append(ids[named])
         images.append(part.select_columns([image]).cast_column(image, datasets.Image(decode=False)))
+    named = _named_parts(next(iter(parts.values())), label, notes) if len(parts) == 1 else None
+    if named is None:
+        named = np.repeat(np.array(list(parts), object), [len(part) for part in images])
     merged = datasets.concatenate_datasets(images).with_format("arrow")
     empty = {"bytes": b"", "path": None}  # stands for a null; it is then reported as undecodable
     return Source(
         names,
         np.array(labels, np.int64),
-        np.repeat(np.array(list(parts), object), [len(part) for part in images]),
+        named,
         lambda rows: [cell or empty for cell in merged[rows][image].to_pylist()],
         column=lambda name: _group_values(parts, name),
         notes=tuple(notes),
     )
+
+
+def _named_parts(part: Any, label: str, notes: list[str]) -> np.ndarray | None:
+    """The part of each image of a data set in one piece, by a column that says it."""
+    texts = [c for c, kind in part.features.items() if c != label and "string" in _dtype(kind)]
+    found = parts_of(
+        pd.DataFrame({c: _values(part, c) for c in texts}).fillna(""), "the data set", notes
+    )
+    return None if found is None else found.to_numpy(object)
 
 
 def _group_values(parts: dict[str, Any], name: str) -> list[Any] | None:

@@ -108,9 +108,12 @@ def _in_folder(root: Path, config: Config) -> Source:
     names = {table[-1] for table in files.tables}
     if ("dataset_dict.json",) in files.tables or "state.json" in names:
         return hub_format().saved_folder(config, root)
-    folders, table = class_folders(files, config), read_tables(files, config)
-    if table is not None and (found := with_table(files, table, folders, config)):
-        return found
+    folders = class_folders(files, config)
+    if folders is None or not config.class_depth:
+        has_classes = folders is not None and len(folders.class_names) > 1
+        table = read_tables(files, config, has_classes)
+        if table is not None and (found := with_table(files, table, folders, config)):
+            return found
     if folders is None:
         return hub_format().hub_folder(config, files)
     return replace(folders, notes=(*folders.notes, *files.notes()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 # Of two names for one role the first is used. Eval is last: next to `test` it is for validation.
 ROLES = {
@@ -15,11 +16,18 @@ _NAME = re.compile(
     r"(?:[\W_]?(?:sets?|data|images?|imgs|split|list|labels?|annotations|metadata))?\d*"
 )
 
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # as in PublicTest
+
 
 def role_of(name: str) -> str | None:
     """'train', 'test' or 'validation' for a name like Training, seg_train or test_set; else None."""
-    match = _NAME.fullmatch(name.lower())
+    match = _NAME.fullmatch(_HUMP.sub("_", name).lower())
     return match and ROLES[match[1]]
+
+
+def plain(name: str) -> str:
+    """A name without the differences that other file systems do not make: case, composed accents."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def by_role(names: list[str]) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +14,18 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.folders import TABLES, Files, FolderPath
-from attribution.data.parts import role_of
+from attribution.data.parts import plain, role_of
 from attribution.data.sources import Source, from_files, image_suffixes, some
 from attribution.errors import InputError
 
 LABEL_NAMES = (
     "label", "labels", "class", "target", "category", "fine_label", "class_name", "label_name",
 )  # fmt: skip
+IMAGE_NAMES = ("image", "img", "file", "filename", "path", "filepath")
+UNKNOWN = ("", "-1", "nan", "null")  # labels of images without one
+SPLIT_NAMES = ("split", "subset", "partition")
 FLAGS = {"0", "1", "0.0", "1.0"}
+WINDOWS = "cp1252"  # the encoding of tables that are not UTF-8
 SAMPLE = 200  # rows that are looked at to find the column of the images
 MOST_TEXTS = 20  # more .txt files than this are annotations, one for each image
 
@@ -32,6 +38,7 @@ class Labelled:
         rows: path, label ('' where unknown), part, table; one row per image.
         other: the tables' other columns.
         used: the tables.
+        label_columns: the columns that the labels are from.
         notes: lines about what was chosen and left out.
         has_labels: False for mere lists of images.
     """
@@ -41,19 +48,27 @@ class Labelled:
     notes: list[str]
     has_labels: bool
 
+    @property
+    def label_column(self) -> str:
+        """The column that the labels are from, or the word COLUMN where they are from several."""
+        return self.rows.attrs["label_column"] or "COLUMN"
 
-def read_tables(files: Files, config: Config) -> Labelled | None:
+
+def read_tables(files: Files, config: Config, has_folders: bool = False) -> Labelled | None:
     """The rows of all tables that name images; None if there is none.
+
+    Args:
+        has_folders: whether class folders give labels too.
 
     Raises:
         InputError: several columns may hold the labels, or an image has several labels.
     """
-    texts = sum(table[-1].endswith(".txt") for table in files.tables)
+    texts = [table for table in files.tables if table[-1].lower().endswith(".txt")]
     shown = [
         table
         for table in files.tables
-        if "submission" not in table[-1].lower()
-        and not (texts > MOST_TEXTS and table[-1].endswith(".txt"))
+        if not re.search("submission|sample_?sub", table[-1].lower())
+        and not (len(texts) > MOST_TEXTS and table in texts)
     ]
     if not shown:
         return None
@@ -62,6 +77,11 @@ def read_tables(files: Files, config: Config) -> Labelled | None:
         (table, rows) for table in shown if (rows := _read_one(table, finder, config)) is not None
     ]
     labelled = [(table, rows) for table, rows in found if "label" in rows]
+    known = {path for _, rows in labelled for path in rows["path"]}
+    for _, rows in found:
+        if rows.attrs["unclear"] and not known.issuperset(rows["path"]):
+            hint = ", or --class_depth 1 for the class folders" if has_folders else ""
+            raise InputError(f"{rows.attrs['unclear']}{hint}")
     chosen = labelled or [(table, rows) for table, rows in found if role_of(_stem(table[-1]))]
     if not chosen:
         return None
@@ -85,7 +105,7 @@ def with_table(
     own = dict(zip((cell["path"] for cell in cells), folders.labels))
     pairs = pd.DataFrame({"own": rows["path"].map(own), "label": rows["label"]}).dropna()
     is_partial = len(pairs) < len(own) / 2 and table.has_labels
-    if config.class_depth or is_partial and not config.label_column:
+    if is_partial and not config.label_column:
         return None
     pairs = pairs.drop_duplicates()
     if table.has_labels and (pairs["own"].duplicated() | pairs["label"].duplicated()).any():
@@ -94,7 +114,7 @@ def with_table(
         names = some(["/".join(t) for t in table.used])
         raise InputError(
             f"dataset={config.dataset}: the folders and {names} give different classes; add "
-            "--class_depth 1 for the folders, or --label_column COLUMN for the table"
+            f"--class_depth 1 for the folders, or --label_column {table.label_column} for the table"
         )
     roles = {role_of(part) for part in rows["part"]}
     if len(roles) < 2 and table.has_labels or len(set(folders.parts)) > 1:
@@ -114,7 +134,10 @@ def with_table(
 
 def _from_rows(files: Files, table: Labelled) -> Source:
     rows = table.rows
-    known = rows["label"].where(~rows["label"].isin(["", "-1"]), None)
+    unknown = rows["label"].str.lower().isin(UNKNOWN)
+    if set(rows["label"]) == {"1", "-1"}:  # yes and no
+        unknown[:] = False
+    known = rows["label"].where(~unknown, None)
     source = from_files(
         files.root,
         list(zip(rows["path"], known, rows["part"], strict=True)),
@@ -149,7 +172,9 @@ def _joined(
     total = sum(len(names) for names in files.images.values())
     if total > len(rows):
         notes.append(f"{total - len(rows):,} images are in no table with labels and are not used")
-    return Labelled(rows.reset_index(drop=True), [t for t, _ in chosen], notes, has_labels)
+    rows = rows.reset_index(drop=True)
+    rows.attrs = chosen[0][1].attrs
+    return Labelled(rows, [t for t, _ in chosen], notes, has_labels)
 
 
 def _read_one(table: FolderPath, finder: _Finder, config: Config) -> pd.DataFrame | None:
@@ -162,26 +187,34 @@ def _read_one(table: FolderPath, finder: _Finder, config: Config) -> pd.DataFram
     if any(finder.find(str(column), table) for column in frame):  # without a heading
         frame = _load(file, header=None)
         assert frame is not None  # it was read a moment ago
-    column = _image_column(frame, table, finder, config)
+    notes: list[str] = []
+    if _is_text(file) and _encoding(file) == WINDOWS:
+        notes.append(f"{name} is not UTF-8 and is read as {WINDOWS}")
+    column = _image_column(frame, table, finder, config, notes)
     if column is None:
         return None
     paths = [finder.find(value, table, strict=True) for value in frame[column]]
     is_found = np.array([path is not None for path in paths])
-    notes = []
     if not is_found.all():
         missing = frame[column][~is_found]
         notes.append(f"{len(missing):,} rows of {name} name no image, such as {missing.iloc[0]!r}")
     rest = frame.drop(columns=column)
-    parts = _parts(rest)
-    labels = choose_labels(rest.drop(columns=parts or []), name, config, notes)
+    parts = parts_of(rest, name, notes)
+    labels = unclear = None
+    try:
+        given = rest if parts is None else rest.drop(columns=parts.name)
+        labels = choose_labels(given, name, config, notes)
+    except InputError as error:  # another table may be clear
+        unclear = error
     rows = rest.assign(path=paths, table=name)
-    rows["part"] = rest[parts] if parts else [_part_of(path, table, finder.files) for path in paths]
+    rows["part"] = [_part_of(p, table, finder.files) for p in paths] if parts is None else parts
     if labels is not None:
         rows["label"] = labels
     else:
         rows = rows.drop(columns="label", errors="ignore")
     rows = rows[is_found]
-    rows.attrs = {"notes": notes}
+    label_column = labels.name if labels is not None else None
+    rows.attrs = {"notes": notes, "unclear": unclear, "label_column": label_column}
     return rows
 
 
@@ -197,28 +230,64 @@ def _load(file: str, **options: Any) -> pd.DataFrame | None:
     frame = frame.loc[
         :, [not c.startswith("Unnamed:") for c in frame] & ~frame.columns.duplicated()
     ]
-    return frame.convert_dtypes().astype("string").fillna("").astype(object)
+    texts = frame.convert_dtypes().astype("string").fillna("")
+    return texts.apply(lambda column: column.str.strip()).astype(object)
 
 
 def _any_table(file: str, options: dict[str, Any]) -> pd.DataFrame | None:
-    if file.endswith(".parquet"):
+    suffix = os.path.splitext(file)[1].lower()
+    if suffix == ".parquet":
         return _parquet(file)
-    if file.endswith(".jsonl"):
+    if suffix == ".jsonl":
         return pd.read_json(file, lines=True, dtype=False, convert_dates=False)
-    if file.endswith(".json"):
+    if suffix == ".json":
         with open(file, encoding="utf-8-sig") as text:
             held = json.load(text)
         if isinstance(held, dict) and all(isinstance(v, str | int) for v in held.values()):
             return pd.DataFrame({"file": list(held), "label": list(held.values())})
         is_rows = isinstance(held, list) and all(isinstance(row, dict) for row in held)
         return pd.DataFrame(held) if is_rows else None
-    with open(file, encoding="utf-8-sig", errors="replace") as text:
+    return _text_table(file, suffix, options)
+
+
+def _text_table(file: str, suffix: str, options: dict[str, Any]) -> pd.DataFrame | None:
+    """A text table. Of two columns, the second one may hold the delimiter."""
+    encoding = _encoding(file)
+    with open(file, encoding=encoding, errors="replace") as text:
         first = text.readline()
     delimiter = delimiter_of(first)
-    if first.count(delimiter) == 0 and file.endswith(".txt"):
+    if first.count(delimiter) == 0 and suffix == ".txt":
         delimiter = " "
+    last = first.count(delimiter)
     shape = {"sep": delimiter, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
-    return pd.read_csv(file, encoding="utf-8-sig", encoding_errors="replace", **shape, **options)
+    shape |= {"encoding": encoding, "encoding_errors": "replace", **options}
+    try:
+        return pd.read_csv(file, **shape)
+    except pd.errors.ParserError:
+        if last != 1:
+            return None
+
+        def joined(fields: list[str]) -> list[str]:
+            return [fields[0], delimiter.join(fields[1:])]
+
+        return pd.read_csv(file, engine="python", on_bad_lines=joined, **shape)
+
+
+def _is_text(file: str) -> bool:
+    return file.lower().endswith((".csv", ".tsv", ".txt"))
+
+
+def _encoding(file: str) -> str:
+    """The encoding of a text: UTF-8, or one of those that spreadsheets write on Windows."""
+    with open(file, "rb") as content:
+        start = content.read(2)
+        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+        try:
+            codecs.decode(start + content.read(), "utf-8")
+            return "utf-8-sig"
+        except UnicodeDecodeError:
+            return WINDOWS
 
 
 def delimiter_of(heading: str) -> str:
@@ -236,27 +305,52 @@ def _parquet(file: str) -> pd.DataFrame | None:
     return pd.read_parquet(file) if plain else None
 
 
-def _image_column(frame: pd.DataFrame, table: FolderPath, finder: _Finder, config: Config) -> Any:
-    """The column that names most different images; None if none names half of its rows' images."""
+def _image_column(
+    frame: pd.DataFrame, table: FolderPath, finder: _Finder, config: Config, notes: list[str]
+) -> Any:
+    """The column that names most different images; None if none names half of its rows' images.
+
+    File names go before numbers, which may count the rows, and images before their masks.
+    """
     if config.image_column:
         return config.image_column if config.image_column in frame else None
     sample = frame.iloc[:: max(1, len(frame) // SAMPLE)]
-    counts = {}
+    ranks = {}
     for column in sample:
         values = set(sample[column])
-        counts[column] = len({finder.find(value, table) for value in values} - {None})
-        if counts[column] < len(values) / 2:
-            counts[column] = 0
-    best = max(counts, key=lambda column: counts[column], default=None)
-    return best if best is not None and counts[best] else None
+        count = len({finder.find(value, table) for value in values} - {None})
+        if count and count >= len(values) / 2:
+            name = str(column).lower()
+            has_suffix = sum(_stem(value) != value for value in values) > len(values) / 2
+            is_called_image = any(word in name for word in IMAGE_NAMES)
+            ranks[column] = (has_suffix, "mask" not in name, is_called_image, count)
+    if not ranks:
+        return None
+    best = max(ranks, key=lambda column: ranks[column])
+    # A column without suffixes is no rival of one with them.
+    others = [c for c, rank in ranks.items() if c != best and rank[0] == ranks[best][0]]
+    if others:
+        notes.append(
+            f"images: column {best} of {'/'.join(table)}; --image_column takes another one "
+            f"({', '.join(map(str, others))})"
+        )
+    return best
 
 
-def _parts(frame: pd.DataFrame) -> str | None:
-    """The column that says of which part an image is."""
+def parts_of(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.Series | None:
+    """The column of a table of texts that says of which part an image is; None if there is none."""
     for column in frame:
-        values = frame[column].unique()
-        if 2 <= len(values) <= 10 and all(role_of(value) for value in values):
-            return column
+        values, name = set(frame[column].unique()), str(column).lower()
+        roles = {role_of(value) for value in values}
+        is_known = None not in roles and len(values) > 1
+        if len(values) <= 10 and (is_known or "train" in roles and len(roles - {None}) > 1):
+            return frame[column].replace("", "without a name")
+        if name.startswith(("is_train", "istrain")) and values <= FLAGS | {"True", "False"}:
+            is_train = frame[column].isin(["1", "1.0", "True"])
+            return is_train.map({True: "train", False: "test"})
+        if name in SPLIT_NAMES:
+            found = some(sorted(values))
+            notes.append(f"column {column} of {where} names no parts and is not used: {found}")
     return None
 
 
@@ -305,7 +399,12 @@ def _like_labels(frame: pd.DataFrame) -> list[str]:
     for column in frame:
         values = frame[column].unique()
         is_measured = all("." in v and v.replace(".", "").lstrip("-").isdigit() for v in values)
-        if 2 <= len(values) <= len(frame) / 2 and (set(values) <= FLAGS or not is_measured):
+        is_part = str(column).lower() in SPLIT_NAMES
+        if (
+            not is_part
+            and 2 <= len(values) <= len(frame) / 2
+            and (set(values) <= FLAGS or not is_measured)
+        ):
             found.append(column)
     return found
 
@@ -345,7 +444,7 @@ class _Finder:
         self.by_stem: dict[str, list[FolderPath]] = {}
         for folder, names in files.images.items():
             for name in names:
-                self.by_stem.setdefault(_stem(name), []).append((*folder, name))
+                self.by_stem.setdefault(plain(_stem(name)), []).append((*folder, name))
 
     def find(self, value: str, table: FolderPath, strict: bool = False) -> str | None:
         """The path of the image that a table names; None if no image fits, or several.
@@ -356,13 +455,17 @@ class _Finder:
         parts = tuple(part for part in value.replace("\\", "/").split("/") if part not in ("", "."))
         if not parts:
             return None
-        found = [path for path in self.by_stem.get(_stem(parts[-1]), ()) if _agree(path, parts)]
+        near = self.by_stem.get(plain(_stem(parts[-1])), ())
+        found = [path for path in near if _agree(path, parts)]
+        if not found:
+            named = tuple(map(plain, parts))
+            found = [path for path in near if _agree(tuple(map(plain, path)), named)]
         if len(found) > 1:
             beside = (*table[:-1], *parts[:-1])
-            near = [path for path in found if path[:-1] == beside]
+            own = [path for path in found if path[:-1] == beside]
             role = role_of(_stem(table[-1]))
             same = [path for path in found if role and role in map(role_of, path[:-1])]
-            found = near or same or found
+            found = own or same or found
         if len(found) > 1 and strict:
             raise InputError(
                 f"dataset={self.files.root}: {'/'.join(table)} names {value!r}, which may be "

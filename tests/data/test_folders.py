@@ -119,6 +119,48 @@ def test_numbers_are_sorted_as_text_and_that_is_said(load, tmp_path, capsys) -> 
     assert "sorted as text: 10, 2" in capsys.readouterr().err
 
 
+def test_parts_beside_the_classes(load, tmp_path, capsys) -> None:
+    write_classes(tmp_path / "i", CLASSES | {"valid/cat": 2, "valid/dog": 2})
+    loaded = load(tmp_path / "i")
+    assert loaded.class_names == ("cat", "dog") and len(loaded.rows("validation")) == 4
+    write_classes(tmp_path / "k", CLASSES | {"test": 3})
+    assert load(tmp_path / "k").class_names == ("cat", "dog")
+    assert "not used: test (3 images)" in capsys.readouterr().err
+
+
+def test_flat_parts_are_no_classes(load, tmp_path) -> None:
+    write_classes(tmp_path / "i", {"train": 6, "test": 6, "extra": 6})
+    fails(load, tmp_path / "i", "holds neither class subfolders", "extra (6 images), test")
+    write_classes(tmp_path / "valid or not", {"valid": 5, "invalid": 5})
+    assert load(tmp_path / "valid or not").class_names == ("invalid", "valid")
+
+
+def test_classes_that_differ_in_case_between_parts_are_one(load, tmp_path) -> None:
+    write_classes(
+        tmp_path / "i", {"train/Cat": 5, "train/Thé": 5, "test/cat": 2, "test/The\u0301": 3}
+    )
+    loaded = load(tmp_path / "i")
+    assert loaded.class_names == ("Cat", "Thé") and len(loaded.rows("test")) == 5
+
+
+def test_the_same_classes_in_several_folders_are_refused_with_both_readings(load, tmp_path) -> None:
+    write_classes(tmp_path / "i", {f"fold{k}/{name}": 3 for k in (1, 2) for name in CLASSES})
+    words = ("called cat, dog lie in each of fold1, fold2", "--class_depth -1", "--class_depth N")
+    fails(load, tmp_path / "i", *words)
+    loaded = load(tmp_path / "i", class_depth=-1)
+    assert loaded.class_names == ("cat", "dog") and sum(sizes(loaded)) == 12
+    assert load(tmp_path / "i", class_depth=1).class_names == ("fold1", "fold2")
+
+
+def test_masks_in_the_folder_of_their_images_are_left_out(load, tmp_path, capsys) -> None:
+    write_classes(tmp_path / "i", {"cat": 5, "dog": 5, "with_mask": 5})
+    for i, image in enumerate(sorted((tmp_path / "i" / "cat").iterdir())):
+        image.with_name(f"{image.stem}_mask_1.png").write_bytes(png(100 + i))
+    loaded = load(tmp_path / "i")
+    assert sum(sizes(loaded)) == 15 and loaded.class_names == ("cat", "dog", "with_mask")
+    assert "masks or annotations left out: cat (5 files such as" in capsys.readouterr().err
+
+
 NAMES = st.text(st.sampled_from("ab,'\"%é #&<"), min_size=1, max_size=6).map(str.strip).filter(bool)
 
 

@@ -171,3 +171,9 @@ def test_a_folder_in_hub_format_cannot_bring_code(load, tmp_path) -> None:
     (folder / "hub.py").write_text(f"open({str(mark)!r}, 'w')\n")
     fails(load, folder, f"dataset={folder}", "scripts are no longer supported")
     assert not mark.exists()
+
+
+def test_a_column_of_parts_divides_a_data_set_in_one_piece(load, tmp_path) -> None:
+    part = with_column(0, [8, 8], split=lambda i: "test" if i % 4 == 0 else "train")
+    loaded = load(write_parquet(tmp_path / "set", train=part))
+    assert len(loaded.rows("test")) == 4 and sum(sizes(loaded)) == 16

@@ -15,7 +15,7 @@ from attribution.data.parts import by_role, role_of
             ["train", "Train", "TRAINING", "seg_train", "train_set", "trainset", "train-images"],
         ),
         ("validation", ["val", "Valid", "validation", "dev", "val2017", "my_dev", "valid_labels"]),
-        ("test", ["test", "Testing", "seg_test", "test_data", "eval", "Evaluation"]),
+        ("test", ["test", "Testing", "seg_test", "test_data", "eval", "PublicTest"]),
         (
             None,
             ["cat", "trainer", "protest", "latest", "invalid", "devil", "retrieval", "", "images"],
