@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from attribution.stages import STAGES
 # scores. TRAINING_VERSION in attribution/models does the same for trained models.
 ESTIMATOR_VERSION = 8
 
+# A command asks often, and the key of a model folder reads every file.
+_training_key = lru_cache(maxsize=8)(training_key)
+
 
 def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     """Hash of all that a stage's result depends on, its upstream stages included.
@@ -32,12 +36,12 @@ def fingerprint(stage: str, config: Config, data: ImageData) -> str:
     """
     settings = config.group(stage)
     if not STAGES[stage].upstream:
-        key = given.key if settings.pop("checkpoints") else training_key
+        key = given.key if settings.pop("checkpoints") else _training_key
         return digest(stage, key(config, data), settings, config.replay)
     upstream = fingerprint(STAGES[stage].upstream[0], config, data)
     settings |= _contents(settings, data)
     if config.checkpoints and stage in ("ablation", "evaluate"):  # they train other models
-        settings["training"] = training_key(config, data)
+        settings["training"] = _training_key(config, data)
     return digest(stage, ESTIMATOR_VERSION, upstream, settings)
 
 
