@@ -105,7 +105,7 @@ def ours_features(problem: Problem, **settings: Any) -> Callable[[], None]:
     """A function that featurises the training split with the first checkpoint."""
     config, n = dataclasses.replace(problem.config, **settings), len(problem.data.rows("train"))
     model = load_checkpoint(config, problem.checkpoints[0])
-    engine = make_traker(config, n, model, problem.work / "ours")
+    engine = make_traker(config, n, model, 0, problem.work / "ours")
     return _featurizing(problem, engine, model.state_dict())
 
 
