@@ -54,9 +54,8 @@ def estimate(config: Config, data: ImageData) -> Estimate:
 
 def run(job: Job) -> Comparison:
     """Let every arm choose what to remove, retrain without it, and compare with random removal."""
-    scores = job.result("trak").scores
-    evidence = gather_evidence(job.config, job.data, scores)
-    return comparison.compare_arms(job.config, job.data, scores, evidence, job.retrainings)
+    evidence = gather_evidence(job.config, job.data, job.result("trak").scores)
+    return comparison.compare_arms(job.config, job.data, evidence, job.retrainings)
 
 
 def record(job: Job, result: Comparison) -> Record:
@@ -119,11 +118,11 @@ def _export(config: Config, data: ImageData, done: Upstream, trak_id: str) -> No
     if not config.export_arm:
         return
     if isinstance(done.result, Comparison):
-        evidence, train = done.result.evidence, done.result.train
+        evidence = done.result.evidence
     else:  # an earlier command chose by them, or their matrix in hand is gone with unfinished work
         scores = load_scores(artifact_path(trak_id, "scores"))
-        evidence, train = gather_evidence(config, data, scores), scores.train
-    tables = comparison.exported(config, evidence, train)
+        evidence = gather_evidence(config, data, scores)
+    tables = comparison.exported(config, evidence)
     for name, file in _exports(config).items():
         save(tables[name].to_csv(index=False).encode(), file)
         files = {"keep": file, "export": "corrected"}

@@ -13,7 +13,6 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments import arms, contrasts
 from attribution.experiments.arms import Trial
-from attribution.experiments.evidence import Evidence
 from attribution.experiments.metrics import headline
 from attribution.experiments.outcome import Outcome, compare, random_control, warn
 from attribution.experiments.statistics import paired_difference
@@ -21,7 +20,6 @@ from attribution.experiments.verdicts import CONTROLS, headline_of, verdict
 from attribution.models.retrain import Series, retrained_logits
 from attribution.runtime.hashing import derive_seed
 from attribution.scores.alignment import AUTO, check_groups, group_ids
-from attribution.scores.artifact import Scores
 
 CLASS_COLUMNS = [
     "arm", "action", "frac", "label_name", "n_test",
@@ -38,33 +36,29 @@ class Comparison:
         table: comparison.csv, one row per outcome (see comparison_table).
         contrasts: contrasts.csv (see contrast).
         per_class: per_class.csv (see class_effects).
-        train: the score artifact's table of training examples.
+        evidence: that the arms chose by (see gather_evidence).
     """
 
     outcomes: list[Outcome]
     table: pd.DataFrame
     contrasts: pd.DataFrame
     per_class: pd.DataFrame
-    train: pd.DataFrame
-    evidence: Evidence
+    evidence: pd.DataFrame
 
     def removed(self, trial: Trial) -> pd.DataFrame:
         """The examples that a trial removes (see removed_table)."""
-        return arms.removed_table(trial, self.train, self.evidence)
+        return arms.removed_table(trial, self.evidence)
 
     def removal_metrics(self, trial: Trial) -> dict[str, float]:
         """Removals per class, precision and recall of a trial (see arms.removal_metrics)."""
-        n_flipped = int(self.train["is_flipped"].sum())
+        n_flipped = int(self.evidence["is_flipped"].sum())
         return arms.removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
 
 
-def exported(config: Config, evidence: Evidence, train: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def exported(config: Config, evidence: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The training examples that the arm to export keeps, by the names of arms.export_files.
 
     The arm chooses the same examples under every seed, so that scores are enough.
-
-    Args:
-        train: the score artifact's table of training examples.
     """
     trials = arms.plan_trials([config.export_arm], config.fracs, evidence, seeds=[0])
     own = [trial for trial in trials if trial.arm == config.export_arm]
@@ -72,8 +66,8 @@ def exported(config: Config, evidence: Evidence, train: pd.DataFrame) -> dict[st
     found = {}
     for name, frac in files.items():
         # Shares that round to the same number of examples are one trial.
-        trial = next(t for t in own if frac is None or t.size == round(frac * len(train)))
-        found[name] = arms.kept_table(trial, train)
+        trial = next(t for t in own if frac is None or t.size == round(frac * len(evidence)))
+        found[name] = arms.kept_table(trial, evidence)
     return found
 
 
@@ -86,7 +80,7 @@ def check(config: Config, data: ImageData) -> None:
     train = data.table("train")
     missing = []
     if config.groups in AUTO:
-        missing.append("groups")
+        missing.append("group_id")
     if not train["is_flipped"].any():
         missing.append("is_flipped")
     arms.check_arms(config.arm_names, missing)
@@ -95,9 +89,7 @@ def check(config: Config, data: ImageData) -> None:
     contrasts.pairs_of(config)
 
 
-def compare_arms(
-    config: Config, data: ImageData, scores: Scores, evidence: Evidence, work: Path
-) -> Comparison:
+def compare_arms(config: Config, data: ImageData, evidence: pd.DataFrame, work: Path) -> Comparison:
     """Plan the trials, retrain each over paired seeds, and compare their test results.
 
     Args:
@@ -115,7 +107,7 @@ def compare_arms(
     contrasted = contrasts.contrast(outcomes, contrasts.pairs_of(config))
     classes = class_effects(outcomes, labels, data.class_names)
     table = comparison_table(outcomes)
-    return Comparison(outcomes, table, contrasted, classes, scores.train, evidence)
+    return Comparison(outcomes, table, contrasted, classes, evidence)
 
 
 def judged_groups(config: Config, data: ImageData) -> np.ndarray | None:

@@ -34,7 +34,8 @@ def make(job: Job, result: Comparison) -> Record:
     name, view = mlflow_notes.arms_view(job.run_id, headline_of(result.table))
     rankings = job.result("trak").rankings()
     flips = detection_metrics(
-        result.train["is_flipped"].to_numpy(), {name: rankings[name] for name in ("trust", "loss")}
+        result.evidence["is_flipped"].to_numpy(),
+        {name: rankings[name] for name in ("trust", "loss")},
     )
     top = answer.best(result.table)
     best = "" if top is None else trial_name(top["arm"], top["action"], top["frac"])
@@ -86,7 +87,7 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
         # Of `none` too: MLflow's comparison page breaks if one of its runs has no artifact.
         removed.to_parquet(folder / "removed.parquet", index=False)
         if trial.arm != "none" and not spec.is_drawn and trial.action == "remove":
-            kept_table(trial, result.train).to_csv(folder / "kept.csv", index=False)
+            kept_table(trial, result.evidence).to_csv(folder / "kept.csv", index=False)
         gallery = figures.removed_gallery(data, removed, trial.name, spec.order)
         figures.save(gallery, folder / "removed.png")
 

@@ -14,7 +14,6 @@ import pytest
 from page_parser import Element, after, image_of, parsed, tables_after
 from PIL import Image
 from places import Place
-from planted_trials import evidence_of
 from scipy import stats
 from toy import toy_config
 
@@ -104,9 +103,6 @@ def made_page(
         loss=rng.permutation(n) / 10, alignment=(rng.permutation(n) - n / 4) / 100, trust=rng.permutation(n) / 100,
         self_influence=rng.random(n), label_quality=rng.random(n),
     )  # fmt: skip
-    evidence = evidence_of(
-        data.labels("train"), *(train[name].to_numpy() for name in ("alignment", "trust", "loss"))
-    )
     trials, logits = trials_of(spec, n), []
     for right in spec.values():
         shown = np.where(
@@ -122,7 +118,7 @@ def made_page(
     effects = class_effects(outcomes, labels, names)
     contrasts = contrast(outcomes, [])
     table = comparison_table(outcomes)
-    comparison = Comparison(outcomes, table, contrasts, effects, train, evidence)
+    comparison = Comparison(outcomes, table, contrasts, effects, train)
     html = ablation_html.page(
         toy_config(dataset=f"somewhere/{NASTY[1]}", action=action), data, comparison, figures,
         {"ablation run": ("a0", ""), "trak run": ("t1", ""), "finetune run": ("f2", "")},
