@@ -26,7 +26,6 @@ from attribution.experiments.verdicts import (
 from attribution.reporting import answer, html, terminal
 
 GALLERY = 24  # examples shown for each arm
-CLASSES = 30  # classes shown: those with the largest differences
 TONES = {BETTER: "good", WORSE: "bad"}
 
 
@@ -97,22 +96,12 @@ def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str
 
 
 def _comparison(table: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """The table of one metric, and the scale that its intervals are drawn to."""
-    versus = f"{metric}_vs_random"
-    ends = table[[f"{versus}_ci_low", f"{versus}_ci_high"]].abs().max().max()
+    """The table of one metric: the texts of each row, and the class of its verdict."""
     rows = [
-        {
-            "cells": terminal.cells(row, metric),
-            "is_compared": pd.notna(row[versus]),
-            "low": row[f"{versus}_ci_low"],
-            "difference": row[versus],
-            "high": row[f"{versus}_ci_high"],
-            "tone": TONES.get(verdict(row, metric), ""),
-        }
+        {"cells": terminal.cells(row, metric), "tone": TONES.get(verdict(row, metric), "")}
         for _, row in table.iterrows()
     ]
-    scale = float(ends) if ends > 0 else 1.0
-    return {"metric": METRICS[metric].words, "rows": rows, "scale": scale}
+    return {"metric": METRICS[metric].words, "rows": rows}
 
 
 def _classes(table: pd.DataFrame) -> dict[str, Any]:
@@ -126,24 +115,13 @@ def _classes(table: pd.DataFrame) -> dict[str, Any]:
         # Without a difference between seeds there is no interval.
         excludes=((low > 0) | (high < 0)) & (low < high),
     )
-    largest = mean.abs().groupby(table["label_name"]).max().sort_values(ascending=False)
-    shown, groups = set(largest.index[:CLASSES]), table.groupby("label_name", sort=False)
-    rows = [
-        {
-            "label": label,
-            "n_test": int(part["n_test"].iloc[0]),
-            "cells": part[["mean", "half", "excludes"]].to_dict("records"),
-        }
-        for label, part in groups
-        if label in shown
-    ]
+    parts = [part for _, part in table.groupby("label_name", sort=False)]
     return {
-        "columns": next((list(part["name"]) for _, part in groups), []),
-        "rows": rows,
+        "columns": [*parts[0]["name"]] if parts else [],
+        "rows": [part.to_dict("records") for part in parts],
         "count": len(table),
         "by_chance": round(0.05 * len(table)),
         "excluding": int(table["excludes"].sum()),
-        "left_out": len(largest) > CLASSES,
     }
 
 

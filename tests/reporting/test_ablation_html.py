@@ -187,16 +187,15 @@ def test_the_comparison_says_what_the_figures_say(made) -> None:
         if (arm, size, action) in expected:
             mean, low, high, p, words = expected[arm, size, action]
             assert row[4] == f"{mean:+.4f} ± {(high - low) / 2:.4f}"
-            assert row[6:] == [f"{p:.2g}", words]
+            assert row[5:] == [f"{p:.2g}", words]
         else:
             words = "baseline" if arm in ("none", "random") else "removes nothing"
-            assert row[4:] == ["", "", "", words]
+            assert row[4:] == ["", "", words]
 
 
-def test_colours_go_with_the_verdict_and_bars_with_the_interval(made) -> None:
+def test_colours_go_with_the_verdict(made) -> None:
     expected, elements = verdicts(SPEC, 75), after(made.tree, "The comparison")
     (table,) = [t for e in elements for t in e.all("table")]
-    scale = max(max(abs(low), abs(high)) for _, low, high, *_ in expected.values())
     for key, row in zip(SPEC, table.all("tr")[1:], strict=True):
         cells = [c for c in row.children if isinstance(c, Element)]
         tone = {"better than random": "good", "worse than random": "bad"}
@@ -205,13 +204,6 @@ def test_colours_go_with_the_verdict_and_bars_with_the_interval(made) -> None:
         assert ("good" in classes, "bad" in classes) == (
             tone.get(words) == "good", tone.get(words) == "bad",
         )  # fmt: skip
-        if key in expected:
-            mean, low, high, *_ = expected[key]
-            line, circle = row.all("line")[1], row.all("circle")[0]
-            ends = [float(line.attributes[x]) for x in ("x1", "x2")]
-            np.testing.assert_allclose(ends, [100 + 96 * low / scale, 100 + 96 * high / scale])
-            assert float(circle.attributes["cx"]) == pytest.approx(100 + 96 * mean / scale)
-            assert 0 <= ends[0] <= ends[1] <= 200
 
 
 def test_the_answer_stands_first_and_then_how_it_was_found(made) -> None:
@@ -256,16 +248,14 @@ def class_loop(made: Made) -> list[dict[str, Any]]:
     return rows
 
 
-def check_class_table(made: Made, shown: set[str]) -> None:
+def check_class_table(made: Made) -> None:
     expected = class_loop(made)
     ((header, *rows),) = tables_after(made.tree, "Class by class")
     columns = list(dict.fromkeys(e["name"] for e in expected))
     assert header == ["class", "test images", *columns]
-    assert [row[0] for row in rows] == [
-        " ".join(name.split()) for name in made.data.class_names if name in shown
-    ]
+    names = made.data.class_names
+    assert [row[0] for row in rows] == [" ".join(name.split()) for name in names]
     cells = {(e["label_name"], e["name"]): e for e in expected}
-    names = [name for name in made.data.class_names if name in shown]
     for name, row in zip(names, rows, strict=True):
         own = [cells[name, column] for column in columns]
         assert row[1] == str(own[0]["n_test"])
@@ -283,28 +273,7 @@ def check_class_table(made: Made, shown: set[str]) -> None:
 
 
 def test_the_class_table_is_that_of_explicit_loops(made) -> None:
-    check_class_table(made, set(NASTY))
-    (text,) = [e.text for e in after(made.tree, "Class by class") if e.tag == "p"]
-    assert "The table shows" not in text
-
-
-def test_of_many_classes_those_with_the_largest_differences_are_shown(tmp_path) -> None:
-    names = [f"class {i}" for i in range(40)]
-    rng = np.random.default_rng(0)
-    spec = {
-        key: sorted(rng.integers(20, 60, N_SEEDS).tolist())
-        for key in SPEC
-        if key[:2] in (("none", 0), ("random", 6), ("harmful", 6), ("helpful", 6))
-    }
-    made = made_page(tmp_path, spec, names, n_train=120, per_class=2)
-    largest = pd.DataFrame(class_loop(made)).assign(size=lambda t: t["mean"].abs())
-    largest = largest.groupby("label_name")["size"].max()
-    ((_, *rows),) = tables_after(made.tree, "Class by class")
-    shown = {row[0] for row in rows}
-    assert len(rows) == 30
-    assert largest[list(shown)].min() >= largest[largest.index.difference(list(shown))].max()
-    check_class_table(made, shown)
-    assert "The table shows the 30 classes with the largest" in made.tree.text
+    check_class_table(made)
 
 
 def galleries(tree: Element) -> dict[str, tuple[str, str, list[Element]]]:
@@ -442,7 +411,7 @@ def test_removed_and_relabelled_stand_side_by_side(tmp_path) -> None:
     assert [*galleries(made.tree)] == ["harmful 0.1", "harmful 0.1 relabelled"]
     assert all(figures for *_, figures in galleries(made.tree).values())
     assert "which were removed or relabelled" in made.tree.text
-    check_class_table(made, set(NASTY))
+    check_class_table(made)
 
 
 def test_baselines_alone_make_a_page(tmp_path) -> None:
@@ -550,7 +519,6 @@ def test_shares_that_are_written_alike_keep_their_columns(tmp_path) -> None:
     )
     found = ablation_html._classes(table)
     assert found["columns"] == ["harmful 0.1", "harmful 0.1"]
-    assert [len(row["cells"]) for row in found["rows"]] == [2, 2]
-    assert found["rows"][0]["cells"][1] == {
-        "mean": pytest.approx(30), "half": pytest.approx(15), "excludes": True,
-    }  # fmt: skip
+    assert [len(cells) for cells in found["rows"]] == [2, 2]
+    cell = found["rows"][0][1]
+    assert (cell["mean"], cell["half"]) == pytest.approx((30, 15)) and cell["excludes"]
