@@ -121,8 +121,15 @@ def _list(rows: pd.DataFrame) -> str:
 
 
 def warnings(table: pd.DataFrame) -> list[str]:
-    """The arms that took most of a class; then what a small test part cannot show."""
-    return [*table["warning"].dropna(), *_small_test(table)]
+    """The arms that took most of a class; then, where one test image is worth a point, that it is."""
+    found, row = list(table["warning"].dropna()), table.iloc[0]
+    if row["image_worth"] >= 0.01:
+        found.append(
+            f"One of the {row['n_test']} test images changes {METRICS[row['metric']].words} by up to "
+            f"{100 * row['image_worth']:.2g} points, and smaller changes cannot be seen. Use a larger "
+            "--test_fraction, or several splits (--num_splits)."
+        )
+    return found
 
 
 def contrasts(table: pd.DataFrame) -> list[str]:
@@ -135,24 +142,4 @@ def contrasts(table: pd.DataFrame) -> list[str]:
         f"{row.arm} against {row.against}: {100 * row.difference:+z.1f} points "
         f"({_ends(100 * row.ci_low, 100 * row.ci_high)}, p {row.p_holm:.2g} after Holm), {row.verdict}."
         for row in table.itertuples()
-    ]
-
-
-def _small_test(table: pd.DataFrame) -> list[str]:
-    """A sentence if one test image is worth a point, or if only changes above 3 points can be seen."""
-    row, metric = table.iloc[0], headline_of(table)
-    detectable = table.get(f"{metric}_vs_random_detectable", pd.Series(dtype=float)).median()
-    visible = max(row["image_worth"], detectable if detectable > 0 else 0)
-    if row["image_worth"] < 0.01 and visible <= 0.03:
-        return []
-    seen = (
-        f"With {row['n_test']} test images and {row['n_seeds']} seeds only changes above "
-        f"{100 * visible:.2g} points can be seen"
-    )
-    if row["image_worth"] < 0.05:
-        return [f"{seen}; a larger --num_seeds, --num_splits or --test_fraction shows more."]
-    return [
-        f"{seen}. This test part decides nothing: one image changes {METRICS[metric].words} by up to "
-        f"{100 * row['image_worth']:.2g} points. Use a larger --test_fraction, or several splits "
-        "(--num_splits)."
     ]
