@@ -79,8 +79,8 @@ def load(run_id: str, config: Config, data: ImageData) -> EarlierComparison:
 
 def _exports(config: Config) -> dict[str, Path]:
     """The files that list what the exported arm keeps."""
-    names = export_files(config.export_arm, config.arm_names, config.fracs, config.action)
-    return {name: Path(config.output or "cleaned").expanduser() / name for name in names}
+    folder = Path(config.output or "cleaned").expanduser()
+    return {name: folder / name for name in export_files(config)}
 
 
 def outputs(config: Config) -> list[Path]:

@@ -190,27 +190,22 @@ def count_trials(config: Config, n_train: int) -> int:
     return 1 + chosen * len(actions_of(config))
 
 
-def plan_trials(
-    arms: Sequence[str],
-    fracs: Sequence[float],
-    evidence: pd.DataFrame,
-    seeds: Sequence[int],
-    actions: Sequence[str] = ("remove",),
-) -> list[Trial]:
+def plan_trials(config: Config, evidence: pd.DataFrame, seeds: Sequence[int]) -> list[Trial]:
     """List every (arm, frac, action) to retrain, with `none` and a `random` of each size and action.
 
     `none` and `random` are added if they are not named: every other arm is compared with them. An
     arm whose size does not depend on frac appears once, under the share that it removes.
 
     Args:
-        arms, fracs: that check_arms and check_fracs do not refuse.
+        config: with arms and shares that check_arms and check_fracs do not refuse.
     """
-    frac_of = {round(frac * len(evidence)): frac for frac in sorted(fracs)}  # by number of examples
-    chosen = _chosen(arms, frac_of, evidence, seeds)
+    # By number of examples.
+    frac_of = {round(frac * len(evidence)): frac for frac in sorted(config.fracs)}
+    chosen = _chosen(config.arm_names, frac_of, evidence, seeds)
     sizes = {trial.size: trial.frac for trial in chosen if trial.size} | frac_of
-    controls = [_trial("random", size, sizes[size], evidence, seeds) for size in sorted(sizes)]
-    planned = [_trial("none", 0, None, evidence, seeds)]
-    for action in actions:
+    controls = [make_trial("random", size, sizes[size], evidence, seeds) for size in sorted(sizes)]
+    planned = [make_trial("none", 0, None, evidence, seeds)]
+    for action in actions_of(config):
         for trial in controls + chosen:
             planned.append(trial if action == "remove" else _relabelled(trial, evidence))
     return planned
@@ -224,14 +219,15 @@ def _chosen(
     for arm in arms:
         if arm not in ("none", "random"):
             for count in [0] if ARM_SPECS[arm].is_frac_free else frac_of:
-                trial = _trial(arm, count, frac_of.get(count), evidence, seeds)
+                trial = make_trial(arm, count, frac_of.get(count), evidence, seeds)
                 found.setdefault((arm, trial.size), trial)
     return list(found.values())
 
 
-def _trial(
+def make_trial(
     arm: str, count: int, frac: float | None, evidence: pd.DataFrame, seeds: Sequence[int]
 ) -> Trial:
+    """Let an arm choose `count` examples, the share `frac`; 0 and None where it decides how many."""
     # The arm's name is part of the seed, so that no two arms draw from one stream.
     generators = [np.random.default_rng(derive_seed(seed, arm, count)) for seed in seeds]
     removed = tuple(np.sort(_sparing(arm, evidence, count, rng)) for rng in generators)
@@ -282,19 +278,18 @@ def kept_table(trial: Trial, evidence: pd.DataFrame) -> pd.DataFrame:
     return evidence.iloc[kept][["example_id", "label_name", "file_name"]]
 
 
-def export_files(
-    arm: str, arms: Sequence[str], fracs: Sequence[float], action: str
-) -> dict[str, float | None]:
+def export_files(config: Config) -> dict[str, float | None]:
     """Names of the files that parameter `export_arm` writes, each with its frac if that applies.
 
     Raises:
         InputError: the arm is not part of this comparison, or does not choose the same examples
             under every seed.
     """
+    arm = config.export_arm
     if not arm:
         return {}
-    if arm not in arms:
-        raise InputError(f"export_arm={arm}: not among arms={','.join(arms)}")
+    if arm not in config.arm_names:
+        raise InputError(f"export_arm={arm}: not among arms={','.join(config.arm_names)}")
     if arm == "none":
         raise InputError("export_arm=none: keeps every example; name another arm")
     if ARM_SPECS[arm].is_drawn:
@@ -302,11 +297,11 @@ def export_files(
             f"export_arm={arm}: draws other examples for every seed, so there is no one list; "
             "name another arm"
         )
-    if action == "relabel":
+    if config.action == "relabel":
         raise InputError(f"export_arm={arm}: action=relabel keeps every example; use remove")
     if ARM_SPECS[arm].is_frac_free:
         return {f"{arm}.csv": None}
-    return {f"{arm}_{frac:g}.csv": frac for frac in fracs}
+    return {f"{arm}_{frac:g}.csv": frac for frac in config.fracs}
 
 
 def removal_metrics(removed: pd.DataFrame, n_flipped: int, n_seeds: int) -> dict[str, float]:

@@ -60,13 +60,10 @@ def exported(config: Config, evidence: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
     The arm chooses the same examples under every seed, so that scores are enough.
     """
-    trials = arms.plan_trials([config.export_arm], config.fracs, evidence, seeds=[0])
-    own = [trial for trial in trials if trial.arm == config.export_arm]
-    files = arms.export_files(config.export_arm, config.arm_names, config.fracs, config.action)
     found = {}
-    for name, frac in files.items():
-        # Shares that round to the same number of examples are one trial.
-        trial = next(t for t in own if frac is None or t.size == round(frac * len(evidence)))
+    for name, frac in arms.export_files(config).items():
+        count = 0 if frac is None else round(frac * len(evidence))
+        trial = arms.make_trial(config.export_arm, count, frac, evidence, seeds=[0])
         found[name] = arms.kept_table(trial, evidence)
     return found
 
@@ -96,9 +93,7 @@ def compare_arms(config: Config, data: ImageData, evidence: pd.DataFrame, work: 
         work: folder of finished retrainings.
     """
     seeds = [derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
-    trials = arms.plan_trials(
-        config.arm_names, config.fracs, evidence, seeds, arms.actions_of(config)
-    )
+    trials = arms.plan_trials(config, evidence, seeds)
     logits = retrain(config, data, trials, seeds, work)
     labels, train_labels = data.labels("test"), data.labels("train")
     metric, _ = headline(config, train_labels, data.class_names)
