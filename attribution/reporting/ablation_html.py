@@ -9,6 +9,7 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
 from attribution.data.thumbnails import embedded
 from attribution.experiments.arms import Trial, trial_name
 from attribution.experiments.comparison import Comparison
@@ -54,7 +55,12 @@ def page(
         dataset=Path(config.dataset).name,
         answer=answer.sentences(table),
         contrasts=answer.contrasts(comparison.contrasts),
-        sentences=_sentences(config, data, table),
+        config=config,
+        model=Path(config.model).name,
+        flips=int(data.table("train")["is_flipped"].sum()),
+        n_classes=len(data.class_names),
+        n={split: f"{len(data.rows(split)):,}" for split in SPLITS},
+        acted=ACTED.get(config.action, "removed or relabelled"),
         about_metric=headline(config, data.labels("train"), data.class_names)[1],
         warnings=answer.warnings(table),
         comparisons=[_comparison(table, m) for m in judged_metrics(metric) if f"{m}_mean" in table],
@@ -70,29 +76,7 @@ def page(
         settings=config.group("data", "training", "finetune", "trak", "ablation"),
         versions=versions,
         n_seeds=int(table["n_seeds"].iloc[0]),
-        n_test=len(data.rows("test")),
     )
-
-
-def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str]:
-    """Two sentences: how the scores were made, and how the arms were compared."""
-    n = {split: f"{len(data.rows(split)):,}" for split in ("train", "validation", "test")}
-    share = f"{100 * config.subset_fraction:.3g} %"
-    how = "given, and count as trained on" if config.checkpoints else "trained, each on"
-    flips = int(data.table("train")["is_flipped"].sum())
-    planted = f" ({flips} labels were flipped on purpose)" if flips else ""
-    left = ""
-    if config.checkpoint_epochs:
-        left = f" and left {config.num_checkpoints} checkpoints (epochs {config.checkpoint_epochs})"
-    seeds = int(table["n_seeds"].iloc[0])
-    acted = ACTED.get(config.action, "removed or relabelled")
-    return [
-        f"{config.num_models} models ({Path(config.model).name}) were {how} {share} of "
-        f"{n['train']} training images of {len(data.class_names)} classes{planted}{left}. TRAK then scored "
-        f"the effect of every training image on {n['validation']} validation images.",
-        f"Each arm chose examples, which were {acted}. The model was then retrained "
-        f"with {seeds} paired seeds and tested on {n['test']} test images that no choice depended on.",
-    ]
 
 
 def _comparison(table: pd.DataFrame, metric: str) -> dict[str, Any]:
