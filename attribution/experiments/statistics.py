@@ -75,14 +75,7 @@ def paired_difference(
     step: float = 0.0,
     within: tuple[float, float] = (-np.inf, np.inf),
 ) -> Estimate:
-    """Mean of treated - control, paired seed by seed; `step` and `within` as in mean_estimate.
-
-    Raises:
-        ValueError: the two do not have the same seeds.
-    """
-    treated, control = np.asarray(treated, float), np.asarray(control, float)
-    if treated.shape != control.shape:
-        raise ValueError("paired values must have the same seeds")
+    """Mean of treated - control, paired seed by seed; `step` and `within` as in mean_estimate."""
     return mean_estimate(treated - control, step, within)
 
 

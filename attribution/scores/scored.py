@@ -156,11 +156,9 @@ def score_training_set(
     probabilities = {split: members.probabilities(split) for split in splits}
     predictions = {s: _predictions(data, members, s, p) for s, p in probabilities.items()}
     train = _train_table(predictions["train"], found, targets)
-    ensemble: dict[str, Any] = {"num_models": config.num_models}
-    if config.checkpoint_epochs:
-        ensemble["checkpoint_epochs"] = config.checkpoint_epochs
     metadata = {
-        "estimator": config.group("trak") | ensemble,
+        "estimator": config.group("trak")
+        | {"num_models": config.num_models, "checkpoint_epochs": config.checkpoint_epochs},
         **describe(calibration),
         "alignment": {"groups": "label", "group_weights": "exp_loss"},
         "loss_is_out_of_sample": members.is_out_of_sample,
