@@ -15,7 +15,7 @@ from attribution.experiments import arms, contrasts
 from attribution.experiments.arms import Trial
 from attribution.experiments.metrics import headline
 from attribution.experiments.outcome import Outcome, compare, random_control, warn
-from attribution.experiments.statistics import paired_difference
+from attribution.experiments.statistics import mean_estimate
 from attribution.experiments.verdicts import CONTROLS, headline_of, verdict
 from attribution.models.retrain import Series, retrained_logits
 from attribution.runtime.hashing import derive_seed
@@ -154,7 +154,7 @@ def class_effects(
             continue
         control = random_control(outcome, outcomes)
         for label, name in enumerate(class_names):
-            difference = paired_difference(outcome.per_class[label], control.per_class[label])
+            difference = mean_estimate(outcome.per_class[label] - control.per_class[label])
             n_test = int((test_labels == label).sum())
             cells = difference.columns("accuracy_vs_random").values()
             rows.append((trial.arm, trial.action, round(trial.frac, 6), name, n_test, *cells))
