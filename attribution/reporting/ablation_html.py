@@ -129,18 +129,14 @@ def _arm(
     value, rises = ARM_SPECS[trial.arm].order
     count = GALLERY if with_gallery else 0
     shown = removed.sort_values(value, ascending=rises, kind="stable").head(count)
-    per_class = {
-        name.removeprefix("removed/"): mean
-        for name, mean in metrics.items()
-        if name.startswith("removed/")
-    }
+    per_class = removed.groupby("label_name")["seeds"].sum() / len(trial.removed)
     return {
         "name": trial.name,
-        "count": round(sum(per_class.values())),
+        "count": trial.size,
         "different": len(removed),  # more than count if each seed drew its own
         "value": value.replace("_", " "),
         "precision": metrics.get("flips_precision"),
         "recall": metrics.get("flips_recall"),
-        "per_class": sorted(per_class.items(), key=lambda item: -item[1]),
+        "per_class": per_class.sort_values(ascending=False, kind="stable"),
         "tiles": html.tiles(data, shown, value),
     }

@@ -16,7 +16,7 @@ import pandas as pd
 from pyarrow.parquet import ParquetFile
 
 from attribution.errors import InputError, reason
-from attribution.runtime.npy_blocks import checked_matrix, open_matrix, row_blocks
+from attribution.runtime.npy_blocks import checked_matrix, row_blocks
 from attribution.runtime.safe_files import check_hash, link_or_copy, read_json, sha256
 from attribution.scores.gallery import Gallery, gallery
 
@@ -123,15 +123,8 @@ def write_scores(
     Args:
         matrix: file of the scores (n_train, n_targets), positive = helpful, by write_matrix. It is
             linked into the folder (copied on another file system) and stays in its place.
-
-    Raises:
-        InputError: the tables do not fit the matrix.
+        train, targets: of its rows and columns.
     """
-    values = open_matrix(matrix)
-    if values.shape != (len(train), len(targets)):
-        raise InputError(
-            f"scores: shape {values.shape} does not fit {len(train)} examples, {len(targets)} targets"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "scores.npy"
     link_or_copy(matrix, file)
@@ -140,7 +133,7 @@ def write_scores(
     document = {
         "schema_version": SCHEMA_VERSION,
         "sign": SIGN,
-        "shape": list(values.shape),
+        "shape": [len(train), len(targets)],
         "sha256": sha256(file),
         "sha256_tables": {name: sha256(folder / name) for name in REQUIRED_COLUMNS},
         **metadata,
