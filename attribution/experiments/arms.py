@@ -304,8 +304,10 @@ def export_files(config: Config) -> dict[str, float | None]:
     return {f"{arm}_{frac:g}.csv": frac for frac in config.fracs}
 
 
-def removal_metrics(removed: pd.DataFrame, n_flipped: int, n_seeds: int) -> dict[str, float]:
+def removal_metrics(trial: Trial, evidence: pd.DataFrame) -> dict[str, float]:
     """Removals per class (mean over seeds) and, where flips are known, precision and recall."""
+    removed, n_seeds = removed_table(trial, evidence), len(trial.removed)
+    n_flipped = int(evidence["is_flipped"].sum())
     per_class = removed.groupby("label_name")["seeds"].sum() / n_seeds
     metrics = {f"removed/{name}": float(count) for name, count in per_class.items()}
     if n_flipped and len(removed):

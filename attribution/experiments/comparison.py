@@ -45,15 +45,6 @@ class Comparison:
     per_class: pd.DataFrame
     evidence: pd.DataFrame
 
-    def removed(self, trial: Trial) -> pd.DataFrame:
-        """The examples that a trial removes (see removed_table)."""
-        return arms.removed_table(trial, self.evidence)
-
-    def removal_metrics(self, trial: Trial) -> dict[str, float]:
-        """Removals per class, precision and recall of a trial (see arms.removal_metrics)."""
-        n_flipped = int(self.evidence["is_flipped"].sum())
-        return arms.removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
-
 
 def exported(config: Config, evidence: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The training examples that the arm to export keeps, by the names of arms.export_files.

@@ -11,7 +11,7 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
 from attribution.data.thumbnails import embedded
-from attribution.experiments.arms import Trial, trial_name
+from attribution.experiments.arms import Trial, removal_metrics, removed_table, trial_name
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.metrics import METRICS, headline
 from attribution.experiments.names import ARM_SPECS
@@ -125,7 +125,8 @@ def _arm(
     data: ImageData, comparison: Comparison, trial: Trial, with_gallery: bool
 ) -> dict[str, Any]:
     """What one trial chose: counts, flips, classes, and a gallery of its first examples."""
-    removed, metrics = comparison.removed(trial), comparison.removal_metrics(trial)
+    evidence = comparison.evidence
+    removed, metrics = removed_table(trial, evidence), removal_metrics(trial, evidence)
     value, rises = ARM_SPECS[trial.arm].order
     count = GALLERY if with_gallery else 0
     shown = removed.sort_values(value, ascending=rises, kind="stable").head(count)

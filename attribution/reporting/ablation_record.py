@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import kept_table, trial_name
+from attribution.experiments.arms import kept_table, removal_metrics, removed_table, trial_name
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.outcome import Outcome
@@ -83,7 +83,7 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
     spec = ARM_SPECS[trial.arm]
 
     def write(folder: Path) -> None:
-        removed = result.removed(trial)
+        removed = removed_table(trial, result.evidence)
         # Of `none` too: MLflow's comparison page breaks if one of its runs has no artifact.
         removed.to_parquet(folder / "removed.parquet", index=False)
         if trial.arm != "none" and not spec.is_drawn and trial.action == "remove":
@@ -106,7 +106,7 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
             for name, values in outcome.per_seed.items()
             for seed, value in enumerate(values)
         ],
-        metrics=headline(outcome.summary, outcome.metric) | result.removal_metrics(trial),
+        metrics=headline(outcome.summary, outcome.metric) | removal_metrics(trial, result.evidence),
         write=write,
     )
 

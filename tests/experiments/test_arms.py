@@ -481,26 +481,28 @@ def test_trials_of_both_actions_have_different_names_that_say_which_is_which() -
     assert {t.name.endswith(" relabelled") == (t.action == "relabel") for t in trials} == {True}
 
 
-def table_of(removed: list[list[int]], n: int = 6) -> pd.DataFrame:
-    trial = Trial("random", 0.3, tuple(np.array(r, dtype=np.int64) for r in removed))
-    found = simple(np.arange(n) % 2, np.arange(n) / 10, np.zeros(n)).assign(
-        position=range(n),
-        label_name=["cat", "dog"] * (n // 2),
-        is_flipped=[True, False, False, True, False, False],
-    )
-    return removed_table(trial, found)
+def trial_of(*removed: list[int]) -> Trial:
+    return Trial("random", 0.3, tuple(np.array(r, dtype=np.int64) for r in removed))
+
+
+def six(is_flipped: list[bool]) -> pd.DataFrame:
+    """Evidence of six examples."""
+    found = simple(np.arange(6) % 2, np.arange(6) / 10, np.zeros(6), is_flipped=is_flipped)
+    return found.assign(position=range(6), label_name=["cat", "dog"] * 3)
+
+
+FLIPPED = [True, False, False, True, False, False]
 
 
 def test_the_removed_table_says_how_many_seeds_removed_each_example() -> None:
-    table = table_of([[0, 1], [1, 5]])
+    table = removed_table(trial_of([0, 1], [1, 5]), six(FLIPPED))
     assert table["position"].tolist() == [0, 1, 5]
     assert table["seeds"].tolist() == [1, 2, 1]
     assert table["alignment"].tolist() == [0.0, 0.1, 0.5]
 
 
 def test_removal_metrics_are_those_counted_by_hand() -> None:
-    metrics = removal_metrics(table_of([[0, 1], [1, 5]]), n_flipped=2, n_seeds=2)
-    assert metrics == {
+    assert removal_metrics(trial_of([0, 1], [1, 5]), six(FLIPPED)) == {
         "removed/cat": 0.5,  # example 0, under one of two seeds
         "removed/dog": 1.5,  # 1 twice, 5 once
         "flips_precision": 0.25,  # one flip among four removals
@@ -509,9 +511,9 @@ def test_removal_metrics_are_those_counted_by_hand() -> None:
 
 
 def test_without_planted_flips_there_is_no_precision_or_recall() -> None:
-    metrics = removal_metrics(table_of([[0, 1], [1, 5]]), n_flipped=0, n_seeds=2)
+    metrics = removal_metrics(trial_of([0, 1], [1, 5]), six([False] * 6))
     assert set(metrics) == {"removed/cat", "removed/dog"}
 
 
 def test_an_arm_that_removes_nothing_has_no_removal_metrics() -> None:
-    assert removal_metrics(table_of([[], []]), n_flipped=2, n_seeds=2) == {}
+    assert removal_metrics(trial_of([], []), six(FLIPPED)) == {}

@@ -18,7 +18,7 @@ from scipy import stats
 from toy import toy_config
 
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import Trial
+from attribution.experiments.arms import Trial, removed_table
 from attribution.experiments.comparison import (
     CLASS_COLUMNS,
     Comparison,
@@ -75,6 +75,10 @@ class Made:
     logits: list[np.ndarray]
     comparison: Comparison
     html: str
+
+
+def removed_by(made: Made, trial: Trial) -> pd.DataFrame:
+    return removed_table(trial, made.comparison.evidence)
 
 
 def trials_of(spec: dict[tuple[str, int, str], Any], n: int) -> list[Trial]:
@@ -288,7 +292,7 @@ def galleries(tree: Element) -> dict[str, tuple[str, str, list[Element]]]:
 
 def check_gallery(made: Made, figures: list[Element], rows: list[int], column: str) -> None:
     train, pixels = made.data.table("train"), made.data.pixels()[made.data.rows("train")]
-    values = pd.concat([made.comparison.removed(trial) for trial in made.trials])
+    values = pd.concat([removed_by(made, trial) for trial in made.trials])
     values = values.set_index("position")[column]
     assert len(figures) == len(rows)
     for figure, row in zip(figures, rows, strict=True):
@@ -309,7 +313,7 @@ def test_galleries_show_what_each_arm_removed_in_its_own_order(made) -> None:
     found = galleries(made.tree)
     assert [*found] == ["harmful 0.1", "harmful 0.167", "helpful 0.1", "loss 0.1", "balanced 0.1",
                         "negative 0"]  # fmt: skip
-    by_name = {trial.name: made.comparison.removed(trial) for trial in made.trials}
+    by_name = {trial.name: removed_by(made, trial) for trial in made.trials}
     orders = {
         "harmful 0.1": ("trust", False), "helpful 0.1": ("alignment", True),
         "loss 0.1": ("loss", True),
@@ -358,7 +362,7 @@ def test_a_gallery_ends_at_24(tmp_path) -> None:
     }  # fmt: skip
     made = made_page(tmp_path, spec, ["a", "b"], n_train=100, per_class=5)
     _, text, figures = galleries(made.tree)["harmful 0.3"]
-    table = made.comparison.removed(made.trials[-1]).sort_values("trust").head(24)
+    table = removed_by(made, made.trials[-1]).sort_values("trust").head(24)
     check_gallery(made, figures, table["position"].tolist(), "trust")
     assert "The first 24, sorted by trust:" in text
 
