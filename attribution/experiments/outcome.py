@@ -172,11 +172,8 @@ def warn(outcomes: Sequence[Outcome], train_labels: np.ndarray, class_names: Seq
         if taken[worst] < sizes[worst] * max(0.5, min(2 * frac, (1 + frac) / 2)):
             continue
         before, after = (each.per_class[worst].mean() for each in (none, outcome))
-        change = f"{'fell' if after < before else 'rose'} from {before:.2f} to"
-        if f"{before:.2f}" == f"{after:.2f}":
-            change = "stayed at"
         outcome.warning = (
             f"{trial_name(trial.arm, 'remove', trial.frac)} {ACTED[trial.action]} {taken[worst]:.3g} "
             f"of the {sizes[worst]} training examples of '{class_names[worst]}'; the test accuracy of "
-            f"that class {change} {after:.2f}."
+            f"that class went from {before:.2f} to {after:.2f}."
         )

@@ -42,14 +42,11 @@ def training_curves(histories: Sequence[list[dict[str, float]]]) -> Figure:
     """Loss and validation accuracy of every checkpoint by epoch."""
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    lines = (("train_loss", NEUTRAL, "--"), ("validation_log_loss", HARMFUL, "-"))
-    for history in histories:
-        epochs = [epoch["epoch"] + 1 for epoch in history]
-        for name, colour, style in lines:
-            loss = [epoch[name] for epoch in history]
-            upper.plot(epochs, loss, color=colour, linestyle=style, alpha=0.5)
-        accuracy = [epoch["validation_accuracy"] for epoch in history]
-        lower.plot(epochs, accuracy, color=HELPFUL, alpha=0.5)
+    for table in map(pd.DataFrame, histories):
+        epochs = table["epoch"] + 1
+        upper.plot(epochs, table["train_loss"], "--", color=NEUTRAL, alpha=0.5)
+        upper.plot(epochs, table["validation_log_loss"], color=HARMFUL, alpha=0.5)
+        lower.plot(epochs, table["validation_accuracy"], color=HELPFUL, alpha=0.5)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     upper.set(ylabel="loss (nats)", title="loss: training (dashed), validation (solid)")
     lower.set(xlabel="epoch", ylabel="accuracy", title="validation accuracy")

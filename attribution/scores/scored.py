@@ -167,12 +167,12 @@ def score_training_set(
         "data_fingerprint": data.fingerprint,
         **origin,
     }
-    examined = {"train": train}
-    if held_out is not None:  # else losses in sample and out of it would be compared
-        for split in SPLITS[1:]:
-            trust = trust_of_unseen(config, stores, held_out, split)
-            examined[split] = predictions[split].assign(trust=trust)
-    table = pd.concat(examined.values(), ignore_index=True)
+    others = [
+        predictions[split].assign(trust=trust_of_unseen(config, stores, held_out, split))
+        for split in SPLITS[1:]
+        if held_out is not None  # else losses in sample and out of it would be compared
+    ]
+    table = pd.concat([train, *others], ignore_index=True)
     outputs = np.concatenate(list(probabilities.values()))
     metadata["suspects"] = {"examined": len(table)}
     if config.cross_fit == "yes":
