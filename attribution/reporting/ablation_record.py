@@ -10,7 +10,6 @@ from attribution.experiments.arms import kept_table, removal_metrics, removed_ta
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.outcome import Outcome
-from attribution.experiments.statistics import detection_metrics
 from attribution.experiments.verdicts import BETTER, CONTROLS, headline_of, verdict
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
@@ -32,16 +31,11 @@ MOST_ARMS = 40  # in a note: MLflow cuts off what is longer than 8,000 character
 def make(job: Job, result: Comparison) -> Record:
     """Everything that the comparison leaves in its run."""
     name, view = mlflow_notes.arms_view(job.run_id, headline_of(result.table))
-    rankings = job.result("trak").rankings()
-    flips = detection_metrics(
-        result.evidence["is_flipped"].to_numpy(),
-        {name: rankings[name] for name in ("trust", "loss")},
-    )
     top = answer.best(result.table)
     best = "" if top is None else trial_name(top["arm"], top["action"], top["frac"])
     return Record(
         tags={"best_arm": best or "no arm"},
-        metrics=_overall(result) | flips,
+        metrics=_overall(result),
         tables={
             "comparison": result.table,
             "contrasts": result.contrasts,

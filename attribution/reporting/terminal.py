@@ -34,10 +34,9 @@ def print_comparison(
     console = _console()
     arms = list(dict.fromkeys(table["arm"]))
     width = max(map(len, arms))
-    console.print("The arms, each one way to choose training examples:", highlight=False)
+    _say(console, "The arms, each one way to choose training examples:")
     for arm in arms:
-        about = Text(f"  {arm:<{width}}  {ARM_SPECS[arm].about}")
-        console.print(about, soft_wrap=not console.is_terminal)
+        _say(console, f"  {arm:<{width}}  {ARM_SPECS[arm].about}")
     if about_metric:
         console.print()
         _say(console, about_metric)
