@@ -230,7 +230,7 @@ def run_traker(
     folder: Path,
     logits_of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Write the features of n examples under a checkpoint into traker's folder.
+    """Write the features of n examples under a checkpoint into traker's folder, by parameter `projector`.
 
     Args:
         model: from load_checkpoint.
@@ -240,29 +240,12 @@ def run_traker(
     Raises:
         OSError: the disk is full.
     """
-    traker = make_traker(config, n, model, model_id, folder, logits_of)
-    traker.load_checkpoint(model.state_dict(), model_id=model_id)
-    # On a full disk this raises. A write to the memory map would end the process.
-    reserve(folder.glob("*/grads.mmap"))
-    for batch in batches:
-        traker.featurize(batch, num_samples=len(batch[1]))
-
-
-def make_traker(
-    config: Config,
-    n: int,
-    model: torch.nn.Module,
-    model_id: int,
-    folder: Path,
-    logits_of: Callable[[Tensor], Tensor] | None = None,
-) -> TRAKer:
-    """traker's engine with the gradients and projection of parameter `projector`; see run_traker."""
     logging.getLogger("TRAK").setLevel(logging.ERROR)
     if config.projector == "sketch":
         gradients, projector = _sketch_parts(config, model, model_id, logits_of)
     else:
         gradients, projector = _normal_parts(config, model)
-    return TRAKer(
+    traker = TRAKer(
         model=model,
         task=MarginOutput(),
         train_set_size=n,
@@ -275,6 +258,11 @@ def make_traker(
         logging_level=logging.ERROR,
         use_half_precision=False,  # its float16 default overflows and rounds
     )
+    traker.load_checkpoint(model.state_dict(), model_id=model_id)
+    # On a full disk this raises. A write to the memory map would end the process.
+    reserve(folder.glob("*/grads.mmap"))
+    for batch in batches:
+        traker.featurize(batch, num_samples=len(batch[1]))
 
 
 def _sketch_parts(

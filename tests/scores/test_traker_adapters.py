@@ -70,7 +70,7 @@ def scores_of(folder, data, models, parts, size=16):
 
 
 def ours(dim, **given):
-    """The sketch as gradients without a projection, as features.make_traker has it."""
+    """The sketch as gradients without a projection, as features.run_traker has it."""
 
     def parts(model_id):
         computer = partial(SketchComputer, sketch=Sketch(dim, f"3/{model_id}"), **given)
