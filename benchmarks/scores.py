@@ -18,7 +18,7 @@ import torch
 from attribution.data.splits import TARGETS
 from attribution.runtime.npy_blocks import row_slices, write_matrix
 from attribution.scores.alignment import group_alignment
-from attribution.scores.artifact import write_scores
+from attribution.scores.artifact import Scores, write_scores
 from attribution.scores.features import Store
 from attribution.scores.ridge import Ridge
 from attribution.scores.trak import combine
@@ -111,7 +111,7 @@ def make_scores(work: Path, checkpoints: int) -> None:
         }
     )
     targets = pd.DataFrame({"position": np.arange(m)})
-    write_scores(folder, found.file, train, targets, {})
+    write_scores(folder, found.file, Scores(found.values, train, targets, {}))
 
 
 def peak_of_scores(work: Path, checkpoints: int, threads: int) -> float:

@@ -111,32 +111,25 @@ class Scores:
         return self.train.iloc[order].assign(score=column[order])
 
 
-def write_scores(
-    folder: Path,
-    matrix: Path,
-    train: pd.DataFrame,
-    targets: pd.DataFrame,
-    metadata: dict[str, Any],
-) -> None:
+def write_scores(folder: Path, matrix: Path, scores: Scores) -> None:
     """Write the artifact into a folder. metadata.json is written last and makes it complete.
 
     Args:
-        matrix: file of the scores (n_train, n_targets), positive = helpful, by write_matrix. It is
-            linked into the folder (copied on another file system) and stays in its place.
-        train, targets: of its rows and columns.
+        matrix: file of the scores' values, by write_matrix. It is linked into the folder (copied on
+            another file system) and stays in its place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "scores.npy"
     link_or_copy(matrix, file)
-    train.to_parquet(folder / "train.parquet", index=False)
-    targets.to_parquet(folder / "targets.parquet", index=False)
+    scores.train.to_parquet(folder / "train.parquet", index=False)
+    scores.targets.to_parquet(folder / "targets.parquet", index=False)
     document = {
         "schema_version": SCHEMA_VERSION,
         "sign": SIGN,
-        "shape": [len(train), len(targets)],
+        "shape": list(scores.values.shape),
         "sha256": sha256(file),
         "sha256_tables": {name: sha256(folder / name) for name in REQUIRED_COLUMNS},
-        **metadata,
+        **scores.metadata,
     }
     (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
 

@@ -80,8 +80,7 @@ class Scored:
     def write(self, folder: Path) -> None:
         """Write the artifact `scores` into a folder."""
         assert self.matrix is not None
-        own = self.scores
-        write_scores(folder / "scores", self.matrix, own.train, own.targets, own.metadata)
+        write_scores(folder / "scores", self.matrix, self.scores)
 
     def metrics(self) -> dict[str, float]:
         """Time taken, the share of training examples with negative alignment, and how suspects were sought."""

@@ -52,7 +52,7 @@ def tables(n_train: int, n_targets: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 def write(folder: Path, values: np.ndarray, **metadata) -> Path:
     file = folder.with_name("matrix.npy")
     write_matrix(file, [values], values.shape)
-    write_scores(folder, file, *tables(*values.shape), metadata)
+    write_scores(folder, file, Scores(values, *tables(*values.shape), metadata))
     return folder
 
 
@@ -157,7 +157,7 @@ def test_a_file_of_scores_becomes_the_artifact_s_and_stays_until_that_is_safe(
 ) -> None:
     values, file = np.arange(6, dtype=np.float32).reshape(2, 3), tmp_path / "work.npy"
     write_matrix(file, [values[:1], values[1:]], (2, 3))
-    write_scores(tmp_path / "scores", file, *tables(2, 3), {})
+    write_scores(tmp_path / "scores", file, Scores(values, *tables(2, 3), {}))
     assert file.exists()
     np.testing.assert_array_equal(load_scores(tmp_path / "scores").values, values)
 
