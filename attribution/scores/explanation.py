@@ -133,13 +133,22 @@ def explain(
         checkpoints: from_pretrained folders, in order; only for parameter `image`.
 
     Raises:
-        InputError: nothing is named, and the ensemble makes no mistake; or a number that is no target.
+        InputError: nothing is named, and the ensemble makes no mistake; a number that is no target; an
+            image that cannot be read; or features that do not fit the checkpoints.
     """
     if config.exact == "yes":
         return explain_exactly(config, data, scores, members)
     found = []
     if stored:
-        found.append(explain_picture(config, data, scores, members, stored, checkpoints))
+        picture = read_picture(config)
+        image = picture[1][None]
+        with one_thread():  # for a single image, threads would mostly wait for one another
+            each = stored_features.probabilities(config, checkpoints, image)[:, 0]
+            own = _prediction(config, data, members, picture, each)
+            labels = np.array([own.label])
+            new = stored_features.new_features(config, checkpoints, image, labels)
+        column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
+        found.append(_explain(data, own, column, 0, config.num_examples))
     targets = _targets(config, data, members, bool(found))
     chosen = scores.select(targets)
     predictions = _predictions(data, members, targets)
@@ -214,29 +223,6 @@ def _predictions(data: ImageData, members: Ensemble, targets: list[int]) -> list
         )
         for t in targets
     ]
-
-
-def explain_picture(
-    config: Config,
-    data: ImageData,
-    scores: Scores,
-    members: Ensemble,
-    stored: StoredFeatures,
-    checkpoints: Sequence[Path],
-) -> Explanation:
-    """Explain the image of parameter `image` by scores from stored features.
-
-    Raises:
-        InputError: the image cannot be read, or the features do not fit the checkpoints.
-    """
-    size, pixels = read_picture(config)
-    with one_thread():  # for a single image, threads would mostly wait for one another
-        each = stored_features.probabilities(config, checkpoints, pixels[None])[:, 0]
-        found = _prediction(config, data, members, (size, pixels), each)
-        labels = np.array([found.label])
-        new = stored_features.new_features(config, checkpoints, pixels[None], labels)
-    column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
-    return _explain(data, found, column, 0, config.num_examples)
 
 
 def _prediction(
