@@ -34,14 +34,14 @@ def page(
     config: Config,
     data: ImageData,
     comparison: Comparison,
-    figures: dict[str, Path],
+    folder: Path,
     runs: dict[str, tuple[str, str]],
     versions: dict[str, Any],
 ) -> str:
     """The whole page as HTML.
 
     Args:
-        figures: files of the figures 'comparison' and, if more than one share was tried, 'curves'.
+        folder: with the figures comparison.png and curves.png.
         runs: this run and those that it builds on, by name ('trak run'): the id, and the address on the
             tracking server, which is empty without one.
         versions: from machine.hardware.
@@ -49,7 +49,6 @@ def page(
     table = comparison.table
     metric = headline_of(table)
     others, means = terminal.other_metrics(table)
-    pictures = {name: embedded(path.read_bytes()) for name, path in figures.items()}
     return html.render(
         "report",
         dataset=Path(config.dataset).name,
@@ -67,8 +66,8 @@ def page(
         other_metrics=others,
         means=means,
         power=terminal.power(table),
-        figure=pictures["comparison"],
-        curves=pictures.get("curves"),
+        figure=embedded((folder / "comparison.png").read_bytes()),
+        curves=embedded((folder / "curves.png").read_bytes()),
         classes=_classes(comparison.per_class),
         arms=_arms(data, comparison),
         explained={arm: ARM_SPECS[arm].about for arm in table["arm"]},

@@ -97,7 +97,7 @@ def trials_of(spec: dict[tuple[str, int, str], Any], n: int) -> list[Trial]:
 
 def made_page(
     folder: Path, spec: dict[tuple[str, int, str], Sequence[int]], names: Sequence[str],
-    curves: bool = True, action: str = "remove", **sizes: int,
+    frac: str = "0.1,0.2", action: str = "remove", **sizes: int,
 ) -> Made:  # fmt: skip
     """Args: spec: of (arm, size, action) how many of the first test images are right, by seed."""
     data = made_data(folder / "data", names, **sizes)
@@ -114,17 +114,14 @@ def made_page(
         )
         logits.append(3.0 * np.eye(len(names))[shown])
     outcomes = compare(trials, logits, labels)
-    figures = {name: folder / f"{name}.png" for name in ("comparison", "curves")}
-    for i, file in enumerate(figures.values()):
-        Image.new("RGB", (3, 3), (i, 7, 9)).save(file)
-    if not curves:
-        del figures["curves"]
+    for i, name in enumerate(("comparison", "curves")):
+        Image.new("RGB", (3, 3), (i, 7, 9)).save(folder / f"{name}.png")
     effects = class_effects(outcomes, labels, names)
     contrasts = contrast(outcomes, [])
     table = comparison_table(outcomes)
     comparison = Comparison(outcomes, table, contrasts, effects, train)
     html = ablation_html.page(
-        toy_config(dataset=f"somewhere/{NASTY[1]}", action=action), data, comparison, figures,
+        toy_config(dataset=f"somewhere/{NASTY[1]}", action=action, frac=frac), data, comparison, folder,
         {"ablation run": ("a0", ""), "trak run": ("t1", ""), "finetune run": ("f2", "")},
         {"torch": NASTY[0]},
     )  # fmt: skip
@@ -394,7 +391,7 @@ def test_every_arm_of_the_table_is_explained_in_one_line(made) -> None:
 
 def test_one_share_has_no_curves(tmp_path) -> None:
     spec = {key: SPEC[key] for key in SPEC if key[1] in (0, 6)}
-    made = made_page(tmp_path, spec, NASTY, curves=False)
+    made = made_page(tmp_path, spec, NASTY, frac="0.1")
     assert "Accuracy by share removed" not in [h.text for h in made.tree.all("h2")]
     assert len([i for i in made.tree.all("img") if i.attributes.get("class") == "plot"]) == 1
 

@@ -192,9 +192,6 @@ def test_the_view_of_arms_has_the_best_first_with_verdicts(ui, page, shoot) -> N
 
 def test_the_note_of_an_ablation_leads_to_its_arms_and_report(ui, page, shoot) -> None:
     page.goto(f"/{links.run_link(ui.experiment_id, ui.run_id)}")
-    for name in ARMS:
-        said = page.get_by_role("listitem").filter(has_text=re.compile(f"^{name} "))
-        expect(said).to_be_visible()
     shoot("ablation")
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="arms side by side").click()
