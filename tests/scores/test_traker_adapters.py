@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from test_trak import config_of
 from torch import nn
 from trak import TRAKer
 from trak.gradient_computers import FunctionalGradientComputer
@@ -17,8 +18,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from attribution.gradients.per_sample import capture
 from attribution.gradients.sketch import Sketch
 from attribution.scores.features import Store
-from attribution.scores.ridge import Ridge
-from attribution.scores.trak import combine
+from attribution.scores.trak import score
 from attribution.scores.traker_adapters import MarginOutput, SketchComputer
 
 torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def scores_of(folder, data, models, parts, size=16):
             traker.load_checkpoint(checkpoint.state_dict(), model_id=store.model_id)
             for x, y in zip(images.split(size), labels.split(size), strict=True):
                 traker.featurize((x, y), num_samples=len(x))
-    return np.array(combine(stores, folder / "scores.npy", Ridge(RIDGE)).values)
+    return np.array(score(config_of(stores, RIDGE), stores, folder / "scores.npy").values)
 
 
 def ours(dim, **given):
