@@ -226,18 +226,16 @@ def share_of_ceiling(row: pd.Series) -> str:
 
 
 def power(table: pd.DataFrame) -> str:
-    """The change that this many seeds can detect, and how many the largest unclear one needs."""
+    """The change that this many seeds can detect, and how many the largest unclear one needs.
+
+    Empty if nothing was compared, or all seeds gave each arm the same difference.
+    """
     metric = headline_of(table)
     versus = f"{metric}_vs_random"
     rows = table[table[versus].notna()]
-    if rows.empty:
+    if rows.empty or not rows[f"{versus}_detectable"].max() > 0:
         return ""
     seeds, detectable = int(table["n_seeds"].iloc[0]), rows[f"{versus}_detectable"]
-    if not detectable.max() > 0:
-        return (
-            f"All {seeds} seeds gave each arm the same difference from random, so their power is "
-            "unknown."
-        )
     words = METRICS[metric].words
     text = (
         f"{seeds} seeds can detect {'an' if words[0] == 'a' else 'a'} {words} change of about "
