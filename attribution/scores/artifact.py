@@ -147,7 +147,10 @@ def load_scores(source: str | Path) -> Scores:
     with _reading(source, "metadata.json"):
         metadata = _read_metadata(folder / "metadata.json")
     with _reading(source, "scores.npy"):
-        values = _read_matrix(folder / "scores.npy", metadata)
+        file, promised = folder / "scores.npy", metadata["sha256"]
+        values = checked_matrix(file, promised, np.float32, metadata["shape"])
+        if not all(np.isfinite(block).all() for block in row_blocks(values)):
+            raise ValueError("it has values that are not finite")
     tables = []
     for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True):
         with _reading(source, name):
@@ -202,13 +205,6 @@ def _read_metadata(file: Path) -> dict[str, Any]:
     ):
         raise ValueError("it lacks a valid shape or hashes")
     return metadata
-
-
-def _read_matrix(file: Path, metadata: dict[str, Any]) -> np.ndarray:
-    values = checked_matrix(file, metadata["sha256"], np.float32, metadata["shape"])
-    if not all(np.isfinite(block).all() for block in row_blocks(values)):
-        raise ValueError("it has values that are not finite")
-    return values
 
 
 def _read_table(file: Path, length: int) -> pd.DataFrame:
