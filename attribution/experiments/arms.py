@@ -1,7 +1,8 @@
 """The arms: each is one way to choose which training examples to remove.
 
-The function of an arm returns `count` positions in the training set, the first choice first, or its
-own number if frac does not apply to it. names.ARM_SPECS says what each arm is.
+An arm takes the first examples in the order of its ArmSpec (names.ARM_SPECS), unless it has a
+function here, listed in _OWN. It returns `count` positions in the training set, the first choice
+first, or its own number if frac does not apply to it.
 """
 
 from __future__ import annotations
