@@ -23,7 +23,7 @@ from attribution.experiments.ekfac import Analysis, decoded
 from attribution.gradients.per_sample import capture, margins
 from attribution.models import classifier
 from attribution.scores import trak
-from attribution.scores.features import featurize, load_checkpoint, make_traker
+from attribution.scores.features import featurize, load_checkpoint, run_traker
 
 QUERIES = 1  # targets for measuring the speed of methods that have no separate features
 
@@ -105,8 +105,13 @@ def ours_features(problem: Problem, **settings: Any) -> Callable[[], None]:
     """A function that featurises the training split with the first checkpoint."""
     config, n = dataclasses.replace(problem.config, **settings), len(problem.data.rows("train"))
     model = load_checkpoint(config, problem.checkpoints[0])
-    engine = make_traker(config, n, model, problem.work / "ours")
-    return _featurizing(problem, engine, model.state_dict())
+    batches, numbers = list(problem.loader("train")), itertools.count()
+
+    def featurize() -> None:
+        number = next(numbers)  # traker skips the features of an id that its folder has
+        run_traker(config, model, number, batches, n, problem.work / f"ours-{number}")
+
+    return featurize
 
 
 def _featurizing(problem: Problem, engine: Any, state: dict[str, Tensor]) -> Callable[[], None]:

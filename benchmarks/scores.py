@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from attribution.config import resolve
 from attribution.data.splits import TARGETS
 from attribution.runtime.npy_blocks import row_slices, write_matrix
 from attribution.scores.alignment import group_alignment
-from attribution.scores.artifact import write_scores
+from attribution.scores.artifact import Scores, write_scores
 from attribution.scores.features import Store
-from attribution.scores.ridge import Ridge
-from attribution.scores.trak import combine
+from attribution.scores.trak import score
 from benchmarks.common import measure, peak_memory_mib, ratio, reset_peak_memory, summary
 
 LAMBDA_REG, GROUPS = 1.0, 10
@@ -100,7 +100,9 @@ def make_scores(work: Path, checkpoints: int) -> None:
         store.whitened_targets_file.unlink(missing_ok=True)
     (work / "scores.npy").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    found = combine(stores, work / "scores.npy", Ridge(LAMBDA_REG))
+    k = stores[0].features(TARGETS)[0].shape[1]
+    config = resolve({"proj_dim": k, "lambda_reg": LAMBDA_REG, "device": "cpu"})
+    found = score(config, stores, work / "scores.npy")
     n, m = found.values.shape
     groups, weights = np.arange(m) % GROUPS, np.full(GROUPS, 1 / GROUPS)
     train = pd.DataFrame(
@@ -111,7 +113,7 @@ def make_scores(work: Path, checkpoints: int) -> None:
         }
     )
     targets = pd.DataFrame({"position": np.arange(m)})
-    write_scores(folder, found.file, train, targets, {})
+    write_scores(folder, found.file, Scores(found.values, train, targets, {}))
 
 
 def peak_of_scores(work: Path, checkpoints: int, threads: int) -> float:

@@ -54,9 +54,8 @@ def estimate(config: Config, data: ImageData) -> Estimate:
 
 def run(job: Job) -> Comparison:
     """Let every arm choose what to remove, retrain without it, and compare with random removal."""
-    scores = job.result("trak").scores
-    evidence = gather_evidence(job.config, job.data, scores)
-    return comparison.compare_arms(job.config, job.data, scores, evidence, job.retrainings)
+    evidence = gather_evidence(job.config, job.data, job.result("trak").scores)
+    return comparison.compare_arms(job.config, job.data, evidence, job.retrainings)
 
 
 def record(job: Job, result: Comparison) -> Record:
@@ -80,8 +79,8 @@ def load(run_id: str, config: Config, data: ImageData) -> EarlierComparison:
 
 def _exports(config: Config) -> dict[str, Path]:
     """The files that list what the exported arm keeps."""
-    names = export_files(config.export_arm, config.arm_names, config.fracs, config.action)
-    return {name: Path(config.output or "cleaned").expanduser() / name for name in names}
+    folder = Path(config.output or "cleaned").expanduser()
+    return {name: folder / name for name in export_files(config)}
 
 
 def outputs(config: Config) -> list[Path]:
@@ -119,7 +118,7 @@ def _export(config: Config, data: ImageData, trak_id: str) -> None:
     if not config.export_arm:
         return
     scores = load_scores(artifact_path(trak_id, "scores"))
-    tables = comparison.exported(config, gather_evidence(config, data, scores), scores.train)
+    tables = comparison.exported(config, gather_evidence(config, data, scores))
     for name, file in _exports(config).items():
         save(tables[name].to_csv(index=False).encode(), file)
         files = {"keep": file, "export": "corrected"}

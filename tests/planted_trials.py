@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 
 from attribution.experiments.arms import Trial
-from attribution.experiments.evidence import Evidence
 from attribution.experiments.outcome import Outcome
 
 N_TEST, N_SEEDS = 200, 6
@@ -67,10 +67,9 @@ BOTH = {
 
 def evidence_of(
     labels: np.ndarray, alignment: np.ndarray, trust: np.ndarray, loss: np.ndarray, **more
-) -> Evidence:
+) -> pd.DataFrame:
     """Evidence in which all that is not given says nothing."""
-    zeros = dict.fromkeys(
-        ("stored_trust", "label_quality", "self_influence"), np.zeros(len(labels))
-    )
-    rest = zeros | {"predicted": labels, "true_labels": labels} | more
-    return Evidence(labels, alignment, trust, loss, **rest)
+    silent = dict.fromkeys(("stored_trust", "label_quality", "self_influence"), 0.0)
+    given = {"label": labels, "alignment": alignment, "trust": trust, "loss": loss, **more}
+    own = {"predicted_label": labels, "true_label": labels, "is_flipped": False}
+    return pd.DataFrame(silent | own | given)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from attribution.runtime.npy_blocks import write_matrix
-from attribution.scores.artifact import load_scores, write_scores
+from attribution.scores.artifact import Scores, load_scores, write_scores
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "analysis.py"
 NAMES = np.array(["cost $1 or $2", "b", "c"])
@@ -49,7 +49,7 @@ def write(folder: Path, flipped: bool) -> Path:
         train = train.assign(is_flipped=is_flipped, true_label=(train["label"] + is_flipped) % 3)
     matrix = folder.with_name(f"{folder.name}.npy")
     write_matrix(matrix, [values], values.shape)
-    write_scores(folder, matrix, train, table(np.arange(9) % 3, "b"), {})
+    write_scores(folder, matrix, Scores(values, train, table(np.arange(9) % 3, "b"), {}))
     return folder
 
 

@@ -1,7 +1,8 @@
 """The arms: each is one way to choose which training examples to remove.
 
-The function of an arm returns `count` positions in the training set, the first choice first, or its
-own number if frac does not apply to it. names.ARM_SPECS says what each arm is.
+An arm takes the first examples in the order of its ArmSpec (names.ARM_SPECS), unless it has a
+function here, listed in _OWN. It returns `count` positions in the training set, the first choice
+first, or its own number if frac does not apply to it.
 """
 
 from __future__ import annotations
@@ -15,93 +16,67 @@ from scipy.stats import rankdata
 
 from attribution.config import Config
 from attribution.errors import InputError
-from attribution.experiments.evidence import Evidence
 from attribution.experiments.names import ARM_SPECS, check_known
 from attribution.runtime.hashing import derive_seed
 
-Arm = Callable[[Evidence, int, np.random.Generator], np.ndarray]
+# From the evidence (see gather_evidence), the number asked for, and what random arms draw with.
+Arm = Callable[[pd.DataFrame, int, np.random.Generator], np.ndarray]
 
 STAY = 2  # training examples of each class that no arm takes
 
 
-def _lowest(values: np.ndarray, count: int) -> np.ndarray:
-    return np.argsort(values, kind="stable")[:count]
+def _lowest(values: pd.Series | np.ndarray, count: int) -> np.ndarray:
+    return np.argsort(np.asarray(values), kind="stable")[:count]
 
 
-def _given(values: np.ndarray | None) -> np.ndarray:
-    """Evidence that an arm needs; check_arms has refused the arm if it is None."""
-    assert values is not None
-    return values
+def _in_order(arm: str) -> Arm:
+    """The arm that takes the first examples in the order of its ArmSpec."""
+    column, rises = ARM_SPECS[arm].order
+    return lambda evidence, count, rng: _lowest(evidence[column] * (1 if rises else -1), count)
 
 
-def none(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+def none(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.empty(0, dtype=np.int64)
 
 
-def random(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.choice(len(evidence.labels), count, replace=False)
+def random(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.choice(len(evidence), count, replace=False)
 
 
-def random_matched(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    per_class = np.bincount(evidence.labels[harmful(evidence, count, rng)])
+def random_matched(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
+    labels = evidence["label"].to_numpy()
+    per_class = np.bincount(labels[_lowest(evidence["trust"], count)])
     return np.concatenate(
         [
-            rng.choice(np.flatnonzero(evidence.labels == label), number, replace=False)
+            rng.choice(np.flatnonzero(labels == label), number, replace=False)
             for label, number in enumerate(per_class)
         ]
     )
 
 
-def helpful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return np.argsort(evidence.alignment, kind="stable")[::-1][:count]
+def helpful(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Of equal examples the last: harmful takes the first."""
+    return np.argsort(evidence["alignment"].to_numpy(), kind="stable")[::-1][:count]
 
 
-def trust(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return _lowest(evidence.stored_trust, count)
+def negative(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
+    return _lowest(evidence["alignment"], int((evidence["alignment"] < 0).sum()))
 
 
-def d3m(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Jain et al. 2024."""
-    return _lowest(evidence.alignment, count)
-
-
-def harmful(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """As trust; with other than the default groups or weights as d3m, which gather_evidence sees to."""
-    return _lowest(evidence.trust, count)
-
-
-def negative(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return _lowest(evidence.alignment, int((evidence.alignment < 0).sum()))
-
-
-def loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return _lowest(-evidence.loss, count)
-
-
-def confident(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Confident learning: Northcutt et al. 2021."""
-    return _lowest(evidence.label_quality, count)
-
-
-def self_influence(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Memorised examples: Feldman and Zhang 2020."""
-    return _lowest(-evidence.self_influence, count)
-
-
-def harmful_loss(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    ranks = [rankdata(values, "ordinal") for values in (evidence.trust, -evidence.loss)]
+def harmful_loss(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
+    ranks = [rankdata(values, "ordinal") for values in (evidence["trust"], -evidence["loss"])]
     return _lowest(np.maximum(*ranks), count)
 
 
-def majority(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+def majority(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
     """At most all examples of the largest group."""
-    groups = _given(evidence.groups)
+    groups = evidence["group_id"].to_numpy()
     largest = np.flatnonzero(groups == np.bincount(groups).argmax())
     return rng.choice(largest, min(count, len(largest)), replace=False)
 
 
-def balanced(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    groups = _given(evidence.groups)
+def balanced(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
+    groups = evidence["group_id"].to_numpy()
     shuffled = rng.permutation(len(groups))
     # Number the members of each group. The highest numbers of all groups are removed first, so
     # that larger groups shrink until they are as small as the others.
@@ -112,17 +87,15 @@ def balanced(evidence: Evidence, count: int, rng: np.random.Generator) -> np.nda
     return shuffled[np.argsort(-number[shuffled], kind="stable")][:count]
 
 
-def oracle(evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
-    return np.flatnonzero(_given(evidence.is_flipped))
+def oracle(evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.flatnonzero(evidence["is_flipped"])
 
 
-ARMS: dict[str, Arm] = {
+_OWN = {  # the others only rank
     f.__name__: f
-    for f in (
-        none, random, random_matched, helpful, trust, d3m, harmful, negative, loss, confident, self_influence,
-        harmful_loss, majority, balanced, oracle,
-    )
+    for f in (none, random, random_matched, helpful, negative, harmful_loss, majority, balanced, oracle)
 }  # fmt: skip
+ARMS: dict[str, Arm] = {name: _OWN.get(name) or _in_order(name) for name in ARM_SPECS}
 
 
 @dataclass(frozen=True)
@@ -168,15 +141,15 @@ def check_arms(arms: Sequence[str], missing: Sequence[str] = ()) -> None:
     """Refuse unknown arms, and arms whose evidence is missing.
 
     Args:
-        missing: fields of Evidence that are None.
+        missing: columns that the evidence will not have, or that say nothing.
 
     Raises:
         InputError: with the nearest valid names, or with what the arm needs.
     """
     check_known("arms", arms, ARMS)
     for arm in arms:
-        field, reason = ARM_SPECS[arm].needs
-        if field in missing:
+        column, reason = ARM_SPECS[arm].needs
+        if column in missing:
             raise InputError(f"arms={arm}: {reason}, or leave out the arm")
 
 
@@ -218,63 +191,57 @@ def count_trials(config: Config, n_train: int) -> int:
     return 1 + chosen * len(actions_of(config))
 
 
-def plan_trials(
-    arms: Sequence[str],
-    fracs: Sequence[float],
-    evidence: Evidence,
-    seeds: Sequence[int],
-    actions: Sequence[str] = ("remove",),
-) -> list[Trial]:
+def plan_trials(config: Config, evidence: pd.DataFrame, seeds: Sequence[int]) -> list[Trial]:
     """List every (arm, frac, action) to retrain, with `none` and a `random` of each size and action.
 
     `none` and `random` are added if they are not named: every other arm is compared with them. An
     arm whose size does not depend on frac appears once, under the share that it removes.
 
-    Raises:
-        InputError: an unknown arm, an arm whose evidence is missing, or a share that cannot be removed.
+    Args:
+        config: with arms and shares that check_arms and check_fracs do not refuse.
     """
-    check_arms(arms, [name for name, value in vars(evidence).items() if value is None])
-    n = len(evidence.labels)
-    check_fracs(fracs, evidence.labels)
-    frac_of = {round(frac * n): frac for frac in sorted(fracs)}  # by number of examples
-    chosen = _chosen(arms, frac_of, evidence, seeds)
+    # By number of examples.
+    frac_of = {round(frac * len(evidence)): frac for frac in sorted(config.fracs)}
+    chosen = _chosen(config.arm_names, frac_of, evidence, seeds)
     sizes = {trial.size: trial.frac for trial in chosen if trial.size} | frac_of
-    controls = [_trial("random", size, sizes[size], evidence, seeds) for size in sorted(sizes)]
-    planned = [_trial("none", 0, None, evidence, seeds)]
-    for action in actions:
+    controls = [make_trial("random", size, sizes[size], evidence, seeds) for size in sorted(sizes)]
+    planned = [make_trial("none", 0, None, evidence, seeds)]
+    for action in actions_of(config):
         for trial in controls + chosen:
             planned.append(trial if action == "remove" else _relabelled(trial, evidence))
     return planned
 
 
 def _chosen(
-    arms: Sequence[str], frac_of: dict[int, float], evidence: Evidence, seeds: Sequence[int]
+    arms: Sequence[str], frac_of: dict[int, float], evidence: pd.DataFrame, seeds: Sequence[int]
 ) -> list[Trial]:
     """One trial for each size of every arm that is no control; an arm may run out of examples."""
     found: dict[tuple[str, int], Trial] = {}
     for arm in arms:
         if arm not in ("none", "random"):
             for count in [0] if ARM_SPECS[arm].is_frac_free else frac_of:
-                trial = _trial(arm, count, frac_of.get(count), evidence, seeds)
+                trial = make_trial(arm, count, frac_of.get(count), evidence, seeds)
                 found.setdefault((arm, trial.size), trial)
     return list(found.values())
 
 
-def _trial(
-    arm: str, count: int, frac: float | None, evidence: Evidence, seeds: Sequence[int]
+def make_trial(
+    arm: str, count: int, frac: float | None, evidence: pd.DataFrame, seeds: Sequence[int]
 ) -> Trial:
+    """Let an arm choose `count` examples, the share `frac`; 0 and None where it decides how many."""
     # The arm's name is part of the seed, so that no two arms draw from one stream.
     generators = [np.random.default_rng(derive_seed(seed, arm, count)) for seed in seeds]
     removed = tuple(np.sort(_sparing(arm, evidence, count, rng)) for rng in generators)
     size = len(removed[0])
     if frac is None or size != count:  # the arm decides, or has fewer examples than asked for
-        frac = size / len(evidence.labels)
+        frac = size / len(evidence)
     return Trial(arm, frac, removed)
 
 
-def _sparing(arm: str, evidence: Evidence, count: int, rng: np.random.Generator) -> np.ndarray:
+def _sparing(arm: str, evidence: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
     """What an arm chooses; where STAY examples of a class are left, its next choices of other classes."""
-    labels, most, wanted = evidence.labels, _takeable(evidence.labels), count
+    labels, wanted = evidence["label"].to_numpy(), count
+    most = _takeable(labels)
     while True:
         found = ARMS[arm](evidence, wanted, rng)
         own = labels[found]
@@ -293,44 +260,37 @@ def _takeable(labels: np.ndarray) -> np.ndarray:
     return np.maximum(np.bincount(labels) - STAY, 0)
 
 
-def _relabelled(trial: Trial, evidence: Evidence) -> Trial:
+def _relabelled(trial: Trial, evidence: pd.DataFrame) -> Trial:
     """The same trial with predicted labels in place of removal; the oracle takes the true ones."""
-    labels = evidence.true_labels if trial.arm == "oracle" else evidence.predicted
+    column = "true_label" if trial.arm == "oracle" else "predicted_label"
+    labels = evidence[column].to_numpy()
     return replace(trial, new_labels=tuple(labels[removed] for removed in trial.removed))
 
 
-def removed_table(trial: Trial, train: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
-    """One row per removed example with its evidence and `seeds`, how many seeds removed it.
-
-    Args:
-        train: the score artifact's table of training examples, in order of position.
-    """
+def removed_table(trial: Trial, evidence: pd.DataFrame) -> pd.DataFrame:
+    """One row per removed example with its evidence and `seeds`, how many seeds removed it."""
     positions, seeds = np.unique(np.concatenate(trial.removed), return_counts=True)
-    ranks = {"alignment": evidence.alignment[positions], "trust": evidence.trust[positions]}
-    if trial.arm == "trust":
-        del ranks["trust"]  # the stored one, which is in the table
-    return train.iloc[positions].assign(**ranks, seeds=seeds).reset_index(drop=True)
+    return evidence.iloc[positions].assign(seeds=seeds).reset_index(drop=True)
 
 
-def kept_table(trial: Trial, train: pd.DataFrame) -> pd.DataFrame:
+def kept_table(trial: Trial, evidence: pd.DataFrame) -> pd.DataFrame:
     """The training examples that a trial keeps under its first seed, as parameter `keep` reads them."""
-    kept = np.delete(np.arange(len(train)), trial.removed[0])
-    return train.iloc[kept][["example_id", "label_name", "file_name"]]
+    kept = np.delete(np.arange(len(evidence)), trial.removed[0])
+    return evidence.iloc[kept][["example_id", "label_name", "file_name"]]
 
 
-def export_files(
-    arm: str, arms: Sequence[str], fracs: Sequence[float], action: str
-) -> dict[str, float | None]:
+def export_files(config: Config) -> dict[str, float | None]:
     """Names of the files that parameter `export_arm` writes, each with its frac if that applies.
 
     Raises:
         InputError: the arm is not part of this comparison, or does not choose the same examples
             under every seed.
     """
+    arm = config.export_arm
     if not arm:
         return {}
-    if arm not in arms:
-        raise InputError(f"export_arm={arm}: not among arms={','.join(arms)}")
+    if arm not in config.arm_names:
+        raise InputError(f"export_arm={arm}: not among arms={','.join(config.arm_names)}")
     if arm == "none":
         raise InputError("export_arm=none: keeps every example; name another arm")
     if ARM_SPECS[arm].is_drawn:
@@ -338,15 +298,17 @@ def export_files(
             f"export_arm={arm}: draws other examples for every seed, so there is no one list; "
             "name another arm"
         )
-    if action == "relabel":
+    if config.action == "relabel":
         raise InputError(f"export_arm={arm}: action=relabel keeps every example; use remove")
     if ARM_SPECS[arm].is_frac_free:
         return {f"{arm}.csv": None}
-    return {f"{arm}_{frac:g}.csv": frac for frac in fracs}
+    return {f"{arm}_{frac:g}.csv": frac for frac in config.fracs}
 
 
-def removal_metrics(removed: pd.DataFrame, n_flipped: int, n_seeds: int) -> dict[str, float]:
+def removal_metrics(trial: Trial, evidence: pd.DataFrame) -> dict[str, float]:
     """Removals per class (mean over seeds) and, where flips are known, precision and recall."""
+    removed, n_seeds = removed_table(trial, evidence), len(trial.removed)
+    n_flipped = int(evidence["is_flipped"].sum())
     per_class = removed.groupby("label_name")["seeds"].sum() / n_seeds
     metrics = {f"removed/{name}": float(count) for name, count in per_class.items()}
     if n_flipped and len(removed):

@@ -10,7 +10,7 @@ import numpy as np
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData, load_data
-from attribution.experiments.statistics import paired_difference
+from attribution.experiments.statistics import mean_estimate
 from attribution.models import classifier
 from attribution.models.checkpoints import Checkpoint, run_name, train_checkpoints
 from attribution.models.predict import classification_metrics, predict
@@ -53,7 +53,7 @@ def test_metrics(
         CHANGE: (own - without).mean(),
     }
     if config.num_models > 1:
-        found |= paired_difference(own, without).columns(CHANGE)
+        found |= mean_estimate(own - without).columns(CHANGE)
     return {name: float(value) for name, value in found.items()}
 
 

@@ -13,15 +13,13 @@ from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.experiments import arms, contrasts
 from attribution.experiments.arms import Trial
-from attribution.experiments.evidence import Evidence
 from attribution.experiments.metrics import headline
 from attribution.experiments.outcome import Outcome, compare, random_control, warn
-from attribution.experiments.statistics import paired_difference
+from attribution.experiments.statistics import mean_estimate
 from attribution.experiments.verdicts import CONTROLS, headline_of, verdict
 from attribution.models.retrain import Series, retrained_logits
 from attribution.runtime.hashing import derive_seed
 from attribution.scores.alignment import AUTO, check_groups, group_ids
-from attribution.scores.artifact import Scores
 
 CLASS_COLUMNS = [
     "arm", "action", "frac", "label_name", "n_test",
@@ -38,42 +36,26 @@ class Comparison:
         table: comparison.csv, one row per outcome (see comparison_table).
         contrasts: contrasts.csv (see contrast).
         per_class: per_class.csv (see class_effects).
-        train: the score artifact's table of training examples.
+        evidence: that the arms chose by (see gather_evidence).
     """
 
     outcomes: list[Outcome]
     table: pd.DataFrame
     contrasts: pd.DataFrame
     per_class: pd.DataFrame
-    train: pd.DataFrame
-    evidence: Evidence
-
-    def removed(self, trial: Trial) -> pd.DataFrame:
-        """The examples that a trial removes (see removed_table)."""
-        return arms.removed_table(trial, self.train, self.evidence)
-
-    def removal_metrics(self, trial: Trial) -> dict[str, float]:
-        """Removals per class, precision and recall of a trial (see arms.removal_metrics)."""
-        n_flipped = int(self.train["is_flipped"].sum())
-        return arms.removal_metrics(self.removed(trial), n_flipped, len(trial.removed))
+    evidence: pd.DataFrame
 
 
-def exported(config: Config, evidence: Evidence, train: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def exported(config: Config, evidence: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The training examples that the arm to export keeps, by the names of arms.export_files.
 
     The arm chooses the same examples under every seed, so that scores are enough.
-
-    Args:
-        train: the score artifact's table of training examples.
     """
-    trials = arms.plan_trials([config.export_arm], config.fracs, evidence, seeds=[0])
-    own = [trial for trial in trials if trial.arm == config.export_arm]
-    files = arms.export_files(config.export_arm, config.arm_names, config.fracs, config.action)
     found = {}
-    for name, frac in files.items():
-        # Shares that round to the same number of examples are one trial.
-        trial = next(t for t in own if frac is None or t.size == round(frac * len(train)))
-        found[name] = arms.kept_table(trial, train)
+    for name, frac in arms.export_files(config).items():
+        count = 0 if frac is None else round(frac * len(evidence))
+        trial = arms.make_trial(config.export_arm, count, frac, evidence, seeds=[0])
+        found[name] = arms.kept_table(trial, evidence)
     return found
 
 
@@ -86,7 +68,7 @@ def check(config: Config, data: ImageData) -> None:
     train = data.table("train")
     missing = []
     if config.groups in AUTO:
-        missing.append("groups")
+        missing.append("group_id")
     if not train["is_flipped"].any():
         missing.append("is_flipped")
     arms.check_arms(config.arm_names, missing)
@@ -95,18 +77,14 @@ def check(config: Config, data: ImageData) -> None:
     contrasts.pairs_of(config)
 
 
-def compare_arms(
-    config: Config, data: ImageData, scores: Scores, evidence: Evidence, work: Path
-) -> Comparison:
+def compare_arms(config: Config, data: ImageData, evidence: pd.DataFrame, work: Path) -> Comparison:
     """Plan the trials, retrain each over paired seeds, and compare their test results.
 
     Args:
         work: folder of finished retrainings.
     """
     seeds = [derive_seed(config.seed, "retrain", s) for s in range(config.num_seeds)]
-    trials = arms.plan_trials(
-        config.arm_names, config.fracs, evidence, seeds, arms.actions_of(config)
-    )
+    trials = arms.plan_trials(config, evidence, seeds)
     logits = retrain(config, data, trials, seeds, work)
     labels, train_labels = data.labels("test"), data.labels("train")
     metric, _ = headline(config, train_labels, data.class_names)
@@ -115,7 +93,7 @@ def compare_arms(
     contrasted = contrasts.contrast(outcomes, contrasts.pairs_of(config))
     classes = class_effects(outcomes, labels, data.class_names)
     table = comparison_table(outcomes)
-    return Comparison(outcomes, table, contrasted, classes, scores.train, evidence)
+    return Comparison(outcomes, table, contrasted, classes, evidence)
 
 
 def judged_groups(config: Config, data: ImageData) -> np.ndarray | None:
@@ -167,7 +145,7 @@ def class_effects(
             continue
         control = random_control(outcome, outcomes)
         for label, name in enumerate(class_names):
-            difference = paired_difference(outcome.per_class[label], control.per_class[label])
+            difference = mean_estimate(outcome.per_class[label] - control.per_class[label])
             n_test = int((test_labels == label).sum())
             cells = difference.columns("accuracy_vs_random").values()
             rows.append((trial.arm, trial.action, round(trial.frac, 6), name, n_test, *cells))

@@ -11,7 +11,7 @@ from attribution.config import Config, nearest, split_list
 from attribution.errors import InputError
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.outcome import Outcome, adjust
-from attribution.experiments.statistics import paired_difference
+from attribution.experiments.statistics import mean_estimate
 from attribution.experiments.verdicts import judge
 
 DEFAULT = ("harmful", "loss")
@@ -73,7 +73,7 @@ def _are_comparable(a: Outcome, b: Outcome) -> bool:
 def _difference(a: Outcome, b: Outcome) -> dict[str, Any]:
     """The row of a pair of trials; p_holm and the verdict stay open."""
     metric = a.metric
-    found = paired_difference(a.per_seed[metric], b.per_seed[metric], **a.limits(metric, True))
+    found = mean_estimate(a.per_seed[metric] - b.per_seed[metric], **a.limits(metric, True))
     return {
         "contrast": f"{a.trial.name}-{b.trial.name}",
         "arm": a.trial.name,

@@ -71,15 +71,6 @@ def check(config: Config, data: ImageData) -> None:
         raise InputError(
             f"brittleness_k={config.brittleness_k}: must be below the {n_train} training examples"
         )
-    check_alpha(config, n_train)
-
-
-def check_alpha(config: Config, n_train: int) -> None:
-    """Refuse subsets that no model can be trained on.
-
-    Raises:
-        InputError: fewer than two training examples in each.
-    """
     if not config.bank and round(config.alpha * n_train) < 2:
         raise InputError(
             f"alpha={config.alpha:g}: a subset needs 2 of the {n_train} training examples; use "

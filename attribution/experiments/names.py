@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from attribution.config import nearest
 from attribution.errors import InputError
 
-NO_GROUPS = "groups", "groups=auto gives training examples no group; use label or a column"
+NO_GROUPS = "group_id", "groups=auto gives training examples no group; use label or a column"
 
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """The facts of an arm; the function of its name in arms.py chooses the examples.
+    """The facts of an arm; a function of its name in arms.py, or else `order`, chooses the examples.
 
     Attributes:
         about: one line on what it chooses, and why.
         chosen: what a trial chose, as part of a sentence; {n} is their number.
-        order: the column of the training table that it ranks by, and whether the first is the lowest.
-        needs: a field of Evidence that it cannot do without, and what to do if that is None.
+        order: the column of the evidence that it ranks by, and whether the first is the lowest.
+        needs: a column of the evidence that it cannot do without, and what to do if that is missing.
         is_frac_free: its size does not depend on frac.
         is_drawn: it chooses other examples for every seed.
         may_run_out: it may have fewer examples than frac asks for.
@@ -54,7 +54,7 @@ ARM_SPECS = {
     "trust": ArmSpec(
         "lowest trust score: alignment without the factor 1 - p",
         "the {n} examples with the lowest trust",
-        ("trust", True),
+        ("stored_trust", True),
     ),
     "d3m": ArmSpec(
         "lowest group alignment under groups and group_weights, as published (D3M)",

@@ -15,7 +15,6 @@ from attribution.experiments.statistics import (
     detectable_effect,
     holm,
     mean_estimate,
-    paired_difference,
 )
 from attribution.experiments.verdicts import CONTROLS, judged_metrics
 from attribution.models.predict import classification_metrics
@@ -68,12 +67,10 @@ class Outcome:
     def compare_with(self, name: str, control: Outcome) -> None:
         """Add the differences from a control, paired seed by seed; _p_holm stays open."""
         for metric, values in self.per_seed.items():
-            within = self.limits(metric, True)
-            found = paired_difference(values, control.per_seed[metric], **within)
-            stem = f"{metric}_vs_{name}"
+            differences, stem = values - control.per_seed[metric], f"{metric}_vs_{name}"
+            found = mean_estimate(differences, **self.limits(metric, True))
             self.summary |= found.columns(stem)
             if metric in self.judged:
-                differences = values - control.per_seed[metric]
                 low, high = bootstrap_interval(differences)
                 spread = float(differences.std(ddof=1))
                 self.summary |= {
@@ -175,11 +172,8 @@ def warn(outcomes: Sequence[Outcome], train_labels: np.ndarray, class_names: Seq
         if taken[worst] < sizes[worst] * max(0.5, min(2 * frac, (1 + frac) / 2)):
             continue
         before, after = (each.per_class[worst].mean() for each in (none, outcome))
-        change = f"{'fell' if after < before else 'rose'} from {before:.2f} to"
-        if f"{before:.2f}" == f"{after:.2f}":
-            change = "stayed at"
         outcome.warning = (
             f"{trial_name(trial.arm, 'remove', trial.frac)} {ACTED[trial.action]} {taken[worst]:.3g} "
             f"of the {sizes[worst]} training examples of '{class_names[worst]}'; the test accuracy of "
-            f"that class {change} {after:.2f}."
+            f"that class went from {before:.2f} to {after:.2f}."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -55,7 +54,7 @@ def _trial(row: pd.Series) -> str:
 
 
 def summary(
-    rows: pd.DataFrame, contrasts: Mapping[int, pd.DataFrame] = MappingProxyType({})
+    rows: pd.DataFrame, contrasts: Mapping[int, pd.DataFrame]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over splits, not over seeds: of every trial, and of every contrast that all splits have.
 
@@ -102,8 +101,7 @@ def summary(
 def _contrasts(tables: Mapping[int, pd.DataFrame]) -> list[dict[str, Any]]:
     """One row per contrast that every split has; p_holm and verdict stay open."""
     found = []
-    rows = pd.concat(tables.values()) if tables else pd.DataFrame({"contrast": []})
-    for _, own in rows.groupby("contrast", sort=False):
+    for _, own in pd.concat(tables.values()).groupby("contrast", sort=False):
         if len(own) == len(tables):
             estimate = mean_estimate(own["difference"].to_numpy())
             found.append({**own.iloc[0], **estimate.contrast()})

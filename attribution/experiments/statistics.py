@@ -69,23 +69,6 @@ def mean_estimate(
     return Estimate(mean, float(low), float(high), float(p))
 
 
-def paired_difference(
-    treated: np.ndarray,
-    control: np.ndarray,
-    step: float = 0.0,
-    within: tuple[float, float] = (-np.inf, np.inf),
-) -> Estimate:
-    """Mean of treated - control, paired seed by seed; `step` and `within` as in mean_estimate.
-
-    Raises:
-        ValueError: the two do not have the same seeds.
-    """
-    treated, control = np.asarray(treated, float), np.asarray(control, float)
-    if treated.shape != control.shape:
-        raise ValueError("paired values must have the same seeds")
-    return mean_estimate(treated - control, step, within)
-
-
 def bootstrap_interval(values: np.ndarray, draws: int = 9999) -> tuple[float, float]:
     """Bias-corrected and accelerated 95 % bootstrap interval of the mean (Efron 1987), by scipy.
 

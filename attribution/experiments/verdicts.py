@@ -6,7 +6,6 @@ import pandas as pd
 
 CONTROLS = ("random", "none")
 BETTER, WORSE = "better than random", "worse than random"
-NOT_AFTER_HOLM = "not significant after Holm"
 
 
 def headline_of(table: pd.DataFrame) -> str:
@@ -39,5 +38,5 @@ def judge(low: float, high: float, p_holm: float, control: str = "random") -> st
     if low <= 0 <= high:
         return f"indistinguishable from {control}"
     if p_holm >= 0.05:
-        return NOT_AFTER_HOLM
+        return "not significant after Holm"
     return f"{'better' if low > 0 else 'worse'} than {control}"

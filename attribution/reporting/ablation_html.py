@@ -9,8 +9,9 @@ import pandas as pd
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
+from attribution.data.splits import SPLITS
 from attribution.data.thumbnails import embedded
-from attribution.experiments.arms import Trial, trial_name
+from attribution.experiments.arms import Trial, removal_metrics, removed_table, trial_name
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.metrics import METRICS, headline
 from attribution.experiments.names import ARM_SPECS
@@ -26,7 +27,6 @@ from attribution.experiments.verdicts import (
 from attribution.reporting import answer, html, terminal
 
 GALLERY = 24  # examples shown for each arm
-CLASSES = 30  # classes shown: those with the largest differences
 TONES = {BETTER: "good", WORSE: "bad"}
 
 
@@ -34,14 +34,14 @@ def page(
     config: Config,
     data: ImageData,
     comparison: Comparison,
-    figures: dict[str, Path],
+    folder: Path,
     runs: dict[str, tuple[str, str]],
     versions: dict[str, Any],
 ) -> str:
     """The whole page as HTML.
 
     Args:
-        figures: files of the figures 'comparison' and, if more than one share was tried, 'curves'.
+        folder: with the figures comparison.png and curves.png.
         runs: this run and those that it builds on, by name ('trak run'): the id, and the address on the
             tracking server, which is empty without one.
         versions: from machine.hardware.
@@ -49,21 +49,25 @@ def page(
     table = comparison.table
     metric = headline_of(table)
     others, means = terminal.other_metrics(table)
-    pictures = {name: embedded(path.read_bytes()) for name, path in figures.items()}
     return html.render(
         "report",
         dataset=Path(config.dataset).name,
         answer=answer.sentences(table),
         contrasts=answer.contrasts(comparison.contrasts),
-        sentences=_sentences(config, data, table),
+        config=config,
+        model=Path(config.model).name,
+        flips=int(data.table("train")["is_flipped"].sum()),
+        n_classes=len(data.class_names),
+        n={split: f"{len(data.rows(split)):,}" for split in SPLITS},
+        acted=ACTED.get(config.action, "removed or relabelled"),
         about_metric=headline(config, data.labels("train"), data.class_names)[1],
         warnings=answer.warnings(table),
         comparisons=[_comparison(table, m) for m in judged_metrics(metric) if f"{m}_mean" in table],
         other_metrics=others,
         means=means,
         power=terminal.power(table),
-        figure=pictures["comparison"],
-        curves=pictures.get("curves"),
+        figure=embedded((folder / "comparison.png").read_bytes()),
+        curves=embedded((folder / "curves.png").read_bytes()),
         classes=_classes(comparison.per_class),
         arms=_arms(data, comparison),
         explained={arm: ARM_SPECS[arm].about for arm in table["arm"]},
@@ -71,48 +75,16 @@ def page(
         settings=config.group("data", "training", "finetune", "trak", "ablation"),
         versions=versions,
         n_seeds=int(table["n_seeds"].iloc[0]),
-        n_test=len(data.rows("test")),
     )
 
 
-def _sentences(config: Config, data: ImageData, table: pd.DataFrame) -> list[str]:
-    """Two sentences: how the scores were made, and how the arms were compared."""
-    n = {split: f"{len(data.rows(split)):,}" for split in ("train", "validation", "test")}
-    share = f"{100 * config.subset_fraction:.3g} %"
-    how = "given, and count as trained on" if config.checkpoints else "trained, each on"
-    flips = int(data.table("train")["is_flipped"].sum())
-    planted = f" ({flips} labels were flipped on purpose)" if flips else ""
-    left = ""
-    if config.checkpoint_epochs:
-        left = f" and left {config.num_checkpoints} checkpoints (epochs {config.checkpoint_epochs})"
-    seeds = int(table["n_seeds"].iloc[0])
-    acted = ACTED.get(config.action, "removed or relabelled")
-    return [
-        f"{config.num_models} models ({Path(config.model).name}) were {how} {share} of "
-        f"{n['train']} training images of {len(data.class_names)} classes{planted}{left}. TRAK then scored "
-        f"the effect of every training image on {n['validation']} validation images.",
-        f"Each arm chose examples, which were {acted}. The model was then retrained "
-        f"with {seeds} paired seeds and tested on {n['test']} test images that no choice depended on.",
-    ]
-
-
 def _comparison(table: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """The table of one metric, and the scale that its intervals are drawn to."""
-    versus = f"{metric}_vs_random"
-    ends = table[[f"{versus}_ci_low", f"{versus}_ci_high"]].abs().max().max()
+    """The table of one metric: the texts of each row, and the class of its verdict."""
     rows = [
-        {
-            "cells": terminal.cells(row, metric),
-            "is_compared": pd.notna(row[versus]),
-            "low": row[f"{versus}_ci_low"],
-            "difference": row[versus],
-            "high": row[f"{versus}_ci_high"],
-            "tone": TONES.get(verdict(row, metric), ""),
-        }
+        {"cells": terminal.cells(row, metric), "tone": TONES.get(verdict(row, metric), "")}
         for _, row in table.iterrows()
     ]
-    scale = float(ends) if ends > 0 else 1.0
-    return {"metric": METRICS[metric].words, "rows": rows, "scale": scale}
+    return {"metric": METRICS[metric].words, "rows": rows}
 
 
 def _classes(table: pd.DataFrame) -> dict[str, Any]:
@@ -126,24 +98,13 @@ def _classes(table: pd.DataFrame) -> dict[str, Any]:
         # Without a difference between seeds there is no interval.
         excludes=((low > 0) | (high < 0)) & (low < high),
     )
-    largest = mean.abs().groupby(table["label_name"]).max().sort_values(ascending=False)
-    shown, groups = set(largest.index[:CLASSES]), table.groupby("label_name", sort=False)
-    rows = [
-        {
-            "label": label,
-            "n_test": int(part["n_test"].iloc[0]),
-            "cells": part[["mean", "half", "excludes"]].to_dict("records"),
-        }
-        for label, part in groups
-        if label in shown
-    ]
+    parts = [part for _, part in table.groupby("label_name", sort=False)]
     return {
-        "columns": next((list(part["name"]) for _, part in groups), []),
-        "rows": rows,
+        "columns": [*parts[0]["name"]] if parts else [],
+        "rows": [part.to_dict("records") for part in parts],
         "count": len(table),
         "by_chance": round(0.05 * len(table)),
         "excluding": int(table["excludes"].sum()),
-        "left_out": len(largest) > CLASSES,
     }
 
 
@@ -163,22 +124,19 @@ def _arm(
     data: ImageData, comparison: Comparison, trial: Trial, with_gallery: bool
 ) -> dict[str, Any]:
     """What one trial chose: counts, flips, classes, and a gallery of its first examples."""
-    removed, metrics = comparison.removed(trial), comparison.removal_metrics(trial)
+    evidence = comparison.evidence
+    removed, metrics = removed_table(trial, evidence), removal_metrics(trial, evidence)
     value, rises = ARM_SPECS[trial.arm].order
     count = GALLERY if with_gallery else 0
     shown = removed.sort_values(value, ascending=rises, kind="stable").head(count)
-    per_class = {
-        name.removeprefix("removed/"): mean
-        for name, mean in metrics.items()
-        if name.startswith("removed/")
-    }
+    per_class = removed.groupby("label_name")["seeds"].sum() / len(trial.removed)
     return {
         "name": trial.name,
-        "count": round(sum(per_class.values())),
+        "count": trial.size,
         "different": len(removed),  # more than count if each seed drew its own
         "value": value.replace("_", " "),
         "precision": metrics.get("flips_precision"),
         "recall": metrics.get("flips_recall"),
-        "per_class": sorted(per_class.items(), key=lambda item: -item[1]),
+        "per_class": per_class.sort_values(ascending=False, kind="stable"),
         "tiles": html.tiles(data, shown, value),
     }

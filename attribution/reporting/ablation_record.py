@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from attribution.data.dataset import ImageData
-from attribution.experiments.arms import kept_table, trial_name
+from attribution.experiments.arms import kept_table, removal_metrics, removed_table, trial_name
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.outcome import Outcome
-from attribution.experiments.statistics import detection_metrics
-from attribution.experiments.verdicts import BETTER, CONTROLS, headline_of, verdict
+from attribution.experiments.verdicts import BETTER, CONTROLS, headline_of
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
 from attribution.tracking.artifacts import server_page
@@ -26,21 +25,17 @@ HEADLINE = (
     "_mean", "_ci_low", "_ci_high",
     "_vs_random", "_vs_random_ci_low", "_vs_random_ci_high", "_vs_random_p_holm",
 )  # fmt: skip
-MOST_ARMS = 40  # in a note: MLflow cuts off what is longer than 8,000 characters
+MOST_ARMS = 40  # in the link of a note: MLflow cuts off what is longer than 8,000 characters
 
 
 def make(job: Job, result: Comparison) -> Record:
     """Everything that the comparison leaves in its run."""
     name, view = mlflow_notes.arms_view(job.run_id, headline_of(result.table))
-    rankings = job.result("trak").rankings()
-    flips = detection_metrics(
-        result.train["is_flipped"].to_numpy(), {name: rankings[name] for name in ("trust", "loss")}
-    )
     top = answer.best(result.table)
     best = "" if top is None else trial_name(top["arm"], top["action"], top["frac"])
     return Record(
         tags={"best_arm": best or "no arm"},
-        metrics=_overall(result) | flips,
+        metrics=_overall(result),
         tables={
             "comparison": result.table,
             "contrasts": result.contrasts,
@@ -48,8 +43,8 @@ def make(job: Job, result: Comparison) -> Record:
         },
         write=partial(_write, job, result),
         children=[
-            _arm(job.data, result, outcome, verdict(row))
-            for outcome, (_, row) in zip(result.outcomes, result.table.iterrows(), strict=True)
+            _arm(job.data, result, outcome, words)
+            for outcome, words in zip(result.outcomes, result.table["verdict"], strict=True)
         ],
         note=partial(_note, job, result),
         experiment_tags={name: view},
@@ -58,17 +53,14 @@ def make(job: Job, result: Comparison) -> Record:
 
 def _write(job: Job, result: Comparison, folder: Path) -> None:
     """The figures and the report."""
-    pictures = {"comparison": folder / "comparison.png", "curves": folder / "curves.png"}
-    figures.save(figures.comparison(result.table), pictures["comparison"])
-    figures.save(figures.removal_curves(result.table), pictures["curves"])
-    if len(job.config.fracs) == 1:  # a curve of one share shows nothing
-        del pictures["curves"]
+    figures.save(figures.comparison(result.table), folder / "comparison.png")
+    figures.save(figures.removal_curves(result.table), folder / "curves.png")
     ids = {"ablation": job.run_id, **job.run_ids}
     runs = {
         f"{stage} run": (run_id, server_page(run_link(experiment_of(run_id), run_id)))
         for stage, run_id in ids.items()
     }
-    page = ablation_html.page(job.config, job.data, result, pictures, runs, machine.hardware())
+    page = ablation_html.page(job.config, job.data, result, folder, runs, machine.hardware())
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -82,11 +74,11 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
     spec = ARM_SPECS[trial.arm]
 
     def write(folder: Path) -> None:
-        removed = result.removed(trial)
+        removed = removed_table(trial, result.evidence)
         # Of `none` too: MLflow's comparison page breaks if one of its runs has no artifact.
         removed.to_parquet(folder / "removed.parquet", index=False)
         if trial.arm != "none" and not spec.is_drawn and trial.action == "remove":
-            kept_table(trial, result.train).to_csv(folder / "kept.csv", index=False)
+            kept_table(trial, result.evidence).to_csv(folder / "kept.csv", index=False)
         gallery = figures.removed_gallery(data, removed, trial.name, spec.order)
         figures.save(gallery, folder / "removed.png")
 
@@ -105,7 +97,7 @@ def _arm(data: ImageData, result: Comparison, outcome: Outcome, words: str) -> R
             for name, values in outcome.per_seed.items()
             for seed, value in enumerate(values)
         ],
-        metrics=headline(outcome.summary, outcome.metric) | result.removal_metrics(trial),
+        metrics=headline(outcome.summary, outcome.metric) | removal_metrics(trial, result.evidence),
         write=write,
     )
 
@@ -148,22 +140,16 @@ def _overall(result: Comparison) -> dict[str, float]:
 
 
 def _note(job: Job, result: Comparison, children: list[str]) -> str:
-    """The note on the run's page: where to look, then the arms, the best first."""
-    here, mean = job.experiment_id, f"{headline_of(result.table)}_mean"
-    order = (-result.table[mean]).argsort(kind="stable")[:MOST_ARMS]
+    """The note on the run's page: where to look, the answer, and the figure."""
+    here, mean = job.experiment_id, result.table[f"{headline_of(result.table)}_mean"]
+    best_first = (-mean).argsort(kind="stable")[:MOST_ARMS]
     links = {
         "Report": run_link(here, job.run_id, "report.html"),
         "arms, best first": arms_link(here, job.run_id),
-        "arms side by side": compare_link(here, [children[i] for i in order]),
+        "arms side by side": compare_link(here, [children[i] for i in best_first]),
         "scores": run_link(here, job.run_ids["trak"]),
     }
-    arms = []
-    for _, row in result.table.iloc[order].iterrows():
-        name = trial_name(row["arm"], row["action"], row["frac"])
-        arms.append(f"- **{name}** {row[mean]:.4f}, {verdict(row)}")
-    if len(result.table) > MOST_ARMS:
-        arms.append(f"- and {len(result.table) - MOST_ARMS} more: arms, best first")
     first = " · ".join(f"[{text}]({to})" for text, to in links.items())
     figure = f"![Test result of each arm]({artifact_link(job.run_id, 'comparison.png')})"
     # The links come first: MLflow folds the rest of a long note away.
-    return "\n".join([first, "", answer.short(result.table), "", *arms, "", figure])
+    return "\n\n".join([first, answer.short(result.table), figure])

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from attribution.experiments.arms import trial_name
 from attribution.experiments.metrics import METRICS
 from attribution.experiments.names import ARM_SPECS
-from attribution.experiments.verdicts import (
-    BETTER,
-    CONTROLS,
-    NOT_AFTER_HOLM,
-    WORSE,
-    headline_of,
-    verdict,
-)
+from attribution.experiments.verdicts import BETTER, CONTROLS, headline_of, verdict
 
 VERBS = {"remove": "removing", "relabel": "relabelling"}
 
@@ -32,40 +24,16 @@ def best(table: pd.DataFrame) -> pd.Series | None:
 
 
 def short(table: pd.DataFrame) -> str:
-    """The best arm against random removal, and the best for the worst group where groups are known."""
-    return " ".join(_gains(table, best(table)))
+    """The sentences as one text."""
+    return " ".join(sentences(table))
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
-    """The best and the worst arm against random removal, then the others that differ from it."""
-    rows, top, metric = judged(table), best(table), headline_of(table)
-    found = _gains(table, top)
-    worse = rows[rows["verdict"] == WORSE]
-    if not worse.empty:
-        found.append(_effect(worse.loc[worse[f"{metric}_vs_random"].idxmin()], "lowered"))
-    shown = [] if top is None else [top.name]
-    others = rows[(rows["verdict"] == BETTER) & ~rows.index.isin(shown)]
-    if not others.empty:
-        found.append(f"Also better than random: {_list(others)}.")
-    is_close = rows["verdict"] == NOT_AFTER_HOLM
-    if is_close.any():
-        found.append(
-            "Not certain: each interval excludes zero, but among so many arms one may do so by chance "
-            f"(Holm): {_list(rows[is_close])}."
-        )
-    unclear = rows[~rows["verdict"].isin([BETTER, WORSE]) & ~is_close]
-    if not unclear.empty:
-        found.append(f"Not distinguishable from random with this many seeds: {_list(unclear)}.")
-    return found
-
-
-def _gains(table: pd.DataFrame, top: pd.Series | None) -> list[str]:
-    """What the best arm gained, and what the worst group gained where groups are known."""
+    """The best arm against random removal, and the best for the worst group where groups are known."""
     if judged(table).empty:
         return ["No arm was compared with random removal."]
-    if top is not None:
-        return [_effect(top, "raised"), *_worst_group(table)]
-    return [_no_gain(headline_of(table)), *_worst_group(table)]
+    top = best(table)
+    return [_no_gain(headline_of(table)) if top is None else _gain(top), *_worst_group(table)]
 
 
 def _no_gain(metric: str) -> str:
@@ -82,18 +50,16 @@ def _worst_group(table: pd.DataFrame) -> list[str]:
     if rows.empty:
         return [_no_gain(metric)]
     row = rows.loc[rows[f"{metric}_vs_random"].idxmax()]
-    return [_effect(pd.Series({**row, "metric": metric}), "raised")]
+    return [_gain(pd.Series({**row, "metric": metric}))]
 
 
-def _effect(row: pd.Series, verb: str) -> str:
-    """One sentence on a row that differs from random, and from `none` if that is known."""
-    n = int(row["n_removed"])
+def _gain(row: pd.Series) -> str:
+    """One sentence on a row that is better than random, and on its difference from `none` if that is known."""
+    n, acting, metric = int(row["n_removed"]), VERBS[row["action"]], row["metric"]
     words = ARM_SPECS[row["arm"]].chosen.format(n=n)
-    acting = VERBS[row["action"]]
-    sign, metric = 1 if verb == "raised" else -1, row["metric"]
     text = (
-        f"{acting.capitalize()} {words} {verb} test {METRICS[metric].words} by "
-        f"{sign * 100 * row[f'{metric}_vs_random']:.1f} points ({_interval(row, 'random', sign)}) "
+        f"{acting.capitalize()} {words} raised test {METRICS[metric].words} by "
+        f"{100 * row[f'{metric}_vs_random']:.1f} points ({_interval(row, 'random')}) "
         f"compared with {acting} {n} at random."
     )
     if pd.notna(row.get(f"{metric}_vs_none")):
@@ -102,27 +68,26 @@ def _effect(row: pd.Series, verb: str) -> str:
     return text
 
 
-def _interval(row: pd.Series, control: str, sign: int = 1) -> str:
-    """The 95 % interval in points, of the difference times `sign`."""
-    ends = (sign * 100 * row[f"{row['metric']}_vs_{control}_ci_{end}"] for end in ("low", "high"))
-    return _ends(*sorted(ends))
+def _interval(row: pd.Series, control: str) -> str:
+    """The 95 % interval of a difference, in points."""
+    versus = f"{row['metric']}_vs_{control}"
+    return _ends(100 * row[f"{versus}_ci_low"], 100 * row[f"{versus}_ci_high"])
 
 
 def _ends(low: float, high: float) -> str:
     return f"95 % interval {low:z.1f} to {high:z.1f}"  # z: no -0.0
 
 
-def _list(rows: pd.DataFrame) -> str:
-    return ", ".join(
-        f"{trial_name(row['arm'], row['action'], row['frac'])} "
-        f"({100 * row[row['metric'] + '_vs_random']:+z.1f} points)"
-        for _, row in rows.iterrows()
-    )
-
-
 def warnings(table: pd.DataFrame) -> list[str]:
-    """The arms that took most of a class; then what a small test part cannot show."""
-    return [*table["warning"].dropna(), *_small_test(table)]
+    """The arms that took most of a class; then, where one test image is worth a point, that it is."""
+    found, row = list(table["warning"].dropna()), table.iloc[0]
+    if row["image_worth"] >= 0.01:
+        found.append(
+            f"One of the {row['n_test']} test images changes {METRICS[row['metric']].words} by up to "
+            f"{100 * row['image_worth']:.2g} points, and smaller changes cannot be seen. Use a larger "
+            "--test_fraction, or several splits (--num_splits)."
+        )
+    return found
 
 
 def contrasts(table: pd.DataFrame) -> list[str]:
@@ -135,24 +100,4 @@ def contrasts(table: pd.DataFrame) -> list[str]:
         f"{row.arm} against {row.against}: {100 * row.difference:+z.1f} points "
         f"({_ends(100 * row.ci_low, 100 * row.ci_high)}, p {row.p_holm:.2g} after Holm), {row.verdict}."
         for row in table.itertuples()
-    ]
-
-
-def _small_test(table: pd.DataFrame) -> list[str]:
-    """A sentence if one test image is worth a point, or if only changes above 3 points can be seen."""
-    row, metric = table.iloc[0], headline_of(table)
-    detectable = table.get(f"{metric}_vs_random_detectable", pd.Series(dtype=float)).median()
-    visible = max(row["image_worth"], detectable if detectable > 0 else 0)
-    if row["image_worth"] < 0.01 and visible <= 0.03:
-        return []
-    seen = (
-        f"With {row['n_test']} test images and {row['n_seeds']} seeds only changes above "
-        f"{100 * visible:.2g} points can be seen"
-    )
-    if row["image_worth"] < 0.05:
-        return [f"{seen}; a larger --num_seeds, --num_splits or --test_fraction shows more."]
-    return [
-        f"{seen}. This test part decides nothing: one image changes {METRICS[metric].words} by up to "
-        f"{100 * row['image_worth']:.2g} points. Use a larger --test_fraction, or several splits "
-        "(--num_splits)."
     ]

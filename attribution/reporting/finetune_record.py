@@ -37,15 +37,9 @@ def make(job: Job, result: Finetuned) -> Record:
         if any(histories):
             figures.save(figures.training_curves(histories), training / "curves.png")
 
-    if job.config.checkpoints:
-        return Record(
-            tags={"source": "given"},
-            metrics=result.members.metrics(job.data),
-            models=_models(job.data, result, [{"folder": f} for f in job.config.given_folders]),
-            write=write,
-            note=lambda _: GIVEN_NOTE,
-        )
+    is_given = bool(job.config.checkpoints)
     return Record(
+        tags={"source": "given"} if is_given else {},
         metrics=result.members.metrics(job.data) | result.test,
         series=[
             (f"{checkpoints.run_name(job.config, r)}/{name}", value, int(epoch["epoch"]))
@@ -56,6 +50,7 @@ def make(job: Job, result: Finetuned) -> Record:
         ],
         models=_models(job.data, result, origins(job.config, result)),
         write=write,
+        note=(lambda _: GIVEN_NOTE) if is_given else None,
     )
 
 
@@ -76,7 +71,9 @@ def _models(
 
 
 def origins(config: Config, result: Finetuned) -> list[dict[str, str]]:
-    """Tags of each checkpoint: its run from 0 and its epoch from 1, and the epoch that patience would keep."""
+    """Tags of each checkpoint: the folder of a given one, or run (from 0), epoch (from 1) and patience's best epoch."""
+    if config.checkpoints:
+        return [{"folder": folder} for folder in config.given_folders]
     if not config.checkpoint_epochs:
         return [{} for _ in result.folders]
     found = []

@@ -31,23 +31,21 @@ def print_comparison(
         about_metric: why the headline is not accuracy, if so; the other metrics are then shown too.
         contrasts: lines on arm against arm.
     """
-    console = _console()
     arms = list(dict.fromkeys(table["arm"]))
     width = max(map(len, arms))
-    console.print("The arms, each one way to choose training examples:", highlight=False)
+    _say("The arms, each one way to choose training examples:")
     for arm in arms:
-        about = Text(f"  {arm:<{width}}  {ARM_SPECS[arm].about}")
-        console.print(about, soft_wrap=not console.is_terminal)
+        _say(f"  {arm:<{width}}  {ARM_SPECS[arm].about}")
     if about_metric:
-        console.print()
-        _say(console, about_metric)
-    _print_judged(console, table, f"{int(table['n_seeds'].iloc[0])} paired seeds")
+        print()
+        _say(about_metric)
+    _print_judged(table, f"{int(table['n_seeds'].iloc[0])} paired seeds")
     if about_metric:
         _print("Other test metrics, means over seeds", *other_metrics(table))
     for sentence in (*answer.warnings(table), *answer.sentences(table), *contrasts, power(table)):
         if sentence:
-            _say(console, sentence)
-    console.print()
+            _say(sentence)
+    print()
 
 
 def print_splits(
@@ -60,31 +58,31 @@ def print_splits(
         about_metric: why the headline is not accuracy, if so.
         contrasts: lines on arm against arm.
     """
-    console = _console()
     headline = headline_of(table)
-    _print_judged(console, table, f"{int(table['n_splits'].iloc[0])} splits of the data")
+    _print_judged(table, f"{int(table['n_splits'].iloc[0])} splits of the data")
     for metric in judged_metrics(headline):
         if f"{metric}_vs_random" in rows:
             wide = rows.pivot(index="trial", columns="data_seed", values=f"{metric}_vs_random")
             wide = wide.loc[list(rows["trial"].unique())].dropna()
-            _say(console, f"Test {METRICS[metric].words} against random removal, by data_seed")
+            _say(f"Test {METRICS[metric].words} against random removal, by data_seed")
             texts = [[trial, *(f"{x:+z.4f}" for x in row)] for trial, row in wide.T.items()]
             _print("", ["arm", *map(str, wide)], texts)
     for sentence in filter(None, (about_metric, answer.short(table), *contrasts)):
-        _say(console, sentence)
+        _say(sentence)
 
 
-def _say(console: Console, sentence: str) -> None:
+def _say(sentence: str) -> None:
     """Print a sentence as it is: rich would read brackets as markup."""
+    console = _console()
     console.print(Text(printable(sentence)), soft_wrap=not console.is_terminal)
 
 
-def _print_judged(console: Console, table: pd.DataFrame, over: str) -> None:
+def _print_judged(table: pd.DataFrame, over: str) -> None:
     """Print the verdicts on each metric that has some."""
     for metric in judged_metrics(headline_of(table)):
         if f"{metric}_mean" in table:
             title = f"Test {METRICS[metric].words} over {over}, 95 % intervals"
-            _print_verdicts(console, title, metric, table)
+            _print_verdicts(title, metric, table)
 
 
 def other_metrics(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -99,22 +97,21 @@ def other_metrics(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return ["arm", *(METRICS[name].words for name in names)], rows
 
 
-def _print_verdicts(console: Console, title: str, metric: str, table: pd.DataFrame) -> None:
+def _print_verdicts(title: str, metric: str, table: pd.DataFrame) -> None:
     """Print a comparison; a terminal that is too narrow for a table gets two lines for each row."""
     headers = ["arm", "frac", "removed", METRICS[metric].words, "vs random", "p (Holm)", "verdict"]
     rows = [cells(row, metric) for _, row in table.iterrows()]
     widths = [max(map(len, texts)) for texts in zip(headers, *rows, strict=True)]
-    if sum(widths) + 3 * len(widths) + 1 <= console.width:
+    if sum(widths) + 3 * len(widths) + 1 <= _console().width:
         _print(title, headers, rows)
         return
-    console.print(f"{title}\n", highlight=False)
+    print(f"{title}\n")
     names = [trial_name(row["arm"], row["action"], row["frac"]) for _, row in table.iterrows()]
     width = max(map(len, names))
     for name, texts in zip(["arm", *names], [headers, *rows], strict=True):
-        line = f"{name:<{width}}  {texts[3]:>{widths[3]}}  {texts[4]:>{widths[4]}}"
-        below = ", ".join(filter(None, (texts[6], texts[5])))
-        console.print(Text(f"{line.rstrip()}\n    {below}"), soft_wrap=True)
-    console.print()
+        print(f"{name:<{width}}  {texts[3]:>{widths[3]}}  {texts[4]:>{widths[4]}}".rstrip())
+        print("    " + ", ".join(filter(None, (texts[6], texts[5]))))
+    print()
 
 
 def _console() -> Console:
@@ -193,7 +190,7 @@ def print_explanations(table: pd.DataFrame) -> None:
         )
     _print("Training examples that raised or lowered the margin of each label most", columns, rows)
     for line in explanation_lines(table):
-        _say(_console(), line)
+        _say(line)
 
 
 def explanation_lines(table: pd.DataFrame) -> list[str]:
@@ -227,18 +224,16 @@ def share_of_ceiling(row: pd.Series) -> str:
 
 
 def power(table: pd.DataFrame) -> str:
-    """The change that this many seeds can detect, and how many the largest unclear one needs."""
+    """The change that this many seeds can detect, and how many the largest unclear one needs.
+
+    Empty if nothing was compared, or all seeds gave each arm the same difference.
+    """
     metric = headline_of(table)
     versus = f"{metric}_vs_random"
     rows = table[table[versus].notna()]
-    if rows.empty:
+    if rows.empty or not rows[f"{versus}_detectable"].max() > 0:
         return ""
     seeds, detectable = int(table["n_seeds"].iloc[0]), rows[f"{versus}_detectable"]
-    if not detectable.max() > 0:
-        return (
-            f"All {seeds} seeds gave each arm the same difference from random, so their power is "
-            "unknown."
-        )
     words = METRICS[metric].words
     text = (
         f"{seeds} seeds can detect {'an' if words[0] == 'a' else 'a'} {words} change of about "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import pandas as pd
 from pyarrow.parquet import ParquetFile
 
 from attribution.errors import InputError, reason
-from attribution.runtime.npy_blocks import checked_matrix, open_matrix, row_blocks
+from attribution.runtime.npy_blocks import checked_matrix, row_blocks
 from attribution.runtime.safe_files import check_hash, link_or_copy, read_json, sha256
 from attribution.scores.gallery import Gallery, gallery
 
@@ -61,13 +60,6 @@ class Scores:
     def __repr__(self) -> str:
         n, targets = self.values.shape
         return f"<Scores of {n:,} training examples on {targets:,} targets; positive = helpful>"
-
-    def _repr_html_(self) -> str:
-        """The ten training examples with the lowest trust, for a notebook."""
-        columns = ["example_id", "file_name", "label_name", "trust", "alignment", "loss"]
-        shown = self.train.sort_values("trust").head(10)
-        table = shown[[name for name in columns if name in shown]].to_html(index=False)
-        return f"<p>{html.escape(repr(self))}. The least trusted training examples:</p>{table}"
 
     def top(self, target: int, k: int = 10) -> pd.DataFrame:
         """The k training examples most helpful to a target, with a `score` column, best first.
@@ -119,39 +111,25 @@ class Scores:
         return self.train.iloc[order].assign(score=column[order])
 
 
-def write_scores(
-    folder: Path,
-    matrix: Path,
-    train: pd.DataFrame,
-    targets: pd.DataFrame,
-    metadata: dict[str, Any],
-) -> None:
+def write_scores(folder: Path, matrix: Path, scores: Scores) -> None:
     """Write the artifact into a folder. metadata.json is written last and makes it complete.
 
     Args:
-        matrix: file of the scores (n_train, n_targets), positive = helpful, by write_matrix. It is
-            linked into the folder (copied on another file system) and stays in its place.
-
-    Raises:
-        InputError: the tables do not fit the matrix.
+        matrix: file of the scores' values, by write_matrix. It is linked into the folder (copied on
+            another file system) and stays in its place.
     """
-    values = open_matrix(matrix)
-    if values.shape != (len(train), len(targets)):
-        raise InputError(
-            f"scores: shape {values.shape} does not fit {len(train)} examples, {len(targets)} targets"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "scores.npy"
     link_or_copy(matrix, file)
-    train.to_parquet(folder / "train.parquet", index=False)
-    targets.to_parquet(folder / "targets.parquet", index=False)
+    scores.train.to_parquet(folder / "train.parquet", index=False)
+    scores.targets.to_parquet(folder / "targets.parquet", index=False)
     document = {
         "schema_version": SCHEMA_VERSION,
         "sign": SIGN,
-        "shape": list(values.shape),
+        "shape": list(scores.values.shape),
         "sha256": sha256(file),
         "sha256_tables": {name: sha256(folder / name) for name in REQUIRED_COLUMNS},
-        **metadata,
+        **scores.metadata,
     }
     (folder / "metadata.json").write_text(json.dumps(document, indent=2) + "\n")
 
@@ -169,7 +147,10 @@ def load_scores(source: str | Path) -> Scores:
     with _reading(source, "metadata.json"):
         metadata = _read_metadata(folder / "metadata.json")
     with _reading(source, "scores.npy"):
-        values = _read_matrix(folder / "scores.npy", metadata)
+        file, promised = folder / "scores.npy", metadata["sha256"]
+        values = checked_matrix(file, promised, np.float32, metadata["shape"])
+        if not all(np.isfinite(block).all() for block in row_blocks(values)):
+            raise ValueError("it has values that are not finite")
     tables = []
     for name, length in zip(REQUIRED_COLUMNS, values.shape, strict=True):
         with _reading(source, name):
@@ -224,13 +205,6 @@ def _read_metadata(file: Path) -> dict[str, Any]:
     ):
         raise ValueError("it lacks a valid shape or hashes")
     return metadata
-
-
-def _read_matrix(file: Path, metadata: dict[str, Any]) -> np.ndarray:
-    values = checked_matrix(file, metadata["sha256"], np.float32, metadata["shape"])
-    if not all(np.isfinite(block).all() for block in row_blocks(values)):
-        raise ValueError("it has values that are not finite")
-    return values
 
 
 def _read_table(file: Path, length: int) -> pd.DataFrame:

@@ -125,6 +125,11 @@ class Run:
         with autocast(self.config, CPU):
             return self.rest.received(images)
 
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
+        """Probabilities of the checkpoint, (1, C), for an image uint8 (size, size, 3)."""
+        head = self.trained(torch.ones(len(self.keep)))
+        return self.logits(head, self.received(pixels[None])).softmax(1).detach().numpy()
+
     @one_thread()  # the matrices are small: threads would mostly wait for one another
     def trained(self, weights: Tensor) -> list[Tensor]:
         """Train the head; the result can be derived by the weights if they require gradients.

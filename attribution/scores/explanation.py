@@ -38,8 +38,8 @@ class Explanation:
         label: class of the target; for an image, the class asked about. Scores are of its margin.
         predicted: class predicted by the ensemble.
         probability: mean probability of `predicted` over checkpoints.
-        votes, num_models: checkpoints that predict `predicted`, and all checkpoints.
         label_probability: mean probability of `label` over checkpoints.
+        agreement: how many checkpoints predict the same, in words.
         helpful, harmful: training examples with a `score` column, above and below zero, the
             strongest first.
         in_margins: whether scores are changes of the margin, see calibration.calibrate.
@@ -53,8 +53,7 @@ class Explanation:
     predicted: str
     probability: float
     label_probability: float
-    votes: int
-    num_models: int
+    agreement: str
     helpful: pd.DataFrame
     harmful: pd.DataFrame
     in_margins: bool
@@ -64,11 +63,6 @@ class Explanation:
     @property
     def is_right(self) -> bool:
         return self.label == self.predicted
-
-    @property
-    def agreement(self) -> str:
-        """How many checkpoints predict the same, in words."""
-        return f"{self.votes} of {self.num_models} checkpoints say {self.predicted}"
 
     @property
     def effect(self) -> str:
@@ -112,6 +106,7 @@ class Prediction:
         label: whose margin is explained.
         probabilities: (C,), means over checkpoints.
         votes: (M,) class that each checkpoint predicts.
+        warnings: as of Explanation.
     """
 
     name: str
@@ -119,6 +114,7 @@ class Prediction:
     label: int
     probabilities: np.ndarray
     votes: np.ndarray
+    warnings: tuple[str, ...] = ()
 
 
 def explain(
@@ -137,20 +133,34 @@ def explain(
         checkpoints: from_pretrained folders, in order; only for parameter `image`.
 
     Raises:
-        InputError: nothing is named, and the ensemble makes no mistake.
+        InputError: nothing is named, and the ensemble makes no mistake; a number that is no target; an
+            image that cannot be read; or features that do not fit the checkpoints.
     """
     if config.exact == "yes":
         return explain_exactly(config, data, scores, members)
     found = []
     if stored:
-        found.append(explain_picture(config, data, scores, members, stored, checkpoints))
+        picture = read_picture(config)
+        image = picture[1][None]
+        with one_thread():  # for a single image, threads would mostly wait for one another
+            each = stored_features.probabilities(config, checkpoints, image)[:, 0]
+            own = _prediction(config, data, members, picture, each)
+            labels = np.array([own.label])
+            new = stored_features.new_features(config, checkpoints, image, labels)
+        column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
+        found.append(_explain(data, own, column, 0, config.num_examples))
     targets = _targets(config, data, members, bool(found))
-    return found + explain_targets(data, scores, members, targets, config.num_examples)
+    chosen = scores.select(targets)
+    predictions = _predictions(data, members, targets)
+    return found + [
+        _explain(data, each, chosen, i, config.num_examples) for i, each in enumerate(predictions)
+    ]
 
 
 def _targets(config: Config, data: ImageData, members: Ensemble, found: bool) -> list[int]:
     """The targets and mistakes that the config names; mistakes where nothing is named or found."""
     errors, targets = config.errors, list(dict.fromkeys(config.target_numbers))
+    _check_targets(targets, len(data.rows(TARGETS)))
     if not (errors or found or targets):
         errors = DEFAULT_ERRORS
     probabilities = members.probabilities("validation")
@@ -176,12 +186,10 @@ def explain_exactly(
     """
     m = members.best(data.labels(TARGETS))
     members, run = members.only(m), exact.Run.of(config, data, members, m)
-    found, warnings = [], []
+    found = []
     if config.image:
-        size, pixels = read_picture(config)
-        logits = run.logits(run.trained(torch.ones(len(run.keep))), run.received(pixels[None]))
-        found.append(_prediction(config, data, pixels, logits.softmax(1).detach().numpy()))
-        warnings = looks.unlike(data, size, pixels) + _doubts(found[0].probabilities.max(), members)
+        picture = read_picture(config)
+        found.append(_prediction(config, data, members, picture, run.probabilities(picture[1])))
     found += _predictions(data, members, _targets(config, data, members, bool(found)))
     inputs = run.received(np.stack([each.pixels for each in found]))
     labels = torch.tensor([each.label for each in found])
@@ -190,8 +198,7 @@ def explain_exactly(
     shown = [_explain(data, each, columns, i, config.num_examples) for i, each in enumerate(found)]
     parts = [each.helpful["position"].to_numpy() for each in shown]
     words = exact.findings(run, values, parts, inputs, labels)
-    shown = [replace(each, measured=own) for each, own in zip(shown, words, strict=True)]
-    return [replace(shown[0], warnings=tuple(warnings)), *shown[1:]]
+    return [replace(each, measured=own) for each, own in zip(shown, words, strict=True)]
 
 
 def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
@@ -206,22 +213,6 @@ def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray, count: int
     return [int(i) for i in order if predicted[i] != labels[i]][:count]
 
 
-def explain_targets(
-    data: ImageData, scores: Scores, members: Ensemble, targets: list[int], k: int
-) -> list[Explanation]:
-    """Explain targets by their columns of the scores.
-
-    Args:
-        k: training examples on each side.
-
-    Raises:
-        InputError: a number that is no target.
-    """
-    _check_targets(targets, len(scores.targets))
-    chosen, found = scores.select(targets), _predictions(data, members, targets)
-    return [_explain(data, each, chosen, i, k) for i, each in enumerate(found)]
-
-
 def _predictions(data: ImageData, members: Ensemble, targets: list[int]) -> list[Prediction]:
     pixels, rows = data.pixels(), data.rows(TARGETS)
     labels, probabilities = data.labels(TARGETS), members.probabilities("validation")
@@ -234,38 +225,24 @@ def _predictions(data: ImageData, members: Ensemble, targets: list[int]) -> list
     ]
 
 
-def explain_picture(
+def _prediction(
     config: Config,
     data: ImageData,
-    scores: Scores,
     members: Ensemble,
-    stored: StoredFeatures,
-    checkpoints: Sequence[Path],
-) -> Explanation:
-    """Explain the image of parameter `image` by scores from stored features.
-
-    Raises:
-        InputError: the image cannot be read, or the features do not fit the checkpoints.
-    """
-    size, pixels = read_picture(config)
-    with one_thread():  # for a single image, threads would mostly wait for one another
-        each = stored_features.probabilities(config, checkpoints, pixels[None])[:, 0]
-        prediction = _prediction(config, data, pixels, each)
-        labels = np.array([prediction.label])
-        new = stored_features.new_features(config, checkpoints, pixels[None], labels)
-    column = Scores(stored.scores(new), scores.train, pd.DataFrame(), scores.metadata)
-    found = _explain(data, prediction, column, 0, config.num_examples)
-    warnings = looks.unlike(data, size, pixels) + _doubts(found.probability, members)
-    return replace(found, warnings=tuple(warnings))
-
-
-def _prediction(
-    config: Config, data: ImageData, pixels: np.ndarray, each: np.ndarray
+    picture: tuple[tuple[int, int], np.ndarray],
+    each: np.ndarray,
 ) -> Prediction:
-    """The prediction of the image by each checkpoint's probabilities (M, C), and the class asked about."""
+    """The prediction of the image of parameter `image`, and how the image is unlike the training data.
+
+    Args:
+        picture: from read_picture.
+        each: probabilities of each checkpoint, (M, C).
+    """
     mean = each.mean(axis=0)
     label = data.class_names.index(config.label) if config.label else int(mean.argmax())
-    return Prediction(Path(config.image).name, pixels, label, mean, each.argmax(axis=1))
+    warnings = looks.unlike(data, *picture) + _doubts(mean.max(), members)
+    name, votes = Path(config.image).name, each.argmax(axis=1)
+    return Prediction(name, picture[1], label, mean, votes, tuple(warnings))
 
 
 def _doubts(probability: float, members: Ensemble) -> list[str]:
@@ -338,19 +315,20 @@ def _explain(
 
     Each side shows up to k examples: the most helpful with a score above zero, the most harmful below.
     """
-    label, probabilities = prediction.label, prediction.probabilities
+    label, probabilities, votes = prediction.label, prediction.probabilities, prediction.votes
     predicted = int(probabilities.argmax())
+    agreeing, name = (votes == predicted).sum(), data.class_names[predicted]
     top, bottom = scores.top(target, k), scores.bottom(target, k)
     return Explanation(
         prediction.name,
         prediction.pixels,
         data.class_names[label],
-        data.class_names[predicted],
+        name,
         float(probabilities[predicted]),
         float(probabilities[label]),
-        int((prediction.votes == predicted).sum()),
-        len(prediction.votes),
+        f"{agreeing} of {len(votes)} checkpoints say {name}",
         top[top["score"] > 0],
         bottom[bottom["score"] < 0],
         in_margins=bool(scores.metadata.get("calibration")),
+        warnings=prediction.warnings,
     )

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from trak import TRAKer
 from trak.gradient_computers import FunctionalGradientComputer
-from trak.projectors import BasicProjector, ProjectionType
+from trak.projectors import BasicProjector, NoOpProjector, ProjectionType
 
 from attribution.config import Config
 from attribution.data.dataset import ImageData
 from attribution.data.splits import SPLITS
 from attribution.gradients.per_sample import trained_parameters
-from attribution.gradients.sketch import dealt
+from attribution.gradients.sketch import Sketch, dealt
 from attribution.models import classifier, frozen, memory_layout
 from attribution.models.batches import batches_of
 from attribution.runtime.device import keep_freed_memory, resolve_device, resolve_precision
@@ -29,7 +29,7 @@ from attribution.runtime.npy_blocks import open_matrix, reserve
 from attribution.runtime.parallel import parallel_map, resolve_jobs
 from attribution.runtime.progress import progress
 from attribution.runtime.safe_files import Files, read_folder, write_folder
-from attribution.scores.traker_adapters import HookGradientComputer, MarginOutput, SketchProjector
+from attribution.scores.traker_adapters import MarginOutput, SketchComputer
 
 SHARD_ROWS = 4096  # examples of a task; a finished task survives when the run is killed
 GPU_SHARD_ROWS = 16 * SHARD_ROWS  # a GPU is as fast as sixteen tasks on a CPU
@@ -230,7 +230,7 @@ def run_traker(
     folder: Path,
     logits_of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Write the features of n examples under a checkpoint into traker's folder.
+    """Write the features of n examples under a checkpoint into traker's folder, by parameter `projector`.
 
     Args:
         model: from load_checkpoint.
@@ -240,34 +240,17 @@ def run_traker(
     Raises:
         OSError: the disk is full.
     """
-    traker = make_traker(config, n, model, folder, logits_of)
-    traker.load_checkpoint(model.state_dict(), model_id=model_id)
-    # On a full disk this raises. A write to the memory map would end the process.
-    reserve(folder.glob("*/grads.mmap"))
-    for batch in batches:
-        traker.featurize(batch, num_samples=len(batch[1]))
-
-
-def make_traker(
-    config: Config,
-    n: int,
-    model: torch.nn.Module,
-    folder: Path,
-    logits_of: Callable[[Tensor], Tensor] | None = None,
-) -> TRAKer:
-    """traker's engine with the gradients and projection of parameter `projector`; see run_traker."""
     logging.getLogger("TRAK").setLevel(logging.ERROR)
-    device = resolve_device(config.device)
     if config.projector == "sketch":
-        gradients, projector = _sketch_parts(config, model, device, logits_of)
+        gradients, projector = _sketch_parts(config, model, model_id, logits_of)
     else:
-        gradients, projector = _normal_parts(config, model, device)
-    return TRAKer(
+        gradients, projector = _normal_parts(config, model)
+    traker = TRAKer(
         model=model,
         task=MarginOutput(),
         train_set_size=n,
         save_dir=str(folder),
-        device=str(device),
+        device=str(resolve_device(config.device)),
         gradient_computer=gradients,
         projector=projector,
         grad_wrt=None if config.projector == "sketch" else [*trained_parameters(model)],
@@ -275,30 +258,39 @@ def make_traker(
         logging_level=logging.ERROR,
         use_half_precision=False,  # its float16 default overflows and rounds
     )
+    traker.load_checkpoint(model.state_dict(), model_id=model_id)
+    # On a full disk this raises. A write to the memory map would end the process.
+    reserve(folder.glob("*/grads.mmap"))
+    for batch in batches:
+        traker.featurize(batch, num_samples=len(batch[1]))
 
 
 def _sketch_parts(
-    config: Config, model: torch.nn.Module, device: torch.device, logits_of: Callable | None
+    config: Config, model: torch.nn.Module, model_id: int, logits_of: Callable | None
 ) -> tuple:
-    """Gradients by hooks, and the sketch, for projector=sketch."""
+    """The sketch in place of gradients, and no projection, for projector=sketch."""
+    device = resolve_device(config.device)
     shapes = {name: p.shape for name, p in trained_parameters(model).items()}
     num_blocks = 1 + max(dealt(shapes, config.num_blocks).values())
-    is_bfloat16 = resolve_precision(config.feature_precision, device) == torch.bfloat16
-    seed = derive_seed(config.seed, "projection")
-    projector = SketchProjector(
-        num_blocks * config.proj_dim, seed, str(device), num_blocks, config.gpu_kernels == "on"
+    sketch = Sketch(
+        config.proj_dim,
+        f"{derive_seed(config.seed, 'projection')}/{model_id}",
+        num_blocks=num_blocks,
+        gpu_kernels=config.gpu_kernels == "on",
     )
-    return partial(HookGradientComputer, bfloat16=is_bfloat16, logits_of=logits_of), projector
+    is_bfloat16 = resolve_precision(config.feature_precision, device) == torch.bfloat16
+    gradients = partial(SketchComputer, sketch=sketch, bfloat16=is_bfloat16, logits_of=logits_of)
+    return gradients, NoOpProjector(proj_dim=num_blocks * config.proj_dim, device=device)
 
 
-def _normal_parts(config: Config, model: torch.nn.Module, device: torch.device) -> tuple:
+def _normal_parts(config: Config, model: torch.nn.Module) -> tuple:
     """traker's own gradients and projection, for projector=normal."""
     projector = BasicProjector(
         grad_dim=sum(p.numel() for p in trained_parameters(model).values()),
         proj_dim=config.proj_dim,
         seed=derive_seed(config.seed, "projection"),
         proj_type=ProjectionType.normal,
-        device=device,
+        device=resolve_device(config.device),
         dtype=torch.float32,
     )
     return FunctionalGradientComputer, projector

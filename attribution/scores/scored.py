@@ -80,8 +80,7 @@ class Scored:
     def write(self, folder: Path) -> None:
         """Write the artifact `scores` into a folder."""
         assert self.matrix is not None
-        own = self.scores
-        write_scores(folder / "scores", self.matrix, own.train, own.targets, own.metadata)
+        write_scores(folder / "scores", self.matrix, self.scores)
 
     def metrics(self) -> dict[str, float]:
         """Time taken, the share of training examples with negative alignment, and how suspects were sought."""
@@ -156,11 +155,9 @@ def score_training_set(
     probabilities = {split: members.probabilities(split) for split in splits}
     predictions = {s: _predictions(data, members, s, p) for s, p in probabilities.items()}
     train = _train_table(predictions["train"], found, targets)
-    ensemble: dict[str, Any] = {"num_models": config.num_models}
-    if config.checkpoint_epochs:
-        ensemble["checkpoint_epochs"] = config.checkpoint_epochs
     metadata = {
-        "estimator": config.group("trak") | ensemble,
+        "estimator": config.group("trak")
+        | {"num_models": config.num_models, "checkpoint_epochs": config.checkpoint_epochs},
         **describe(calibration),
         "alignment": {"groups": "label", "group_weights": "exp_loss"},
         "loss_is_out_of_sample": members.is_out_of_sample,
@@ -169,12 +166,12 @@ def score_training_set(
         "data_fingerprint": data.fingerprint,
         **origin,
     }
-    examined = {"train": train}
-    if held_out is not None:  # else losses in sample and out of it would be compared
-        for split in SPLITS[1:]:
-            trust = trust_of_unseen(config, stores, held_out, split)
-            examined[split] = predictions[split].assign(trust=trust)
-    table = pd.concat(examined.values(), ignore_index=True)
+    others = [
+        predictions[split].assign(trust=trust_of_unseen(config, stores, held_out, split))
+        for split in SPLITS[1:]
+        if held_out is not None  # else losses in sample and out of it would be compared
+    ]
+    table = pd.concat([train, *others], ignore_index=True)
     outputs = np.concatenate(list(probabilities.values()))
     metadata["suspects"] = {"examined": len(table)}
     if config.cross_fit == "yes":

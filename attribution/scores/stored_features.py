@@ -42,14 +42,14 @@ def are_wanted(config: Config, length: int) -> bool:
 def write_features(
     folder: Path, stores: Sequence[Store], config: Config, scale: float = 1.0
 ) -> StoredFeatures:
-    """Write what load_features reads, from stores that combine() has factorised.
+    """Write what load_features reads, from stores that score() has factorised.
 
     The files of each checkpoint are the Cholesky factors L of its blocks, (blocks k, k) float32, and
     the whitened training features X L^-T, (n_train, blocks k) float16. No entry of the latter is
     above 1: their squares add up to leverages.
 
     Args:
-        scale: as of combine().
+        scale: as of score().
     """
     for m, store in enumerate(stores):
         own = folder / f"{m:03d}"

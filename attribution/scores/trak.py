@@ -32,7 +32,7 @@ class TrakScores:
             phi_i' (Phi'Phi + lambda I)^-1 phi_i, averaged over checkpoints.
         held_out: (n_train,) float32, how much each example helps held-out training examples: the sum,
             over those examples, of its unweighted score on their margin times their weight (argument
-            `held_out` of combine), averaged over checkpoints. None if combine was given no weights.
+            `held_out` of score), averaged over checkpoints. None if score was given no weights.
         row_weight: (n_train,) float32, the factor of row i of the scores: the mean over checkpoints of
             1 - p, or 1 without weights. It is M times row_scale.
     """
@@ -79,6 +79,11 @@ def check_gradients(config: Config, class_names: tuple[str, ...]) -> None:
             raise InputError(f"model={config.model}: {error}") from error
 
 
+def _ridge(config: Config, stores: list[Store]) -> Ridge:
+    num_blocks = stores[0].features(TARGETS)[0].shape[1] // config.proj_dim
+    return Ridge(config.lambda_reg, num_blocks, resolve_device(config.device))
+
+
 def score(
     config: Config,
     stores: list[Store],
@@ -94,40 +99,14 @@ def score(
     threshold. With num_blocks above 1 tau is a sum over blocks of layers, each with its own
     Phi'Phi, k and lambda.
 
+    The scores are written to the file block by block. Memory holds factors (blocks, k, k), the targets
+    of a checkpoint (n_targets, blocks k), some rows and some vectors, for any number of training
+    examples and checkpoints. A second call continues from the factors, targets and scores that are
+    finished.
+
     Args:
         stores: from featurize.
-        file, held_out, scale: as in combine.
-
-    Raises:
-        InputError: a Gram matrix that is singular, or a value that is not finite.
-    """
-    ridge = _ridge(config, stores)
-    return combine(stores, file, ridge, config.loss_gradient_weight, held_out, scale)
-
-
-def _ridge(config: Config, stores: list[Store]) -> Ridge:
-    num_blocks = stores[0].features(TARGETS)[0].shape[1] // config.proj_dim
-    return Ridge(config.lambda_reg, num_blocks, resolve_device(config.device))
-
-
-def combine(
-    stores: list[Store],
-    file: Path,
-    ridge: Ridge,
-    weight: str = "mean",
-    held_out: np.ndarray | None = None,
-    scale: float = 1.0,
-) -> TrakScores:
-    """Scores from the features of every checkpoint, written to a file block by block.
-
-    Memory holds factors (blocks, k, k), the targets of a checkpoint (n_targets, blocks k), some rows
-    and some vectors, for any number of training examples and checkpoints. A second call continues
-    from the factors, targets and scores that are finished.
-
-    Args:
         file: the score matrix to write, .npy.
-        ridge: the solve; its num_blocks is that of the features.
-        weight: parameter `loss_gradient_weight`.
         held_out: (M, n_train) weights of the training examples as targets under each checkpoint;
             0 for examples that the checkpoint saw.
         scale: factor of all scores, see calibration.calibrate. It changes neither self_influence nor
@@ -136,6 +115,7 @@ def combine(
     Raises:
         InputError: a Gram matrix that is singular, or a value that is not finite.
     """
+    ridge, weight = _ridge(config, stores), config.loss_gradient_weight
     keep_freed_memory()  # or the system would clear the memory of every block
     _factorise_all(stores, ridge)
     done = file.with_name("per_example.npy")
@@ -160,8 +140,8 @@ def trust_of_unseen(
     """What `held_out` of TrakScores is for training examples, of a split that none was trained on.
 
     Args:
-        stores: that combine() has factorised.
-        held_out: (M, n_train) weights of the training examples as targets, as for combine.
+        stores: that score() has factorised.
+        held_out: (M, n_train) weights of the training examples as targets, as for score.
 
     Returns:
         (n_split,) float32: how much each example would help held-out training examples.

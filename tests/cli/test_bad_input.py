@@ -332,17 +332,19 @@ def test_an_error_does_not_hide_a_later_success(place: Place, folder: Path) -> N
 @pytest.mark.parametrize("n", [3, 7, 9, 23, 97, 1079, 5989, 123_457])
 def test_the_smallest_share_that_is_advised_is_accepted(n: int) -> None:
     import re
+    from types import SimpleNamespace
 
     from toy import toy_config
 
     from attribution.errors import InputError
+    from attribution.experiments import evaluation
     from attribution.experiments.arms import check_fracs
-    from attribution.experiments.evaluation import check_alpha
     from attribution.models.checkpoints import check_subset_fraction
 
+    data, plain = SimpleNamespace(rows=lambda _: range(n)), {"brittleness_targets": 0}
     checks = [
         lambda share: check_fracs([share], np.zeros(n, np.int64)),
-        lambda share: check_alpha(toy_config(alpha=share), n),
+        lambda share: evaluation.check(toy_config(alpha=share, **plain), data),
         lambda share: check_subset_fraction(toy_config(subset_fraction=share), n),
     ]
     for check in checks:

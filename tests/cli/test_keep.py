@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import Place, refused, write_images
+from toy import toy_config
 
 from attribution.config import resolve
 from attribution.data.dataset import ImageData, load_data
@@ -417,11 +418,12 @@ def test_an_arm_that_cannot_be_exported_is_refused_before_anything_is_trained(
 
 
 def test_names_of_exported_files() -> None:
-    assert export_files("", ["harmful"], [0.1], "remove") == {}
-    names = export_files("harmful", ["harmful"], [0.05, 0.125], "both")
+    assert export_files(toy_config(arms="harmful", export_arm="")) == {}
+    harmful = {"arms": "harmful", "export_arm": "harmful"}
+    names = export_files(toy_config(**harmful, frac="0.05,0.125", action="both"))
     assert names == {"harmful_0.05.csv": 0.05, "harmful_0.125.csv": 0.125}
     for arm in ("negative", "oracle"):
-        assert export_files(arm, [arm], [0.05, 0.1], "remove") == {f"{arm}.csv": None}
+        assert export_files(toy_config(arms=arm, export_arm=arm)) == {f"{arm}.csv": None}
 
 
 @settings(deadline=None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,29 +10,30 @@ from hypothesis import strategies as st
 from planted_trials import evidence_of
 from toy import toy_config
 
-from attribution.config import resolve
+from attribution.config import Config, resolve
 from attribution.errors import InputError
 from attribution.experiments.arms import (
     ARMS,
     Trial,
+    check_arms,
+    check_fracs,
     count_trials,
     export_files,
     plan_trials,
     removal_metrics,
     removed_table,
 )
-from attribution.experiments.evidence import Evidence
 from attribution.experiments.names import ARM_SPECS
 
 SEEDS = [11, 22, 33]
 
 
-def simple(labels: np.ndarray, alignment: np.ndarray, loss: np.ndarray, **more) -> Evidence:
+def simple(labels: np.ndarray, alignment: np.ndarray, loss: np.ndarray, **more) -> pd.DataFrame:
     """Where trust says what alignment does."""
     return evidence_of(labels, alignment, alignment, loss, **more)
 
 
-def evidence(n: int = 40, seed: int = 0, n_negative: int = 7) -> Evidence:
+def evidence(n: int = 40, seed: int = 0, n_negative: int = 7) -> pd.DataFrame:
     """Four classes in turn; n_negative examples have negative alignment."""
     rng = np.random.default_rng(seed)
     values = rng.permutation(n).astype(float) - n_negative + 0.5
@@ -42,24 +41,31 @@ def evidence(n: int = 40, seed: int = 0, n_negative: int = 7) -> Evidence:
     return evidence_of(np.arange(n) % 4, values, trust, loss)
 
 
-def full_evidence(n: int = 40, seed: int = 0) -> Evidence:
+def full_evidence(n: int = 40, seed: int = 0) -> pd.DataFrame:
     """With all that an arm may look at; groups 0, 1, 2 hold half, a third and a sixth."""
     rng = np.random.default_rng(seed + 1)
     found = evidence(n, seed)
-    return replace(
-        found,
+    return found.assign(
         stored_trust=rng.permutation(n).astype(float),
         label_quality=rng.random(n),
         self_influence=rng.random(n),
-        predicted=rng.integers(0, 4, n),
-        groups=rng.permutation(np.array([0, 0, 0, 1, 1, 2])[np.arange(n) % 6]),
+        predicted_label=rng.integers(0, 4, n),
+        group_id=rng.permutation(np.array([0, 0, 0, 1, 1, 2])[np.arange(n) % 6]),
         is_flipped=np.arange(n) % 9 == 1,
-        true_labels=np.where(np.arange(n) % 9 == 1, (found.labels + 1) % 4, found.labels),
+        true_label=np.where(np.arange(n) % 9 == 1, (found.label + 1) % 4, found.label),
     )
 
 
-def plan(arms: str, fracs: list[float], found: Evidence | None = None, seeds=None) -> list[Trial]:
-    return plan_trials(arms.split(","), fracs, found or evidence(), seeds or SEEDS)
+def plan(
+    arms: str, fracs: list[float], found: pd.DataFrame | None = None, seeds=None
+) -> list[Trial]:
+    found, config = evidence() if found is None else found, configured(arms, fracs)
+    check_fracs(config.fracs, found["label"].to_numpy())
+    return plan_trials(config, found, seeds or SEEDS)
+
+
+def configured(arms: str, fracs: list[float], **given: str) -> Config:
+    return toy_config(arms=arms, frac=",".join(map(str, fracs)), **given)
 
 
 def one(trials: list[Trial], arm: str) -> Trial:
@@ -124,7 +130,7 @@ def test_an_arm_can_be_exported_only_if_every_seed_chooses_the_same(arm: str) ->
     assert ARM_SPECS[arm].is_drawn == is_drawn
     if is_drawn:
         with pytest.raises(InputError, match=f"export_arm={arm}: draws other examples"):
-            export_files(arm, [arm], [0.2], "remove")
+            export_files(configured(arm, [0.2], export_arm=arm))
 
 
 @pytest.mark.parametrize("frac", [0.05, 0.3])
@@ -159,7 +165,7 @@ def test_random_is_the_same_for_the_same_seed() -> None:
 def test_arms_that_draw_from_the_same_examples_draw_independently() -> None:
     """With a single group `majority` chooses as `random` does, but not the same examples."""
     seeds = list(range(300))
-    found = replace(full_evidence(), groups=np.zeros(40, dtype=int))
+    found = full_evidence().assign(group_id=np.zeros(40, dtype=int))
     trials = plan("random,majority", [0.25], found, seeds)
     pairs = zip(one(trials, "random").removed, one(trials, "majority").removed, strict=True)
     shared = [len(np.intersect1d(a, b)) for a, b in pairs]
@@ -197,7 +203,7 @@ def test_random_matched_takes_as_many_of_each_class_as_harmful(n, seed, frac) ->
     found, count = evidence(n, seed), round(frac * n)
     rng = np.random.default_rng(seed)
     per_class = [
-        [int((found.labels[ARMS[arm](found, count, rng)] == label).sum()) for label in range(4)]
+        [int((found.label[ARMS[arm](found, count, rng)] == label).sum()) for label in range(4)]
         for arm in ("harmful", "random_matched")
     ]
     assert per_class[0] == per_class[1]
@@ -230,7 +236,7 @@ def test_harmful_loss_goes_down_both_orders_until_it_has_enough(n, seed, data) -
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 99), st.data())
 def test_balanced_always_takes_from_the_group_that_is_then_largest(groups, seed, data) -> None:
     groups = np.array(groups)
-    found = replace(evidence(len(groups)), groups=groups)
+    found = evidence(len(groups)).assign(group_id=groups)
     count = data.draw(st.integers(0, len(groups)))
     sizes = np.bincount(groups)
     for _ in range(count):
@@ -242,7 +248,7 @@ def test_balanced_always_takes_from_the_group_that_is_then_largest(groups, seed,
 
 def test_balanced_takes_every_example_of_a_group_equally_often() -> None:
     groups = np.array([0] * 20 + [1] * 15 + [2] * 5)  # less 15: ten of each large one stay
-    found = replace(evidence(40), groups=groups)
+    found = evidence(40).assign(group_id=groups)
     rng = np.random.default_rng(0)
     counts = sum(np.bincount(ARMS["balanced"](found, 15, rng), minlength=40) for _ in range(3000))
     assert counts.sum() == 45_000 and not counts[groups == 2].any()
@@ -255,7 +261,7 @@ def test_balanced_takes_every_example_of_a_group_equally_often() -> None:
 
 def test_majority_takes_from_the_largest_group_alone_and_no_more_than_it_has() -> None:
     found, rng = full_evidence(), np.random.default_rng(0)
-    largest = [i for i in range(40) if found.groups[i] == 0]
+    largest = [i for i in range(40) if found.group_id[i] == 0]
     seen = set()
     for _ in range(60):
         taken = ARMS["majority"](found, 6, rng).tolist()
@@ -279,18 +285,17 @@ def test_oracle_gets_a_random_of_its_own_size_and_appears_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arm", "field", "words"),
+    ("arm", "column", "words"),
     [
-        ("majority", "groups", ("groups=auto", "label or a column")),
-        ("balanced", "groups", ("groups=auto", "label or a column")),
+        ("majority", "group_id", ("groups=auto", "label or a column")),
+        ("balanced", "group_id", ("groups=auto", "label or a column")),
         ("oracle", "is_flipped", ("no label was flipped", "label_noise")),
     ],
 )
-def test_an_arm_without_its_evidence_is_refused_by_name(arm, field, words) -> None:
-    found = full_evidence()
-    plan(arm, [0.1], found)
+def test_an_arm_without_its_evidence_is_refused_by_name(arm, column, words) -> None:
+    check_arms([arm])
     with pytest.raises(InputError) as caught:
-        plan(f"none,{arm}", [0.1], replace(found, **{field: None}))
+        check_arms(["none", arm], [column])
     message = str(caught.value)
     assert message.startswith(f"arms={arm}: ") and message.endswith("or leave out the arm")
     assert all(word in message for word in words) and "\n" not in message
@@ -347,7 +352,7 @@ def test_no_arm_takes_the_last_two_examples_of_a_class(sizes, seed, data) -> Non
     n, most = len(labels), sum(max(size - 2, 0) for size in sizes)
     assume(most)
     count = data.draw(st.integers(1, most))
-    found = replace(full_evidence(n, seed), labels=labels)
+    found = full_evidence(n, seed).assign(label=labels)
     for trial in plan(",".join(ARMS), [count / n], found)[1:]:
         for removed in trial.removed:
             left = np.bincount(np.delete(labels, removed), minlength=len(sizes))
@@ -376,7 +381,7 @@ def test_a_frac_that_removes_nothing_is_refused() -> None:
 
 def test_an_unknown_arm_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(InputError) as caught:
-        plan("none,harmfull", [0.1])
+        check_arms(["none", "harmfull"])
     assert str(caught.value).startswith("arms=harmfull: unknown; did you mean harmful")
 
 
@@ -401,8 +406,8 @@ def test_trials_are_counted_before_the_scores_are_known(arms, surplus, frac, act
     config = toy_config(arms=arms, frac=frac, action=action)
     actions = ("remove", "relabel") if action == "both" else (action,)
     # Sizes of their own that no other arm has: 7 flips, 9 with negative alignment.
-    found = replace(full_evidence(60), alignment=evidence(60, n_negative=9).alignment)
-    trials = plan_trials(config.arm_names, config.fracs, found, SEEDS, actions)
+    found = full_evidence(60).assign(alignment=evidence(60, n_negative=9).alignment)
+    trials = plan_trials(config, found, SEEDS)
     assert count_trials(config, 60) == len(trials) + surplus * len(actions)
 
 
@@ -420,8 +425,8 @@ def test_the_count_of_trials_is_enough_where_the_majority_is_smaller_than_asked_
 # Relabelling
 
 
-def relabelled(arms: str, fracs: list[float], actions: str, found: Evidence) -> list[Trial]:
-    return plan_trials(arms.split(","), fracs, found, SEEDS, actions.split(","))
+def relabelled(arms: str, fracs: list[float], action: str, found: pd.DataFrame) -> list[Trial]:
+    return plan_trials(configured(arms, fracs, action=action), found, SEEDS)
 
 
 def test_without_being_asked_nothing_is_relabelled() -> None:
@@ -439,7 +444,7 @@ def test_relabelled_examples_are_those_removed_under_the_predicted_label(arm: st
         removed.removed, trial.removed, trial.new_labels, strict=True
     ):
         assert positions.tolist() == again.tolist()
-        assert labels.tolist() == [found.predicted[i] for i in positions]
+        assert labels.tolist() == [found.predicted_label[i] for i in positions]
 
 
 def test_the_oracle_relabels_with_the_true_labels_and_its_control_with_predictions() -> None:
@@ -447,19 +452,20 @@ def test_the_oracle_relabels_with_the_true_labels_and_its_control_with_predictio
     trials = relabelled("oracle", [0.1], "relabel", found)
     oracle = one(trials, "oracle")
     for positions, labels in zip(oracle.removed, oracle.new_labels, strict=True):
-        assert labels.tolist() == [found.true_labels[i] for i in positions]
-        assert (labels != found.labels[positions]).all()
+        assert labels.tolist() == [found.true_label[i] for i in positions]
+        assert (labels != found.label[positions]).all()
     control = [t for t in trials if t.arm == "random" and len(t.removed[0]) == 5]
     for positions, labels in zip(control[0].removed, control[0].new_labels, strict=True):
-        assert labels.tolist() == [found.predicted[i] for i in positions]
+        assert labels.tolist() == [found.predicted_label[i] for i in positions]
 
 
-@pytest.mark.parametrize("actions", ["remove", "relabel", "remove,relabel", "relabel,remove"])
-def test_each_action_has_its_own_random_of_each_size_and_none_is_there_once(actions) -> None:
-    trials = relabelled("negative,harmful", [0.1, 0.2], actions, full_evidence())
+@pytest.mark.parametrize("action", ["remove", "relabel", "both"])
+def test_each_action_has_its_own_random_of_each_size_and_none_is_there_once(action) -> None:
+    trials = relabelled("negative,harmful", [0.1, 0.2], action, full_evidence())
+    actions = ["remove", "relabel"] if action == "both" else [action]
     assert [t.arm for t in trials].count("none") == 1 and trials[0].arm == "none"
-    assert list(dict.fromkeys(t.action for t in trials[1:])) == actions.split(",")
-    for action in actions.split(","):
+    assert list(dict.fromkeys(t.action for t in trials[1:])) == actions
+    for action in actions:
         sizes = {
             arm: [len(t.removed[0]) for t in trials if (t.arm, t.action) == (arm, action)]
             for arm in ("random", "harmful", "negative")
@@ -469,35 +475,34 @@ def test_each_action_has_its_own_random_of_each_size_and_none_is_there_once(acti
 
 def test_trials_of_both_actions_have_different_names_that_say_which_is_which() -> None:
     found = full_evidence()
-    trials = relabelled(",".join(set(ARMS) - {"majority"}), [0.1, 0.3], "remove,relabel", found)
+    trials = relabelled(",".join(set(ARMS) - {"majority"}), [0.1, 0.3], "both", found)
     names = [t.name for t in trials]
     assert len(names) == len(set(names))
     assert {t.name.endswith(" relabelled") == (t.action == "relabel") for t in trials} == {True}
 
 
-def table_of(removed: list[list[int]], n: int = 6) -> pd.DataFrame:
-    trial = Trial("random", 0.3, tuple(np.array(r, dtype=np.int64) for r in removed))
-    train = pd.DataFrame(
-        {
-            "position": range(n),
-            "label_name": ["cat", "dog"] * (n // 2),
-            "is_flipped": [True, False, False, True, False, False],
-        }
-    )
-    found = simple(np.arange(n) % 2, np.arange(n) / 10, np.zeros(n))
-    return removed_table(trial, train, found)
+def trial_of(*removed: list[int]) -> Trial:
+    return Trial("random", 0.3, tuple(np.array(r, dtype=np.int64) for r in removed))
+
+
+def six(is_flipped: list[bool]) -> pd.DataFrame:
+    """Evidence of six examples."""
+    found = simple(np.arange(6) % 2, np.arange(6) / 10, np.zeros(6), is_flipped=is_flipped)
+    return found.assign(position=range(6), label_name=["cat", "dog"] * 3)
+
+
+FLIPPED = [True, False, False, True, False, False]
 
 
 def test_the_removed_table_says_how_many_seeds_removed_each_example() -> None:
-    table = table_of([[0, 1], [1, 5]])
+    table = removed_table(trial_of([0, 1], [1, 5]), six(FLIPPED))
     assert table["position"].tolist() == [0, 1, 5]
     assert table["seeds"].tolist() == [1, 2, 1]
     assert table["alignment"].tolist() == [0.0, 0.1, 0.5]
 
 
 def test_removal_metrics_are_those_counted_by_hand() -> None:
-    metrics = removal_metrics(table_of([[0, 1], [1, 5]]), n_flipped=2, n_seeds=2)
-    assert metrics == {
+    assert removal_metrics(trial_of([0, 1], [1, 5]), six(FLIPPED)) == {
         "removed/cat": 0.5,  # example 0, under one of two seeds
         "removed/dog": 1.5,  # 1 twice, 5 once
         "flips_precision": 0.25,  # one flip among four removals
@@ -506,9 +511,9 @@ def test_removal_metrics_are_those_counted_by_hand() -> None:
 
 
 def test_without_planted_flips_there_is_no_precision_or_recall() -> None:
-    metrics = removal_metrics(table_of([[0, 1], [1, 5]]), n_flipped=0, n_seeds=2)
+    metrics = removal_metrics(trial_of([0, 1], [1, 5]), six([False] * 6))
     assert set(metrics) == {"removed/cat", "removed/dog"}
 
 
 def test_an_arm_that_removes_nothing_has_no_removal_metrics() -> None:
-    assert removal_metrics(table_of([[], []]), n_flipped=2, n_seeds=2) == {}
+    assert removal_metrics(trial_of([], []), six(FLIPPED)) == {}

@@ -43,10 +43,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 )
 def test_an_exported_arm_keeps_all_that_it_does_not_choose(arm_name, sizes) -> None:
     n = np.arange(100)
-    train = pd.DataFrame({"example_id": [f"id{i}" for i in n], "label_name": "a", "file_name": ""})
-    evidence = evidence_of(n % 2, alignment=n - 6.5, trust=n / 100, loss=-n)
+    names = {"example_id": [f"id{i}" for i in n], "label_name": "a", "file_name": ""}
+    evidence = evidence_of(n % 2, alignment=n - 6.5, trust=n / 100, loss=-n, **names)
     config = toy_config(arms="harmful,negative", frac="0.05,0.049,0.09", export_arm=arm_name)
-    found = comparison.exported(config, evidence, train)
+    found = comparison.exported(config, evidence)
     assert {name: table["example_id"].tolist() for name, table in found.items()} == {
         name: [f"id{i}" for i in range(size, 100)] for name, size in sizes.items()
     }

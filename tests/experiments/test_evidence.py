@@ -44,9 +44,11 @@ def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
         gather_evidence(toy_config(), data, other)
 
 
-def test_evidence_that_the_data_lack_is_none(tmp_path: Path) -> None:
+def test_training_examples_have_groups_unless_targets_alone_are_grouped(tmp_path: Path) -> None:
     data = toy_data(tmp_path)
     scores = scores_of(data, np.random.default_rng(0))
-    found = gather_evidence(toy_config(groups="auto"), data, scores)
-    missing = [name for name, value in vars(found).items() if value is None]
-    assert missing == ["groups", "is_flipped"]
+    by_label, automatic = (
+        gather_evidence(toy_config(groups=groups), data, scores) for groups in ("label", "auto")
+    )
+    np.testing.assert_array_equal(by_label["group_id"], data.labels("train"))
+    assert "group_id" not in automatic

@@ -260,7 +260,7 @@ def test_an_arm_that_takes_most_of_a_class_is_flagged_with_what_became_of_it(rar
     table = comparison_table(rare).set_index("arm")
     assert table["warning"].dropna().to_dict() == {
         "helpful": "helpful 0.0588 removed 8 of the 12 training examples of 'effusion'; the test "
-        "accuracy of that class fell from 1.00 to 0.00."
+        "accuracy of that class went from 1.00 to 0.00."
     }
 
 

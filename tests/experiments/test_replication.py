@@ -9,10 +9,12 @@ from made_comparison import MORE, table_of
 from scipy import stats
 
 from attribution.errors import InputError
+from attribution.experiments.contrasts import COLUMNS
 from attribution.experiments.replication import by_split, check, summary
 from attribution.experiments.statistics import holm
 
 SEEDS = (3, 4, 5)
+NONE = {seed: pd.DataFrame(columns=COLUMNS) for seed in SEEDS}  # no contrasts
 
 
 def shifted(split: int) -> pd.DataFrame:
@@ -31,7 +33,7 @@ def tables() -> dict[int, pd.DataFrame]:
 
 
 def test_differences_and_intervals_are_student_s_t_over_splits(tables) -> None:
-    found = summary(by_split(tables))[0].set_index(["arm", "action", "n_removed"])
+    found = summary(by_split(tables), NONE)[0].set_index(["arm", "action", "n_removed"])
     for key in (("harmful", "remove", 4), ("harmful", "remove", 8), ("loss", "remove", 8)):
         each = [
             float(
@@ -51,7 +53,7 @@ def test_differences_and_intervals_are_student_s_t_over_splits(tables) -> None:
 
 
 def test_p_values_are_adjusted_over_all_trials(tables) -> None:
-    table, _ = summary(by_split(tables))
+    table, _ = summary(by_split(tables), NONE)
     for control in ("random", "none"):
         p = table[f"accuracy_vs_{control}_p"].dropna()
         adjusted = table.loc[p.index, f"accuracy_vs_{control}_p_holm"]
@@ -80,13 +82,13 @@ def test_a_trial_is_the_same_on_every_split_where_its_size_depends_on_the_split(
     rows = by_split(tables)
     assert rows.groupby("trial")["data_seed"].nunique().eq(3).all()
     assert rows[rows["arm"] == "oracle"]["n_removed"].tolist() == [4, 5, 6]
-    own = summary(rows)[0].set_index("arm").loc["oracle"]
+    own = summary(rows, NONE)[0].set_index("arm").loc["oracle"]
     assert own["n_removed"] == 5 and own["frac"] == pytest.approx(0.11)
 
 
 def test_a_trial_that_one_split_lacks_is_left_out(tables) -> None:
     short = {**tables, 4: tables[4].query("n_removed != 8")}
-    assert set(summary(by_split(short))[0]["n_removed"]) == {0, 4, 5}
+    assert set(summary(by_split(short), NONE)[0]["n_removed"]) == {0, 4, 5}
 
 
 def test_equal_splits_are_refused() -> None:

@@ -28,6 +28,4 @@ def test_the_note_of_very_many_arms_is_whole(count: int) -> None:
     shown = min(count, MOST_ARMS)
     assert len(note) < 8000
     assert all((run in note) == (i >= count - shown) for i, run in enumerate(runs))
-    assert note.count("\n- **none") == shown
-    assert ("and 260 more" in note) == (count == 300)
     assert "a" * 32 in note and "b" * 32 in note

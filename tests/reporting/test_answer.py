@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pandas as pd
 from made_comparison import MORE, only, table_of
 
@@ -25,25 +23,23 @@ def test_the_best_arm_is_named_with_its_gain_over_random_and_over_none() -> None
     assert answer.best(table)["arm"] == "oracle"
 
 
-def test_an_arm_that_lowers_accuracy_is_said_to_with_figures_above_zero() -> None:
+def test_without_a_better_arm_no_gain_is_claimed() -> None:
     swapped = {"harmful": "random", "random": "harmful", "none": "none"}
     worse = {
         (swapped[arm], size, action): right
         for (arm, size, action), right in MORE.items()
         if arm in swapped and action == "remove"
     }
-    table = table_of(worse)
-    first, second = answer.sentences(table)[:2]
-    assert first == "No arm was shown to raise test accuracy more than random removal."
-    assert re.match(
-        r"Removing the 8 most harmful examples lowered test accuracy by 3.8 points", second
-    )
-    assert answer.best(table) is None
+    for table in (table_of(worse), table_of(only("loss"))):
+        assert answer.sentences(table) == [
+            "No arm was shown to raise test accuracy more than random removal."
+        ]
+        assert answer.best(table) is None
 
 
 def test_the_best_arm_for_the_worst_group_has_a_sentence_where_groups_are_known() -> None:
     table = table_of(MORE)
-    assert answer.short(table) == answer.sentences(table)[0]
+    assert [answer.short(table)] == answer.sentences(table)
     versus = [name for name in table if name.startswith("accuracy_vs_random")]
     groups = table.assign(**{f"worst_group_{name}": table[name] / 2 for name in versus})
     groups["worst_group_accuracy_vs_random_p_holm"] = table["accuracy_vs_random_p_holm"]
@@ -67,26 +63,16 @@ def test_the_best_arm_for_the_worst_group_has_a_sentence_where_groups_are_known(
     assert answer.sentences(groups)[1] == none
 
 
-def test_an_arm_that_differs_by_chance_is_said_not_to_be_distinguishable() -> None:
-    found = answer.sentences(table_of(only("loss")))
-    assert found[0].startswith("No arm was shown")
-    assert found[-1].startswith("Not distinguishable from random with this many seeds: loss 0.1 (")
-
-
-def test_a_small_test_part_is_said_to_show_large_changes_alone() -> None:
+def test_a_test_part_in_which_one_image_counts_a_point_is_said_to_hide_smaller_changes() -> None:
     table = table_of(MORE)
-    assert answer.warnings(table) == []  # 400 images, seeds that agree
-    detectable = table["accuracy_vs_random_detectable"]
-    few = table.assign(n_test=120, image_worth=1 / 120)
-    few["accuracy_vs_random_detectable"] = detectable.where(detectable.isna(), 0.13)
-    (sentence,) = answer.warnings(few)
-    assert sentence.startswith(
-        "With 120 test images and 5 seeds only changes above 13 points can be seen"
-    )
-    (sentence,) = answer.warnings(table.assign(n_test=90, image_worth=1 / 90))
-    assert "changes above 1.1 points" in sentence and "nothing" not in sentence
+    assert answer.warnings(table) == []  # 400 images
     (sentence,) = answer.warnings(table.assign(n_test=12, image_worth=1 / 12))
-    assert "decides nothing: one image changes accuracy by up to 8.3 points" in sentence
+    assert sentence.startswith(
+        "One of the 12 test images changes accuracy by up to 8.3 points, and smaller changes cannot"
+    )
+    flagged = table.assign(n_test=90, image_worth=1 / 90, warning=["a class"] + [None] * 8)
+    first, second = answer.warnings(flagged)
+    assert first == "a class" and "up to 1.1 points" in second
 
 
 def test_a_contrast_is_said_in_points_with_its_interval_and_verdict() -> None:
@@ -113,12 +99,3 @@ def test_every_arm_has_its_words() -> None:
     assert list(ARM_SPECS) == list(ARMS) and list(METHOD_WORDS) == list(METHODS)
     for words in ARM_SPECS.values():
         assert words.about[0].islower() and not words.about.endswith(".")
-
-
-def test_an_interval_clear_of_zero_that_does_not_count_is_explained() -> None:
-    table = table_of(MORE)
-    close = table["verdict"].where(table["arm"] != "harmful", "not significant after Holm")
-    found = answer.sentences(table.assign(verdict=close))
-    (line,) = (each for each in found if "(Holm)" in each)
-    assert "excludes zero" in line and "harmful 0.1" in line and "harmful 0.2" in line
-    assert not any("harmful" in each for each in found if each != line)

@@ -54,8 +54,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of an undamaged artifact of 4 training examples and 3 targets."""
     folder = tmp_path_factory.mktemp("whole") / "scores"
     matrix = folder.with_name("matrix.npy")
-    write_matrix(matrix, [np.arange(12.0).reshape(4, 3)], (4, 3))
-    write_scores(folder, matrix, table(4), table(3), {})
+    values = np.arange(12.0).reshape(4, 3)
+    write_matrix(matrix, [values], (4, 3))
+    write_scores(folder, matrix, Scores(values, table(4), table(3), {}))
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 

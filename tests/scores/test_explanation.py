@@ -493,7 +493,7 @@ def made_up(name: str = "target 0", **changes: Any) -> Explanation:
     values = {
         "pixels": np.full((16, 16, 3), 9, np.uint8), "label": "bright", "predicted": "dark",
         "probability": 0.75, "label_probability": 0.25, "helpful": train, "harmful": train[:1],
-        "votes": 7, "num_models": 9, "warnings": ("inverted: <b>swapped</b>",),
+        "agreement": "7 of 9 checkpoints say dark", "warnings": ("inverted: <b>swapped</b>",),
         "in_margins": True,
     }  # fmt: skip
     return Explanation(name, **values | changes)
@@ -551,7 +551,8 @@ def test_votes_are_those_of_the_checkpoints_and_doubt_is_relative_to_validation_
     for target, each in enumerate(targets):
         own = finetuned.members.validation_logits[:, target].argmax(1)
         predicted = data.class_names.index(each.predicted)
-        assert (each.votes, each.num_models) == (list(own).count(predicted), 2)
+        votes = list(own).count(predicted)
+        assert each.agreement == f"{votes} of 2 checkpoints say {each.predicted}"
         assert each.warnings == ()
     assert picture.agreement == targets[4].agreement
     (line,) = explanation._doubts(0.4, finetuned.members)

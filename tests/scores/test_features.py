@@ -12,7 +12,9 @@ from test_trak import store_features
 from toy import toy_config, toy_data
 
 from attribution.data.dataset import ImageData
+from attribution.gradients.sketch import Sketch
 from attribution.models import classifier, model_facts
+from attribution.runtime.hashing import derive_seed
 from attribution.runtime.npy_blocks import open_matrix
 from attribution.scores import features as module
 from attribution.scores.features import Shard
@@ -111,6 +113,21 @@ def test_features_hold_a_sketch_for_each_block_of_layers(tmp_path: Path, asked: 
     np.testing.assert_allclose(
         several.reshape(12, blocks, 16).sum(1), one, rtol=1e-4, atol=1e-5 * np.abs(one).max()
     )
+
+
+def test_each_checkpoint_has_a_sketch_of_its_own(tmp_path: Path) -> None:
+    data = toy_data(tmp_path / "data", n_train=12, n_other=6)
+    folder, config = saved_model(tmp_path / "model", data), toy_config(proj_dim=16, num_blocks=3)
+    stores = module.featurize(config, data, [folder, folder], tmp_path / "work")
+    model = classifier.load(folder).eval()
+    size = sum(p.numel() for p in model.parameters())
+    (batch,) = module.batches_of(config, data, "train", 12, torch.device("cpu"))
+    for m, store in enumerate(stores):
+        sketch = Sketch(16, f"{derive_seed(config.seed, 'projection')}/{m}", num_blocks=3)
+        expected = sketch.features(model, *batch)[0].numpy() / np.sqrt(size)  # as traker does
+        np.testing.assert_allclose(store.features("train")[0], expected, rtol=1e-4, atol=1e-7)
+    one, other = (store.features("train")[0] for store in stores)
+    assert not np.allclose(one, other)
 
 
 @pytest.mark.parametrize("projector", ["sketch", "normal"])

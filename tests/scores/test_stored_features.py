@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_trak import config_of
 from toy import toy_config
 
 from attribution.data.dataset import ImageData
 from attribution.errors import InputError
 from attribution.scores import stored_features
 from attribution.scores.features import Store, featurize
-from attribution.scores.ridge import Ridge
 from attribution.scores.stored_features import load_features, write_features
-from attribution.scores.trak import combine, score
+from attribution.scores.trak import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = ("mean", "none")
@@ -77,7 +77,7 @@ def test_stored_features_score_anything_by_the_formula(
     stores, held = zip(
         *(write_store(folder / "work", m, rng, sizes, blocks * k) for m in range(models))
     )
-    combine(list(stores), folder / "scores.npy", Ridge(lambda_reg, blocks), weight)
+    score(config_of(stores, lambda_reg, blocks, weight), list(stores), folder / "scores.npy")
     config = toy_config(loss_gradient_weight=weight)
     write_features(folder / "features", list(stores), config)
     new = [rng.normal(size=(4, blocks * k)).astype(np.float32) for _ in stores]
@@ -154,7 +154,7 @@ def stored(tmp_path: Path) -> Path:
     """A folder of write_features: two checkpoints, 6 examples, 2 blocks of 3."""
     rng, sizes = np.random.default_rng(0), {"train": 6, "validation": 2}
     stores = [write_store(tmp_path / "work", m, rng, sizes, 6)[0] for m in range(2)]
-    combine(stores, tmp_path / "scores.npy", Ridge(0.1, 2))
+    score(config_of(stores, 0.1, 2), stores, tmp_path / "scores.npy")
     write_features(tmp_path / "features", stores, toy_config())
     return tmp_path / "features"
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_config, toy_data
 
+from attribution.config import Config
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
 from attribution.models import classifier, model_facts
@@ -23,10 +24,8 @@ from attribution.runtime.npy_blocks import write_matrix
 from attribution.scores import trak
 from attribution.scores.alignment import group_alignment
 from attribution.scores.features import Store, featurize
-from attribution.scores.ridge import Ridge
 from attribution.scores.trak import (
     check_proj_dim,
-    combine,
     predicted_margins,
     score,
     trust_of_unseen,
@@ -46,6 +45,15 @@ def store_features(folder: Path, m: int, n: int, targets: int, k: int, shard: in
             put(store.features_file(split, first), features[part])
             put(store.one_minus_p_file(split, first), one_minus_p[part])
     return store
+
+
+def config_of(
+    stores: list[Store], lambda_reg: float = 0.1, num_blocks: int = 1, weight: str = "mean"
+) -> Config:
+    """The settings of stored features in so many blocks."""
+    width = stores[0].features("train")[0].shape[1]
+    given = {"proj_dim": width // num_blocks, "num_blocks": num_blocks, "lambda_reg": lambda_reg}
+    return toy_config(**given, loss_gradient_weight=weight)
 
 
 def put(file: Path, values: np.ndarray) -> None:
@@ -83,7 +91,8 @@ def blocks_of(rows: int):
 def check(
     stores: list[Store], folder: Path, lambda_reg: float, weight: str, num_blocks: int = 1
 ) -> np.ndarray:
-    found = combine(stores, folder / "scores.npy", Ridge(lambda_reg, num_blocks), weight)
+    config = config_of(stores, lambda_reg, num_blocks, weight)
+    found = score(config, stores, folder / "scores.npy")
     scores, self_influence = formula(stores, lambda_reg, weight, num_blocks)
     assert found.values.dtype == np.float32
     np.testing.assert_allclose(found.values, scores, rtol=0, atol=2e-5 * np.abs(scores).max())
@@ -121,10 +130,10 @@ def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
     stores = [store_features(tmp_path, m, 50, 9, 16, shard=20) for m in range(3)]
     rng = np.random.default_rng(0)
     weights = rng.random((3, 50)) * (rng.random((3, 50)) < 0.5)
-    solve, file = Ridge(0.1, num_blocks), tmp_path / "scores.npy"
+    config, file = config_of(stores, 0.1, num_blocks), tmp_path / "scores.npy"
     with blocks_of(16):
-        found = combine(stores, file, solve, "mean", weights)
-        again = combine(stores, file, solve, "mean", weights)
+        found = score(config, stores, file, weights)
+        again = score(config, stores, file, weights)
     np.testing.assert_array_equal(found.held_out, again.held_out)
     expected = np.zeros(50)
     for store, own in zip(stores, weights, strict=True):
@@ -135,7 +144,7 @@ def test_alignment_with_held_out_examples_is_a_loop_over_pairs(
             for i in range(50):
                 expected[i] += sum(own[j] * pairs[i, j] for j in range(50) if j != i) / 3
     np.testing.assert_allclose(found.held_out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    assert combine(stores, tmp_path / "other.npy", solve).held_out is None
+    assert score(config, stores, tmp_path / "other.npy").held_out is None
 
 
 @pytest.mark.parametrize("weight", ["mean", "none"])
@@ -151,10 +160,9 @@ def test_predicted_margins_of_subsets_are_sums_of_scores(tmp_path: Path, weight:
 
 def test_the_scale_multiplies_scores_alone(tmp_path: Path) -> None:
     stores = [store_features(tmp_path, m, 50, 9, 16) for m in range(2)]
-    weights, ridge = np.full((2, 50), 0.02), Ridge(0.1)
+    weights, config = np.full((2, 50), 0.02), config_of(stores)
     one, four = (
-        combine(stores, tmp_path / f"{scale}.npy", ridge, "mean", weights, scale)
-        for scale in (1, 4)
+        score(config, stores, tmp_path / f"{scale}.npy", weights, scale) for scale in (1, 4)
     )
     np.testing.assert_allclose(four.values, 4 * one.values, rtol=1e-6)
     for name in ("self_influence", "held_out", "row_weight"):
@@ -167,8 +175,8 @@ def test_trust_of_unseen_examples_is_a_sum_over_held_out_training_examples(
 ) -> None:
     stores = [store_features(tmp_path, m, 50, 9, 16, shard=20) for m in range(3)]
     weights = np.random.default_rng(0).random((3, 50))
-    combine(stores, tmp_path / "scores.npy", Ridge(0.1, num_blocks), "mean", weights)
-    config = toy_config(proj_dim=16 // num_blocks, num_blocks=num_blocks, lambda_reg=0.1)
+    config = config_of(stores, 0.1, num_blocks)
+    score(config, stores, tmp_path / "scores.npy", weights)
     with blocks_of(4):
         found = trust_of_unseen(config, stores, weights, TARGETS)
     expected = np.zeros(9)
@@ -215,7 +223,7 @@ def test_no_array_as_large_as_the_matrix_is_in_memory(tmp_path: Path) -> None:
         reset_peak_memory()
         nonlocal before
         before = peak_memory_mib()
-        values = combine([store], folder / "scores.npy", Ridge(0.1)).values
+        values = score(config_of([store]), [store], folder / "scores.npy").values
         group_alignment(values, np.arange(targets) % 2, np.array([0.5, 0.5]))
 
     before = 0.0
@@ -229,7 +237,7 @@ def test_shards_make_the_scores_of_the_whole(tmp_path: Path) -> None:
     whole = [store_features(tmp_path / "w", m, 50, 9, 8) for m in range(2)]
     parts = [store_features(tmp_path / "p", m, 50, 9, 8, shard=7) for m in range(2)]
     assert len(parts[0].features("train")) == 8
-    a, b = (combine(s, tmp_path / f"{i}.npy", Ridge(0.1)) for i, s in enumerate((whole, parts)))
+    a, b = (score(config_of(s), s, tmp_path / f"{i}.npy") for i, s in enumerate((whole, parts)))
     np.testing.assert_allclose(a.values, b.values, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(a.self_influence, b.self_influence, rtol=1e-4)
 
@@ -246,14 +254,14 @@ def test_features_that_are_not_finite_or_overflow_are_refused(
     features[7, 3] = bad
     np.lib.format.open_memmap(store.features_file(split), mode="r+")[:] = features
     with pytest.raises(InputError, match="finite"), blocks_of(16):
-        combine([store], tmp_path / "scores.npy", Ridge(0.1))
+        score(config_of([store]), [store], tmp_path / "scores.npy")
     assert not (tmp_path / "scores.npy").exists() and not store.whitened_targets_file.exists()
 
 
 def test_a_singular_gram_matrix_is_refused(tmp_path: Path) -> None:
     store = store_features(tmp_path, 0, 5, 3, 8)
     with pytest.raises(InputError, match="singular with lambda_reg 0"):
-        combine([store], tmp_path / "scores.npy", Ridge(0))
+        score(config_of([store], 0), [store], tmp_path / "scores.npy")
 
 
 @pytest.mark.parametrize("during", ["first factor", "second factor", "scores"])
@@ -263,7 +271,7 @@ def test_an_interrupted_combination_goes_on_and_ends_the_same(
     stores = [store_features(tmp_path, m, 50, 9, 8) for m in range(2)]
     others = [store_features(tmp_path / "others", m, 50, 9, 8) for m in range(2)]
     monkeypatch.setattr(matrices, "BLOCK_ROWS", 16)
-    expected = combine(others, tmp_path / "expected.npy", Ridge(0.1))
+    expected = score(config_of(others), others, tmp_path / "expected.npy")
     ready = {"first factor": 0, "second factor": 1, "scores": 2}[during]
     original, calls = trak.write_matrix, []
 
@@ -279,11 +287,11 @@ def test_an_interrupted_combination_goes_on_and_ends_the_same(
     monkeypatch.setattr(trak, "write_matrix", write)
     file = tmp_path / "scores.npy"
     with pytest.raises(KeyboardInterrupt):
-        combine(stores, file, Ridge(0.1))
+        score(config_of(stores), stores, file)
     assert not file.exists()
     assert [store.whitened_targets_file.exists() for store in stores] == [ready > 0, ready > 1]
     calls[:] = [file] * 9  # no further interruption
-    found = combine(stores, file, Ridge(0.1))
+    found = score(config_of(stores), stores, file)
     assert len(calls) == 9 + 2 * (2 - ready) + 2  # what was finished is not made again
     np.testing.assert_array_equal(found.values, expected.values)
     np.testing.assert_array_equal(found.self_influence, expected.self_influence)

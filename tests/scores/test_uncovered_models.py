@@ -12,10 +12,11 @@ from toy import toy_config, toy_data
 
 from attribution.data.splits import TARGETS
 from attribution.errors import InputError
+from attribution.gradients.sketch import Sketch
 from attribution.models import classifier, model_facts
 from attribution.scores.features import featurize
 from attribution.scores.trak import check_gradients
-from attribution.scores.traker_adapters import HookGradientComputer, MarginOutput, SketchProjector
+from attribution.scores.traker_adapters import MarginOutput, SketchComputer
 
 
 @pytest.mark.slow
@@ -65,6 +66,6 @@ def test_a_model_whose_samples_mix_is_refused_in_one_line_that_names_it(
 def test_a_batch_without_gradients_is_refused_as_input() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)).train()
     images, labels = torch.randn(2, 3, 2, 2), torch.tensor([0, 1])
-    pending = HookGradientComputer(model, MarginOutput()).compute_per_sample_grad((images, labels))
+    computer = SketchComputer(model, MarginOutput(), Sketch(8))
     with pytest.raises(InputError, match="^model: .*is in train mode"):
-        SketchProjector(8).project(pending, 0)
+        computer.compute_per_sample_grad((images, labels))
