@@ -163,18 +163,28 @@ def removed_gallery(
 def comparison(table: pd.DataFrame) -> Figure:
     """Above: each trial's paired difference from random removal. Below: its mean test metric.
 
-    Each random arm stands above the arms that are compared with it.
+    Each random arm stands above the arms that are compared with it, on one band of grey or white.
     """
-    metric, y = headline_of(table), np.arange(len(table))
-    rows = table.sort_values(["action", "n_removed"], ascending=[False, True])
+    blocks, metric = _with_their_control(table), headline_of(table)
+    rows = pd.concat(blocks)
+    y = np.arange(len(rows))
     figure = Figure(figsize=(WIDTH, 1.9 + 0.5 * len(rows)), layout="constrained")
     upper, lower = figure.subplots(2, 1)
     _intervals(upper, rows, f"{metric}_vs_random", f"{metric}_vs_random")
     _intervals(lower, rows, f"{metric}_mean", metric)
-    names = [trial_name(row.arm, row.action, row.frac) for row in rows.itertuples()]
+    names = []
+    for block in blocks:
+        for row in block.itertuples():
+            is_control = row.arm == "random" and len(block) > 1
+            name = trial_name(row.arm, row.action, row.frac)
+            names.append(f"{name}, control of:" if is_control else name)
     for axes in (upper, lower):
         axes.set_yticks(y, [_plain(name) for name in names])
         axes.set_ylim(len(rows) - 0.5, -0.5)
+        for i, block in enumerate(blocks):
+            if i % 2:
+                end = sum(map(len, blocks[: i + 1])) - 0.5
+                axes.axhspan(end - len(block), end, color=NEUTRAL, alpha=0.08, linewidth=0)
     upper.axvline(0, color=NEUTRAL, linewidth=0.8)
     upper.xaxis.set_major_formatter(lambda x, _: f"{100 * x:+g}" if x else "0")
     upper.set_xlabel(
@@ -182,6 +192,16 @@ def comparison(table: pd.DataFrame) -> Figure:
     )
     lower.set_xlabel(f"test {METRICS[metric].words} (mean, 95 % over seeds)")
     return figure
+
+
+def _with_their_control(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of a comparison in blocks: the same action on as many examples, random first."""
+    keys = list(zip(table["n_removed"], table["action"], strict=True))
+    blocks = [table[[each == key for each in keys]] for key in dict.fromkeys(keys)]
+    return [
+        pd.concat([block[block["arm"] == "random"], block[block["arm"] != "random"]])
+        for block in blocks
+    ]
 
 
 def removal_curves(table: pd.DataFrame) -> Figure:

@@ -54,12 +54,12 @@ def test_error_bars_at_one_share_stand_side_by_side() -> None:
     assert len(set(places)) == len(places) == 5 and np.allclose(places, 10, atol=1)
 
 
-def test_each_random_arm_stands_above_the_arms_that_it_is_the_control_of() -> None:
+def test_each_random_arm_is_paired_with_the_arms_that_it_is_the_control_of() -> None:
     upper, _ = figures.comparison(table_of(MORE)).axes
     names = [label.get_text() for label in upper.get_yticklabels()]
     assert names == [
-        "none", "random 0.1", "harmful 0.1", "loss 0.1", "random 0.2", "harmful 0.2", "loss 0.2",
-        "random 0.1 relabelled", "oracle 0.1 relabelled",
+        "none", "random 0.1, control of:", "harmful 0.1", "loss 0.1", "random 0.2, control of:",
+        "harmful 0.2", "loss 0.2", "random 0.1 relabelled, control of:", "oracle 0.1 relabelled",
     ]  # fmt: skip
     # The marker says the verdict too, not its colour alone.
     markers = {
