@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 from places import Place, child_environment
 
+from attribution.reporting import mlflow_notes
 from attribution.tracking import links
 from attribution.tracking.stage_runs import NOTE
 
@@ -171,7 +172,7 @@ def test_the_experiment_shows_every_stage_as_a_run_and_arms_below_theirs(ui, pag
     shoot("runs-with-arms")
 
 
-def test_the_view_of_arms_has_the_best_first_with_verdicts(ui, page, shoot) -> None:
+def test_the_view_of_arms_has_the_best_first_with_verdicts_and_charts(ui, page, shoot) -> None:
     page.goto(f"/{links.arms_link(ui.experiment_id, ui.run_id)}")
     expect(page.get_by_text(f"{len(ARMS)} matching runs")).to_be_visible()
     best_first = ui.table.sort_values("accuracy_mean", ascending=False, kind="stable")
@@ -185,6 +186,13 @@ def test_the_view_of_arms_has_the_best_first_with_verdicts(ui, page, shoot) -> N
         shown = page.get_by_role("gridcell", name=str(round(mean, 4)), exact=True)
         expect(shown.first).to_be_visible()
     shoot("arms")
+    page.goto(f"/{links.arms_link(ui.experiment_id, ui.run_id)}&compareRunsMode=CHART")
+    for name in mlflow_notes.CHARTS:
+        heading = name.format("accuracy")
+        expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible()
+    bar = page.locator("svg text", has_text=f"{best_first['accuracy_mean'].iloc[0]:.2f}")
+    expect(bar.first).to_be_visible()  # the charts are drawn
+    shoot("arms-charts")
 
 
 # -- the run's own page ----------------------------------------------------------------------------
