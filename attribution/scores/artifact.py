@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -60,6 +61,13 @@ class Scores:
     def __repr__(self) -> str:
         n, targets = self.values.shape
         return f"<Scores of {n:,} training examples on {targets:,} targets; positive = helpful>"
+
+    def _repr_html_(self) -> str:
+        """The ten training examples with the lowest trust, for a notebook."""
+        columns = ["example_id", "file_name", "label_name", "trust", "alignment", "loss"]
+        shown = self.train.sort_values("trust").head(10)
+        table = shown[[name for name in columns if name in shown]].to_html(index=False)
+        return f"<p>{html.escape(repr(self))}. The least trusted training examples:</p>{table}"
 
     def top(self, target: int, k: int = 10) -> pd.DataFrame:
         """The k training examples most helpful to a target, with a `score` column, best first.

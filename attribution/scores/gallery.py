@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,23 @@ from attribution.data.thumbnails import picture
 from attribution.errors import InputError
 
 
-class Gallery(str):
-    """Pictures with captions, as HTML that needs no other file; a notebook shows them."""
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures with captions, which a notebook shows.
+
+    Attributes:
+        page: HTML that needs no other file.
+        count: of the pictures.
+    """
+
+    page: str
+    count: int
 
     def __repr__(self) -> str:
-        return f"<{self.count('<img')} pictures, which a notebook shows>"
+        return f"<{self.count} pictures, which a notebook shows>"
 
     def _repr_html_(self) -> str:
-        return self
+        return self.page
 
 
 def gallery(table: pd.DataFrame, metadata: Mapping[str, Any]) -> Gallery:
@@ -52,4 +62,4 @@ def gallery(table: pd.DataFrame, metadata: Mapping[str, Any]) -> Gallery:
             f'<img src="{image}" width="128" alt=""><figcaption>{"<br>".join(texts)}{score}'
             "</figcaption></figure>"
         )
-    return Gallery("".join(tiles))
+    return Gallery("".join(tiles), len(tiles))

@@ -138,9 +138,11 @@ def test_equal_scores_come_in_order_of_position() -> None:
     assert scores.bottom(0, 50)["position"].tolist() == list(range(50))
 
 
-def test_scores_are_one_line_in_a_terminal(tmp_path: Path) -> None:
+def test_scores_are_one_line_in_a_terminal_and_a_table_in_a_notebook(tmp_path: Path) -> None:
     scores = load_scores(write(tmp_path, np.zeros((30, 6))))
     assert repr(scores) == "<Scores of 30 training examples on 6 targets; positive = helpful>"
+    shown = scores._repr_html_()
+    assert shown.count("<tr") == 11 and "&lt;Scores of 30" in shown and "trust" in shown
 
 
 def test_selected_targets_rank_as_in_the_whole(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_pictures_are_those_of_the_examples_with_their_scores(scored) -> Non
 def test_examples_and_targets_are_shown_by_id_in_the_order_asked(scored) -> None:
     scores, data = scored
     ids = [scores.targets["example_id"][1], scores.train["example_id"][2]]
-    found = pictures(scores.show(ids))
+    found = pictures(scores.show(ids).page)
     own = data.examples["example_id"].tolist()
     for image, example_id in zip(found, ids, strict=True):
         np.testing.assert_array_equal(image, data.pixels()[own.index(example_id)])
