@@ -10,6 +10,7 @@ from attribution.experiments.arms import kept_table, removal_metrics, removed_ta
 from attribution.experiments.comparison import Comparison
 from attribution.experiments.names import ARM_SPECS
 from attribution.experiments.outcome import Outcome
+from attribution.experiments.statistics import detection_metrics
 from attribution.experiments.verdicts import BETTER, CONTROLS, headline_of
 from attribution.reporting import ablation_html, answer, figures, mlflow_notes
 from attribution.runtime import machine
@@ -31,11 +32,14 @@ MOST_ARMS = 40  # in the link of a note: MLflow cuts off what is longer than 8,0
 def make(job: Job, result: Comparison) -> Record:
     """Everything that the comparison leaves in its run."""
     name, view = mlflow_notes.arms_view(job.run_id, headline_of(result.table))
+    evidence = result.evidence
+    doubts = {"trust": evidence["stored_trust"].to_numpy(), "loss": -evidence["loss"].to_numpy()}
+    flips = detection_metrics(evidence["is_flipped"].to_numpy(), doubts)
     top = answer.best(result.table)
     best = "" if top is None else trial_name(top["arm"], top["action"], top["frac"])
     return Record(
         tags={"best_arm": best or "no arm"},
-        metrics=_overall(result),
+        metrics=_overall(result) | flips,
         tables={
             "comparison": result.table,
             "contrasts": result.contrasts,
