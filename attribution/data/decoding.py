@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing import get_context
@@ -34,9 +36,9 @@ TURNS = {
     8: Transpose.ROTATE_90,
 }  # by orientation
 LARGE = 1 << 24  # pixels in an image
-# Files are decoded by several threads or forks. Only one of them may hold a large image at a time,
-# so that memory stays bounded.
-_large = get_context("fork").Lock()
+# Files are decoded by several forks or, outside of Linux, threads: see runtime/forked.py. Only one of
+# them may hold a large image at a time, so that memory stays bounded.
+_large = get_context("fork").Lock() if sys.platform == "linux" else threading.Lock()
 
 
 def open_image(file: io.BytesIO) -> Image.Image:
