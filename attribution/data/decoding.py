@@ -90,6 +90,8 @@ def _orientation(image: Image.Image) -> int:
 
     ImageOps.exif_transpose would also rewrite the other tags, and fail on a damaged one.
     """
+    if not image.info:  # as in many small files, for which getexif takes a while
+        return 1
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # Pillow raises exceptions of many types for damaged EXIF

@@ -180,7 +180,6 @@ def _list_images(source: Source, chosen: list[int], config: Config) -> pd.DataFr
     """The table of a Listing, copies included."""
     roles = _roles(source, config)
     role = np.array([roles.get(part, "") for part in source.parts], object)
-    new_label = {label: position for position, label in enumerate(chosen)}
     rows = np.flatnonzero(np.isin(source.labels, chosen) & (role != ""))
     parts = source.parts[rows]
     first = {part: (source.parts == part).argmax() for part in roles}
@@ -193,7 +192,7 @@ def _list_images(source: Source, chosen: list[int], config: Config) -> pd.DataFr
     table = pd.DataFrame(
         {
             "digest": [digest for _, digest in found],
-            "label": [new_label[label] for label in source.labels[rows]],
+            "label": np.searchsorted(chosen, source.labels[rows]),
             "file_name": names,
             "role": role[rows],
             "row": rows,
@@ -205,7 +204,7 @@ def _list_images(source: Source, chosen: list[int], config: Config) -> pd.DataFr
 
 def _drop_copies(table: pd.DataFrame) -> pd.DataFrame:
     """Keep copies of an image in one role only (test before validation before pool)."""
-    rank = table["role"].map({"pool": 0, "validation": 1, "test": 2})
+    rank = (table["role"] == "validation") + 2 * (table["role"] == "test")
     return table[rank == rank.groupby(table["digest"]).transform("max")].reset_index(drop=True)
 
 
@@ -215,7 +214,7 @@ def _own_images(table: pd.DataFrame, config: Config) -> pd.Series:
     if config.split_by:
         return pool.groupby("label")["unit"].nunique()
     # An image in two classes counts for the first.
-    return pool.groupby("digest")["label"].first().value_counts()
+    return pool.drop_duplicates("digest")["label"].value_counts()
 
 
 def _leave_out_small(
@@ -244,7 +243,7 @@ def check_classes(table: pd.DataFrame, names: list[str], config: Config) -> None
         InputError: a class has no images, none in an official part, or too few to divide.
     """
     shown = f"dataset={config.dataset}"
-    official = sorted(set(table["role"]) - {"pool"})
+    official = sorted(set(table["role"].unique()) - {"pool"})
     needed = len(SPLITS) - len(official)  # splits made from the pool
     roles = table.drop_duplicates(["label", "role"]).groupby("label")["role"].agg(set)
     own = _own_images(table, config)

@@ -36,7 +36,7 @@ def cached_pixels(
     Raises:
         InputError: an image cannot be decoded (with on_bad_image=stop), or changed meanwhile.
     """
-    key = short_hash(RECIPE, str(config.image_size), *table["digest"])
+    key = short_hash(RECIPE, str(config.image_size), *table["digest"].tolist())
     file, bad = _cached(key, table, config, lambda file: _decode_all(file, source, table, config))
     if bad and config.on_bad_image == "stop":
         damaged = table[table["digest"].isin(bad)].reset_index()
