@@ -109,14 +109,16 @@ def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config)
     Raises:
         InputError: an image is no longer the one that was listed.
     """
-    rows, names, digests = (table[column].to_numpy() for column in ("row", "name", "digest"))
+    # Bytes: a fork that looks at texts counts references to them, and so copies their memory.
+    rows, digests = table["row"].to_numpy(), table["digest"].to_numpy("S")
     length = config.image_size**2 * 3
 
     def decode(position: int, cell: dict[str, Any]) -> str | None:
         held = content(cell)
-        if digest(held) != digests[position]:
+        if digest(held).encode() != digests[position]:
             raise InputError(
-                f"dataset={config.dataset}: {names[position]} changed while it was read; try again"
+                f"dataset={config.dataset}: {table['name'].iloc[position]} changed while it was "
+                "read; try again"
             )
         try:
             pixels = read_image(held, config.image_size, source.open)
@@ -134,7 +136,7 @@ def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config)
         if len(good) < len(found):
             _close_gaps(out, good, start, length)
             _write_header(out, len(good), config)  # of the same length
-    return {listed: why for listed, why in zip(digests, found) if why is not None}
+    return {table["digest"].iloc[i]: why for i, why in enumerate(found) if why is not None}
 
 
 def _close_gaps(out: FileIO, rows: list[int], start: int, length: int) -> None:
