@@ -82,7 +82,8 @@ def decode_image(image: Image.Image, size: int) -> np.ndarray:
         image = image.convert("RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    # Faster than np.asarray(image), which counts for small images.
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(size, size, 3)
 
 
 def _orientation(image: Image.Image) -> int:
