@@ -16,7 +16,7 @@ import pandas as pd
 
 from attribution.config import Config, nearest
 from attribution.data.folders import Files
-from attribution.data.sources import Source, as_file, map_cells, some
+from attribution.data.sources import Cells, Source, as_file, map_cells, some
 from attribution.data.tables import LABEL_NAMES, choose_labels
 from attribution.errors import InputError, reason
 
@@ -77,8 +77,10 @@ def save(folder: Path, table: pd.DataFrame, source: Source, names: Sequence[str]
     features = datasets.Features({**kinds, "file_name": datasets.Value("string")})
 
     def rows_of(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
-        rows, doing = part["row"].to_numpy(), "data: exporting images"
-        files = map_cells(source, rows, lambda _, cell: as_file(source, cell), doing)
+        def read(_: int, cells: Cells) -> list[bytes]:
+            return [as_file(source, cell) for cell in cells]
+
+        files = map_cells(source, part["row"].to_numpy(), read, "data: exporting images")
         for file, label, path in zip(files, part["label"], part["filepath"]):
             name = os.path.basename(path)
             image = {"bytes": file, "path": name or None}

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from attribution.config import FIELDS, Config, nearest
 from attribution.data import sources
 from attribution.data.folders import class_folders, find_files
 from attribution.data.parts import by_role, role_of
-from attribution.data.sources import Source, some
+from attribution.data.sources import Cells, Source, some
 from attribution.data.splits import SPLITS, carve, units
 from attribution.data.tables import read_tables, with_table
 from attribution.errors import InputError
@@ -184,8 +183,8 @@ def _list_images(source: Source, chosen: list[int], config: Config) -> pd.DataFr
     rows = np.flatnonzero(np.isin(source.labels, chosen) & (role != ""))
     first = {part: (source.parts == part).argmax() for part in roles}
 
-    def listed(_: int, cell: dict[str, Any]) -> tuple[str, str]:
-        return source.name(cell), sources.digest(sources.content(cell))
+    def listed(_: int, cells: Cells) -> list[tuple[str, str]]:
+        return [(source.name(cell), sources.digest(sources.content(cell))) for cell in cells]
 
     found = list(sources.map_cells(source, rows, listed, "data: listing images"))
     names, digests = np.array(found, object).reshape(-1, 2).T
