@@ -122,9 +122,10 @@ def load_data(config: Config, listing: Listing | None = None) -> ImageData:
                 "data set's column"
             )
         examples[config.groups] = np.array(values, object)[table["row"]]
-    labels = [f"{label} {split}" for label, split in zip(examples["label"], examples["split"])]
+    digests = table["digest"].tolist()
+    labels = (examples["label"].astype(str) + " " + examples["split"]).tolist()
     fingerprint = short_hash(
-        RECIPE, str(config.image_size), json.dumps(names), *table["digest"], *labels, *patches
+        RECIPE, str(config.image_size), json.dumps(names), *digests, *labels, *patches
     )
     return ImageData(
         file, tuple(names), examples, fingerprint, skipped, listing.dropped, listing=listing

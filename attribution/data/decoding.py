@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing import get_context
@@ -34,9 +36,9 @@ TURNS = {
     8: Transpose.ROTATE_90,
 }  # by orientation
 LARGE = 1 << 24  # pixels in an image
-# Files are decoded by several threads or forks. Only one of them may hold a large image at a time,
-# so that memory stays bounded.
-_large = get_context("fork").Lock()
+# Files are decoded by several forks or, outside of Linux, threads: see runtime/forked.py. Only one of
+# them may hold a large image at a time, so that memory stays bounded.
+_large = get_context("fork").Lock() if sys.platform == "linux" else threading.Lock()
 
 
 def open_image(file: io.BytesIO) -> Image.Image:
@@ -80,7 +82,8 @@ def decode_image(image: Image.Image, size: int) -> np.ndarray:
         image = image.convert("RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    # Faster than np.asarray(image), which counts for small images.
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(size, size, 3)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -88,6 +91,8 @@ def _orientation(image: Image.Image) -> int:
 
     ImageOps.exif_transpose would also rewrite the other tags, and fail on a damaged one.
     """
+    if not image.info:  # as in many small files, for which getexif takes a while
+        return 1
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # Pillow raises exceptions of many types for damaged EXIF

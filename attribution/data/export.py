@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -18,7 +18,7 @@ from attribution.data.decoding import open_image
 from attribution.data.folders import Files, class_folders
 from attribution.data.listing import Listing, folder_of, hub_format, list_data
 from attribution.data.planted import example_ids
-from attribution.data.sources import Source, as_file, image_suffixes, map_cells
+from attribution.data.sources import Cells, Source, as_file, image_suffixes, map_cells
 from attribution.data.splits import SPLITS
 from attribution.errors import InputError, reason
 from attribution.runtime.safe_files import atomic, link_or_copy
@@ -148,15 +148,16 @@ def _write_images(folder: Path, table: pd.DataFrame, source: Source) -> list[str
     for each in below.unique():
         (folder / each).mkdir(parents=True)
 
-    def place(position: int, cell: dict[str, Any]) -> str:
-        path = paths[position]
-        if cell["bytes"] is None:
-            link_or_copy(os.path.realpath(cell["path"]), folder / path)
-            return path
-        held = as_file(source, cell)
-        if os.path.splitext(path)[1].lower() not in image_suffixes():
-            path += f".{open_image(io.BytesIO(held)).format}".lower()
-        (folder / path).write_bytes(held)
-        return path
+    def place(first: int, cells: Cells) -> Iterator[str]:
+        for position, cell in enumerate(cells, first):
+            path = paths[position]
+            if cell["bytes"] is None:
+                link_or_copy(os.path.realpath(cell["path"]), folder / path)
+            else:
+                held = as_file(source, cell)
+                if os.path.splitext(path)[1].lower() not in image_suffixes():
+                    path += f".{open_image(io.BytesIO(held)).format}".lower()
+                (folder / path).write_bytes(held)
+            yield path
 
     return list(map_cells(source, table["row"].to_numpy(), place, "data: exporting images"))

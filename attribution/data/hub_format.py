@@ -16,10 +16,9 @@ import pandas as pd
 
 from attribution.config import Config, nearest
 from attribution.data.folders import Files
-from attribution.data.sources import PART, Source, as_file, some
+from attribution.data.sources import Cells, Source, as_file, map_cells, some
 from attribution.data.tables import LABEL_NAMES, choose_labels, parts_of
 from attribution.errors import InputError, reason
-from attribution.runtime.progress import progress
 
 ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 IMAGES_INSIDE = (".parquet", ".arrow", ".tar")  # files that may hold images themselves
@@ -78,15 +77,14 @@ def save(folder: Path, table: pd.DataFrame, source: Source, names: Sequence[str]
     features = datasets.Features({**kinds, "file_name": datasets.Value("string")})
 
     def rows_of(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
-        with progress("data: exporting images", len(part)) as advance:
-            for start in range(0, len(part), PART):  # which bounds memory
-                here = part[start : start + PART]
-                cells = source.cells(here["row"].to_numpy())
-                for cell, label, path in zip(cells, here["label"], here["filepath"]):
-                    name = os.path.basename(path)
-                    image = {"bytes": as_file(source, cell), "path": name or None}
-                    yield {"image": image, "label": label, "file_name": name}
-                advance(len(here))
+        def read(_: int, cells: Cells) -> list[bytes]:
+            return [as_file(source, cell) for cell in cells]
+
+        files = map_cells(source, part["row"].to_numpy(), read, "data: exporting images")
+        for file, label, path in zip(files, part["label"], part["filepath"]):
+            name = os.path.basename(path)
+            image = {"bytes": file, "path": name or None}
+            yield {"image": image, "label": label, "file_name": name}
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=folder.parent) as cache:

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from attribution.config import FIELDS, Config, nearest
 from attribution.data import sources
 from attribution.data.folders import class_folders, find_files
 from attribution.data.parts import by_role, role_of
-from attribution.data.sources import Source, some
+from attribution.data.sources import Cells, Source, some
 from attribution.data.splits import SPLITS, carve, units
 from attribution.data.tables import read_tables, with_table
 from attribution.errors import InputError
@@ -62,14 +61,15 @@ def list_data(config: Config) -> Listing:
     _check_labelled(source, config)
     chosen = _choose_classes(source, config)
     names = [source.class_names[label] for label in chosen]
-    listed = _list_images(source, chosen, config)
-    table = _drop_copies(listed)
+    table = _list_images(source, chosen, config)
+    listed = len(table)
+    table = _drop_copies(table)
     column = source.column(config.split_by) if config.split_by else None
     values = None if column is None else np.array(column, object)[table["row"]]
     table["unit"] = units(table, values, config)
     if config.split_by:
         say(f"data: {table['unit'].nunique()} units by split_by={config.split_by}")
-    dropped = len(listed) - len(table)
+    dropped = listed - len(table)
     if config.small_classes == "leave_out" and not config.wanted_classes:
         table, names = _leave_out_small(table, names, config)
     check_classes(table, names, config)
@@ -183,33 +183,37 @@ def _list_images(source: Source, chosen: list[int], config: Config) -> pd.DataFr
     """The table of a Listing, copies included."""
     roles = _roles(source, config)
     role = np.array([roles.get(part, "") for part in source.parts], object)
-    new_label = {label: position for position, label in enumerate(chosen)}
     rows = np.flatnonzero(np.isin(source.labels, chosen) & (role != ""))
-    parts = source.parts[rows]
     first = {part: (source.parts == part).argmax() for part in roles}
 
-    def listed(_: int, cell: dict[str, Any]) -> tuple[str, str]:
-        return source.name(cell), sources.digest(sources.content(cell))
+    def listed(_: int, cells: Cells) -> list[tuple[str, str]]:
+        return [(source.name(cell), sources.digest(sources.content(cell))) for cell in cells]
 
     found = list(sources.map_cells(source, rows, listed, "data: listing images"))
-    names = [name for name, _ in found]
-    table = pd.DataFrame(
+    names, digests = np.array(found, object).reshape(-1, 2).T
+    labels = np.searchsorted(chosen, source.labels[rows])
+    # By digest, copies by label and name. Bytes are sorted in a third of the time of texts.
+    order = np.lexsort((rows, names, labels, digests.astype("S")))
+    rows, names = rows[order], names[order]
+    shown = [n or f"row {r - first[p]} ({p})" for n, r, p in zip(names, rows, source.parts[rows])]
+    return pd.DataFrame(
         {
-            "digest": [digest for _, digest in found],
-            "label": [new_label[label] for label in source.labels[rows]],
+            "digest": digests[order],
+            "label": labels[order],
             "file_name": names,
             "role": role[rows],
             "row": rows,
-            "name": [n or f"row {r - first[p]} ({p})" for n, r, p in zip(names, rows, parts)],
+            "name": shown,
         }
     )
-    return table.sort_values(["digest", "label", "file_name", "row"], ignore_index=True)
 
 
 def _drop_copies(table: pd.DataFrame) -> pd.DataFrame:
     """Keep copies of an image in one role only (test before validation before pool)."""
-    rank = table["role"].map({"pool": 0, "validation": 1, "test": 2})
-    return table[rank == rank.groupby(table["digest"]).transform("max")].reset_index(drop=True)
+    digest, role = table["digest"], table["role"]
+    in_test = digest.isin(digest[role == "test"]) & (role != "test")
+    in_validation = digest.isin(digest[role == "validation"]) & (role == "pool")
+    return table[~(in_test | in_validation)].reset_index(drop=True)
 
 
 def _own_images(table: pd.DataFrame, config: Config) -> pd.Series:
@@ -217,8 +221,9 @@ def _own_images(table: pd.DataFrame, config: Config) -> pd.Series:
     pool = table[table["role"] == "pool"]
     if config.split_by:
         return pool.groupby("label")["unit"].nunique()
-    # An image in two classes counts for the first.
-    return pool.groupby("digest")["label"].first().value_counts()
+    # An image in two classes counts for the first: its rows follow one another.
+    is_first = pool["digest"] != pool["digest"].shift()
+    return pool["label"][is_first].value_counts()
 
 
 def _leave_out_small(
@@ -247,7 +252,7 @@ def check_classes(table: pd.DataFrame, names: list[str], config: Config) -> None
         InputError: a class has no images, none in an official part, or too few to divide.
     """
     shown = f"dataset={config.dataset}"
-    official = sorted(set(table["role"]) - {"pool"})
+    official = sorted(set(table["role"].unique()) - {"pool"})
     needed = len(SPLITS) - len(official)  # splits made from the pool
     roles = table.drop_duplicates(["label", "role"]).groupby("label")["role"].agg(set)
     own = _own_images(table, config)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,12 +15,13 @@ import pandas as pd
 from attribution.config import Config
 from attribution.data.decoding import read_image
 from attribution.data.planted import paint_patch
-from attribution.data.sources import Source, content, digest, map_cells, short_hash
+from attribution.data.sources import Cells, Source, content, digest, map_cells, short_hash
 from attribution.errors import InputError
 from attribution.runtime.cache_folder import alone, discard, writing
 from attribution.runtime.safe_files import atomic
 
 RECIPE = "2"  # raise when the same file would be decoded to other pixels
+BUFFER_BYTES = 1 << 20  # that a fork writes at a time: one small image alone would take long
 
 
 def cached_pixels(
@@ -36,7 +35,7 @@ def cached_pixels(
     Raises:
         InputError: an image cannot be decoded (with on_bad_image=stop), or changed meanwhile.
     """
-    key = short_hash(RECIPE, str(config.image_size), *table["digest"])
+    key = short_hash(RECIPE, str(config.image_size), *table["digest"].tolist())
     file, bad = _cached(key, table, config, lambda file: _decode_all(file, source, table, config))
     if bad and config.on_bad_image == "stop":
         damaged = table[table["digest"].isin(bad)].reset_index()
@@ -109,23 +108,28 @@ def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config)
     Raises:
         InputError: an image is no longer the one that was listed.
     """
-    rows, names, digests = (table[column].to_numpy() for column in ("row", "name", "digest"))
-    length = config.image_size**2 * 3
+    # Bytes: a fork that looks at texts counts references to them, and so copies their memory.
+    rows, digests = table["row"].to_numpy(), table["digest"].to_numpy("S")
+    no_pixels = np.zeros((config.image_size, config.image_size, 3), np.uint8)
+    length = no_pixels.nbytes
 
-    def decode(position: int, cell: dict[str, Any]) -> str | None:
-        held = content(cell)
-        if digest(held) != digests[position]:
-            raise InputError(
-                f"dataset={config.dataset}: {names[position]} changed while it was read; try again"
-            )
-        try:
-            pixels = read_image(held, config.image_size, source.open)
-        except InputError as error:
-            return str(error)
+    def decode(first: int, cells: Cells) -> Iterator[str | None]:
         # Here, in the fork or thread: to send pixels to this process would take longer.
-        if os.pwrite(out.fileno(), pixels.data, start + position * length) < length:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return None
+        with file.open("r+b", BUFFER_BYTES) as out:
+            out.seek(start + first * length)
+            for position, cell in enumerate(cells, first):
+                held, why = content(cell), None
+                if digest(held).encode() != digests[position]:
+                    raise InputError(
+                        f"dataset={config.dataset}: {table['name'].iloc[position]} changed while it "
+                        "was read; try again"
+                    )
+                try:
+                    pixels = read_image(held, config.image_size, source.open)
+                except InputError as error:
+                    pixels, why = no_pixels, str(error)
+                out.write(pixels.data)
+                yield why
 
     with file.open("w+b", buffering=0) as out:
         start = _write_header(out, len(rows), config)
@@ -134,7 +138,7 @@ def _decode_all(file: Path, source: Source, table: pd.DataFrame, config: Config)
         if len(good) < len(found):
             _close_gaps(out, good, start, length)
             _write_header(out, len(good), config)  # of the same length
-    return {listed: why for listed, why in zip(digests, found) if why is not None}
+    return {table["digest"].iloc[i]: why for i, why in enumerate(found) if why is not None}
 
 
 def _close_gaps(out: FileIO, rows: list[int], start: int, length: int) -> None:

@@ -44,7 +44,7 @@ def plant_noise(table: pd.DataFrame, names: list[str], config: Config) -> pd.Dat
 def example_ids(table: pd.DataFrame) -> list[str]:
     """An id for each row of a listing, by its image's content; copies are numbered."""
     copy = table.groupby("digest").cumcount()
-    return [f"{d[:16]}-{c}" if c else d[:16] for d, c in zip(table["digest"], copy)]
+    return [f"{d[:16]}-{c}" if c else d[:16] for d, c in zip(table["digest"].tolist(), copy)]
 
 
 def plant_patch(examples: pd.DataFrame, config: Config) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -24,6 +24,7 @@ from attribution.runtime.progress import progress
 
 Result = TypeVar("Result")
 Row = tuple[str, str | None, str]
+Cells = list[dict[str, Any]]
 
 MOST_BYTES = 1 << 30  # a larger file is not read as an image
 MANY = 1000  # images, for which forks save more time than they take to start
@@ -50,7 +51,7 @@ class Source:
     class_names: list[str]
     labels: np.ndarray
     parts: np.ndarray
-    cells: Callable[[np.ndarray], list[dict[str, Any]]]
+    cells: Callable[[np.ndarray], Cells]
     open: Callable[[io.BytesIO], Image.Image] = open_image
     root: Path | None = None
     column: Callable[[str], list[Any] | None] = lambda name: None
@@ -112,18 +113,19 @@ def some(names: Sequence[str], limit: int = 5) -> str:
 
 
 def map_cells(
-    source: Source, rows: np.ndarray, function: Callable[[int, dict[str, Any]], Result], doing: str
+    source: Source, rows: np.ndarray, function: Callable[[int, Cells], Iterable[Result]], doing: str
 ) -> Iterator[Result]:
-    """Yield function(position in rows, cell) for each row in order, computed on all cores.
+    """Yield a result for each row in order, computed on all cores.
 
     Args:
-        function: runs in a fork if there are MANY rows, and cannot change this process then.
+        function: gets the cells of some rows that follow one another, and the position of the first
+            in `rows`; returns a result for each. It runs in a fork if there are MANY rows, and cannot
+            change this process then.
         doing: what the progress bar says.
     """
 
     def run(start: int) -> list[Result]:
-        cells = source.cells(rows[start : start + PART])
-        return [function(position, cell) for position, cell in enumerate(cells, start)]
+        return list(function(start, source.cells(rows[start : start + PART])))
 
     with on_all_cores(run, fork=len(rows) >= MANY) as submit:
         parts = map(submit, range(0, len(rows), PART))

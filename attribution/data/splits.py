@@ -92,12 +92,12 @@ def carve(table: pd.DataFrame, config: Config) -> np.ndarray:
     # An image that has two labels counts for the first, with all its copies.
     label = pool["label"] if config.split_by else pool.groupby("unit")["label"].transform("first")
     sizes = pool.groupby([label, "unit"]).size().rename("size").reset_index("unit")
-    sizes["draw"] = [short_hash(str(config.data_seed), unit) for unit in sizes["unit"]]
+    sizes["draw"] = [short_hash(str(config.data_seed), unit) for unit in sizes["unit"].tolist()]
     drawn: dict[str, str] = {}
     classes = [members for _, members in sizes.sort_values("draw").groupby("label")]
     for members in sorted(classes, key=len):
-        _divide(dict(zip(members["unit"], members["size"])), shares, drawn)
-    split[pool.index] = pool["unit"].map(drawn)
+        _divide(dict(zip(members["unit"].tolist(), members["size"])), shares, drawn)
+    split[pool.index] = [drawn[unit] for unit in pool["unit"].tolist()]
     return split
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
+import runpy
 import struct
 import subprocess
+import sys
 import time
 import warnings
 import zlib
@@ -201,6 +204,14 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch) -> None:
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda i: decoding.read_image(png(i), 8), range(12)))
     assert max(most) == 1 and len(most) == 12
+
+
+def test_images_are_decoded_where_there_are_no_forks(monkeypatch) -> None:
+    """As on Windows."""
+    monkeypatch.setattr(multiprocessing, "get_context", {"spawn": None}.__getitem__)
+    monkeypatch.setattr(sys, "platform", "win32")
+    module = runpy.run_path(decoding.__file__)
+    assert (module["read_image"](png(1), 8) == read_image(png(1), 8)).all()
 
 
 # Damaged files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -143,10 +143,17 @@ def test_rows_close_up_where_images_are_damaged(load, root, monkeypatch, most: i
         assert (loaded.pixels()[row.Index] == expected).all()
 
 
-def test_a_full_disk_is_told_by_forks_too(load, root, monkeypatch) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+def test_a_disk_that_takes_no_more_is_told_by_forks_too(load, root, monkeypatch) -> None:
+    import resource
+
     monkeypatch.setattr(sources, "MANY", 0)
-    monkeypatch.setattr(os, "pwrite", lambda *_: 5)
-    fails(load, root, "cache_dir=", "cannot be written (No space left on device)")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        fails(load, root, "cache_dir=", "cannot be written (File too large)")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_changed_file_is_named_by_forks_too(load, root, tmp_path, monkeypatch) -> None:

@@ -149,7 +149,11 @@ def test_a_file_too_large_for_an_image_is_not_read(load, tmp_path) -> None:
 def test_cells_are_mapped_in_order(monkeypatch, most: int) -> None:
     monkeypatch.setattr(sources, "MANY", most)
     rows = np.random.default_rng(0).permutation(1797)[: 6 * PART + 1]
-    found = list(map_cells(digits(), rows, lambda i, cell: (i, cell["bytes"], os.getpid()), "test"))
+
+    def seen(first: int, cells: list) -> list:
+        return [(i, cell["bytes"], os.getpid()) for i, cell in enumerate(cells, first)]
+
+    found = list(map_cells(digits(), rows, seen, "test"))
     expected = [cell["bytes"] for cell in digits().cells(rows)]
     assert [result[:2] for result in found] == list(enumerate(expected))
     assert (os.getpid() in {pid for *_, pid in found}) == bool(most)

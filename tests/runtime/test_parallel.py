@@ -80,11 +80,13 @@ def test_workers_are_other_processes_with_an_equal_share_of_the_threads() -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
 def test_ctrl_c_does_not_reach_workers() -> None:
     before = worker_pids()
     for pid in before:
         os.kill(pid, signal.SIGINT)
-    assert worker_pids() == before
+    worker_pids()  # without those that a signal ended, new ones would do this
+    assert all(is_running(pid) for pid in before)
 
 
 def worker_pids() -> set[int]:
