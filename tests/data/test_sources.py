@@ -63,9 +63,9 @@ def test_a_validation_part_alone_is_the_validation_split(load, tmp_path) -> None
 
 
 def test_class_folders_named_like_splits(load, tmp_path) -> None:
-    write_classes(tmp_path / "i", {"train": 5, "test_bench": 5, "validation": 5})
+    write_classes(tmp_path / "i", {"train": 5, "test_bench": 5, "tram": 5})
     loaded = load(tmp_path / "i")
-    assert loaded.class_names == ("test_bench", "train", "validation")
+    assert loaded.class_names == ("test_bench", "train", "tram")
     assert sizes(loaded) == [9, 3, 3]
 
 
