@@ -79,3 +79,12 @@ def fails(load, dataset, *words: str, **given) -> None:
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+NAMES = [f"im{i:02d}" for i in range(12)]  # of the fixture `folder`
+LABELS = ["cat", "dog", "emu"] * 4
+
+
+def labels_of(loaded: ImageData) -> dict[str, str]:
+    examples = loaded.examples
+    return {Path(f).stem: name for f, name in zip(examples["file_name"], examples["label_name"])}

@@ -10,7 +10,7 @@ import pandas as pd
 
 from attribution.config import Config, nearest
 from attribution.data.splits import check_every_class
-from attribution.data.tables import delimiter_of
+from attribution.data.table_files import delimiter_of
 from attribution.errors import InputError
 
 LEFT_OUT = "left out"  # the split of examples that `keep` does not name

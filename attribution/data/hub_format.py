@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config, nearest
+from attribution.data.columns import LABEL_NAMES, choose_labels, parts_of
 from attribution.data.folders import Files
 from attribution.data.sources import Cells, Source, as_file, map_cells, some
-from attribution.data.tables import LABEL_NAMES, choose_labels, parts_of
 from attribution.errors import InputError, reason
 
 ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")

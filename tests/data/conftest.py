@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from image_folders import write_classes
+from image_folders import NAMES, png, write_classes
 
 from attribution.config import resolve
 from attribution.data import decoding, sources
@@ -17,6 +17,15 @@ from attribution.data.dataset import ImageData, load_data
 def root(tmp_path: Path) -> Path:
     write_classes(tmp_path / "images", {"cat": 10, "dog": 15})
     return tmp_path / "images"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve images in a folder `images`, without labels."""
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    for i, name in enumerate(NAMES):
+        (tmp_path / "set" / "images" / f"{name}.png").write_bytes(png(i))
+    return tmp_path / "set"
 
 
 @pytest.fixture
