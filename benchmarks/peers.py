@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds that a method may take")
     quality = parser.add_argument_group("quality: resnet-mini on the digits, a tenth flipped")
     quality.add_argument(
-        "--checkpoints", type=int, nargs="*", default=[5], help="on random halves; several: a curve"
+        "--checkpoints", type=int, nargs="+", default=[5], help="on random halves; several: a curve"
     )
     quality.add_argument("--proj_dim", type=int, default=512)
     quality.add_argument("--subsets", type=int, default=50, help="random halves to retrain on")

@@ -247,6 +247,8 @@ def _quiet() -> None:
     """Silence warnings that a user of this project can do nothing about."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     warnings.filterwarnings("ignore")
+    for name in ("mlflow", "alembic", "datasets", "TRAK", "STORE", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Their errors are raised too, and then reported in a line of our own.
-    for name in ("mlflow", "alembic", "datasets", "TRAK", "STORE", "urllib3", "PIL"):
+    for name in ("PIL", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -221,8 +221,11 @@ def _choose_by_data(stage: Stage, config: Config, listing: Listing, known: Set[s
 
 def _reasons(config: Config, facts: auto_settings.Facts) -> dict[str, str]:
     """Why some of the settings were chosen, in brackets."""
-    own = facts.own_size
-    size = f"the model's own is {own}" if own else f"median side {facts.side}"
+    size = f"median side {facts.side}"
+    if facts.own_size:
+        size = f"the model's own is {facts.own_size}"
+        if not facts.has_gpu and config.image_size <= 64 < min(facts.own_size, facts.side):
+            size += ", without a GPU at most 64"
     steps = config.epochs * math.ceil(facts.n_train / config.batch_size)
     layers = "" if config.train_layers == "all" else " (without a GPU)"
     return {"train_layers": layers, "image_size": f" ({size})", "epochs": f" ({steps:,} steps)"}

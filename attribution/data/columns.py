@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ LABEL_NAMES = (
 )  # fmt: skip
 IMAGE_NAMES = ("image", "img", "file", "filename", "path", "filepath")
 SPLIT_NAMES = ("split", "subset", "partition")
+IS_TRAIN = re.compile(r"is_?train(ing)?(_?(set|split|img|image))?")
+MOST_PARTS = 10
 FLAGS = {"0", "1", "0.0", "1.0"}
 SAMPLE = 200  # rows that are looked at to find the column of the images
 
@@ -25,9 +28,10 @@ SAMPLE = 200  # rows that are looked at to find the column of the images
 def choose_images(
     frame: pd.DataFrame, where: str, find: Callable[[str], str | None], notes: list[str]
 ) -> Any:
-    """The column that names most different images; None if none names half of its rows' images.
+    """The column that names the images; None if none names half of its rows' images.
 
-    File names go before numbers, which may count the rows, and images before their masks.
+    File names go before numbers, which may count the rows, images before their masks, and then the
+    column that names most different images.
 
     Args:
         frame: a table of texts.
@@ -59,15 +63,23 @@ def choose_images(
 
 
 def parts_of(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.Series | None:
-    """The column of a table of texts that says of which part an image is; None if there is none."""
+    """The column of a table of texts that says of which part an image is; None if there is none.
+
+    Args:
+        frame: without the column that is named as the labels.
+        where: what messages call it.
+        notes: gets a line about a column that is called like parts and names none.
+    """
     for column in frame:
         values, name = set(frame[column].unique()), str(column).lower()
+        if len(values) > MOST_PARTS or name in LABEL_NAMES:
+            continue
         roles = {role_of(value) for value in values}
-        is_known = None not in roles and len(values) > 1
-        if len(values) <= 10 and (is_known or "train" in roles and len(roles - {None}) > 1):
+        is_known = None not in roles and (len(values) > 1 or name in SPLIT_NAMES)
+        if is_known or "train" in roles and len(roles - {None}) > 1:
             return frame[column].replace("", "without a name")
-        if name.startswith(("is_train", "istrain")) and values <= FLAGS | {"True", "False"}:
-            is_train = frame[column].isin(["1", "1.0", "True"])
+        if IS_TRAIN.fullmatch(name) and values <= FLAGS | {"True", "False", "true", "false"}:
+            is_train = frame[column].isin(["1", "1.0", "True", "true"])
             return is_train.map({True: "train", False: "test"})
         if name in SPLIT_NAMES:
             found = some(sorted(values))

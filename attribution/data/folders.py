@@ -19,9 +19,8 @@ FolderPath = tuple[str, ...]  # names of folders, from the data set's own downwa
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}  # hold images of any class
 MASK_FOLDERS = {"masks", "mask", "annotations", "labels", "segmentation", "segmentations"}
-MASK_FILE = re.compile(
-    r"(.+)[_-](?:mask|segmentation)(?:[_-]?\d+)?"
-)  # beside the image 1.png: 1_mask.png
+# Beside the image 1.png: 1_mask.png.
+MASK_FILE = re.compile(r"(.+)[_-](?:mask|segmentation)(?:[_-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass
@@ -176,7 +175,7 @@ def class_folders(files: Files, config: Config) -> Source | None:
     """
     notes: list[str] = []
     folders = _without_image_folders(files.images)
-    parts = _official(folders) or {"train": folders}
+    parts = _official(folders, config) or {"train": folders}
     used = {real for inside in parts.values() for reals in inside.values() for real in reals}
     if unused := [real for real in files.images if real not in used]:
         notes.append(f"folders next to {some(list(parts))} are not used: {files.counted(unused)}")
@@ -187,7 +186,7 @@ def class_folders(files: Files, config: Config) -> Source | None:
     if not train:
         return None
     if not (config.class_depth or config.label_column):
-        _refuse_repeated(train, config)
+        _refuse_repeated(train, files, config)
     classes = {part: _named_like(train, found) for part, found in classes.items()}
     grouped = [real for found in classes.values() for reals in found.values() for real in reals]
     if loose := sorted(used - set(grouped)):
@@ -215,8 +214,8 @@ def class_folders(files: Files, config: Config) -> Source | None:
             f"{len(train)} classes are folders such as {example}; --class_depth N takes the folders of "
             f"level N (1 to {levels}), -1 those of one name as one class"
         )
-    is_below = {path for path in inside if config.class_depth >= 0 and path not in train}
-    lower = [real for path in is_below for real in inside[path]]
+    below = [path for path in inside if config.class_depth >= 0 and path not in train]
+    lower = [real for path in below for real in inside[path]]
     if merged := [real for real in lower if real not in loose]:
         notes.append(f"images below a class folder belong to its class: {files.counted(merged)}")
     return from_files(files.root, rows, order, notes)
@@ -242,34 +241,43 @@ def _without_image_folders(images: dict[FolderPath, list[str]]) -> Folders:
     return found
 
 
-def _official(folders: Folders) -> dict[str, Folders] | None:
+def _official(folders: Folders, config: Config) -> dict[str, Folders] | None:
     """The folders of each part by their paths below it, None if there are no parts.
 
     A class may be called train: folders named like parts are parts if no other folder lies next to
     them, if there is one for training and another one, or if the one for training holds folders.
+    Folders that hold images themselves must have such a name alone, unlike crash_test.
     """
     tops = sorted({path[0] for path in folders if path})
     named = [top for top in tops if role_of(top)]
     roles = {role_of(top) for top in named}
     nested = {path[0] for path in folders if path[1:]}
-    is_certain = "train" in roles and len(roles) > 1
+    are_bare = all(top.lower() in ROLES for top in named)
+    is_certain = "train" in roles and len(roles) > 1 and (are_bare or nested.issuperset(named))
     is_certain |= any(
         role_of(top) == "train" and (named[1:] or top.lower() == "train") for top in nested
     )
     if named and (is_certain or named == tops):
         return {top: _inside(folders, top) for top in named}
     if len(tops) == 1:  # data/train
-        return _official(_below(folders, tops[0]))
-    return _beside_classes(folders, tops) or _lowest(folders)
+        return _official(_below(folders, tops[0]), config)
+    return _beside_classes(folders, tops, config) or _lowest(folders)
 
 
-def _beside_classes(folders: Folders, tops: list[str]) -> dict[str, Folders] | None:
-    """Parts beside the classes that are trained on: cat, dog, test/cat, test/dog, or test alone."""
+def _beside_classes(folders: Folders, tops: list[str], config: Config) -> dict[str, Folders] | None:
+    """Parts beside the classes that are trained on: cat, dog, test/cat, test/dog, or test alone.
+
+    With class_depth, a folder `test` that holds images itself may be a class.
+    """
     classes = [top for top in tops if not role_of(top)]
     parts = {top: _inside(folders, top) for top in tops if role_of(top)}
-    held = {path[0] for inside in parts.values() for path in inside if path}
+    held = {plain(path[0]) for inside in parts.values() for path in inside if path}
     is_test = all(top.lower() in ROLES and role_of(top) == "test" for top in parts)
-    if not parts or len(classes) < 2 or not (held <= set(classes) if held else is_test):
+    if held:
+        are_parts = held <= set(map(plain, classes))
+    else:
+        are_parts = is_test and len(classes) > 1 and not config.class_depth
+    if not (parts and classes and are_parts):
         return None
     return {"train": {p: reals for p, reals in folders.items() if p and p[0] in classes}, **parts}
 
@@ -321,15 +329,16 @@ def _names(classes: set[FolderPath]) -> dict[FolderPath, str]:
     return {c: c[-1] if count[c[-1]] == 1 else "/".join(c) for c in classes}
 
 
-def _refuse_repeated(classes: Folders, config: Config) -> None:
+def _refuse_repeated(classes: Folders, files: Files, config: Config) -> None:
     """Refuse class folders of which every name lies below several folders, as with folds or patients."""
     count = Counter(c[-1] for c in classes)
     if len(count) > 1 and min(count.values()) > 1:
         above = sorted({"/".join(c[:-1]) or "." for c in classes})
+        table = ", or --label_column COLUMN where a table holds the labels" if files.tables else ""
         raise InputError(
             f"dataset={config.dataset}: folders called {some(sorted(count))} lie in each of "
             f"{some(above)}; add --class_depth -1 for one class for each name, or --class_depth N "
-            f"for the folders of level N (1 to {max(map(len, classes))})"
+            f"for the folders of level N (1 to {max(map(len, classes))}){table}"
         )
 
 

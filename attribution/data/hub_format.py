@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from attribution.config import Config, nearest
-from attribution.data.columns import LABEL_NAMES, choose_labels, parts_of
+from attribution.data.columns import LABEL_NAMES, MOST_PARTS, choose_labels, parts_of
 from attribution.data.folders import Files
-from attribution.data.sources import Cells, Source, as_file, map_cells, some
+from attribution.data.sources import PART, Source, as_file, some
 from attribution.errors import InputError, reason
+from attribution.runtime.progress import progress
 
 ARCHIVES = (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 IMAGES_INSIDE = (".parquet", ".arrow", ".tar")  # files that may hold images themselves
@@ -77,14 +78,15 @@ def save(folder: Path, table: pd.DataFrame, source: Source, names: Sequence[str]
     features = datasets.Features({**kinds, "file_name": datasets.Value("string")})
 
     def rows_of(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
-        def read(_: int, cells: Cells) -> list[bytes]:
-            return [as_file(source, cell) for cell in cells]
-
-        files = map_cells(source, part["row"].to_numpy(), read, "data: exporting images")
-        for file, label, path in zip(files, part["label"], part["filepath"]):
-            name = os.path.basename(path)
-            image = {"bytes": file, "path": name or None}
-            yield {"image": image, "label": label, "file_name": name}
+        with progress("data: exporting images", len(part)) as advance:
+            for start in range(0, len(part), PART):  # which bounds memory
+                here = part[start : start + PART]
+                cells = source.cells(here["row"].to_numpy())
+                for cell, label, path in zip(cells, here["label"], here["filepath"]):
+                    name = os.path.basename(path)
+                    image = {"bytes": as_file(source, cell), "path": name or None}
+                    yield {"image": image, "label": label, "file_name": name}
+                advance(len(here))
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
@@ -233,10 +235,15 @@ def _from_parts(
 
 def _named_parts(part: Any, label: str, notes: list[str]) -> np.ndarray | None:
     """The part of each image of a data set in one piece, by a column that says it."""
-    texts = [c for c, kind in part.features.items() if c != label and "string" in _dtype(kind)]
-    found = parts_of(
-        pd.DataFrame({c: _values(part, c) for c in texts}).fillna(""), "the data set", notes
-    )
+    texts = [
+        column
+        for column, kind in part.features.items()
+        if column != label
+        and re.match("(large_)?string|bool", _dtype(kind))
+        and len(part.unique(column)) <= MOST_PARTS
+    ]
+    frame = pd.DataFrame({column: _values(part, column) for column in texts})
+    found = parts_of(frame.astype("string").fillna(""), "the data set", notes)
     return None if found is None else found.to_numpy(object)
 
 

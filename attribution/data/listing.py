@@ -132,8 +132,8 @@ def _check_labelled(source: Source, config: Config) -> None:
     n, unlabelled = int(used.sum()), int((used & (source.labels < 0)).sum())
     if unlabelled:
         raise InputError(
-            f"dataset={config.dataset}: {unlabelled} of {n} images have no label (an empty label and "
-            "-1 mean unlabelled); remove their rows, or give the class that is called -1 another name"
+            f"dataset={config.dataset}: {unlabelled} of {n} images have no label (an empty label, nan, null "
+            "and -1 mean unlabelled); remove their rows, or give the class that is called -1 another name"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import os
 from typing import Any
@@ -18,7 +19,7 @@ def load_table(file: str, **options: Any) -> pd.DataFrame | None:
         frame = _any_table(file, options)
     except (ValueError, OSError, KeyError, TypeError):  # pandas' own errors are ValueErrors
         return None
-    if frame is None:
+    if frame is None or frame.columns.empty:
         return None
     frame.columns = [str(column).strip() for column in frame]
     frame = frame.loc[
@@ -45,29 +46,31 @@ def _any_table(file: str, options: dict[str, Any]) -> pd.DataFrame | None:
 
 
 def _text_table(file: str, suffix: str, options: dict[str, Any]) -> pd.DataFrame | None:
-    """A text table. Of two columns, the second one may hold the delimiter."""
+    """A text table. Of two columns, the second one may hold the delimiter, as in `1.png big dog`."""
     encoding = encoding_of(file)
     with open(file, encoding=encoding, errors="replace") as text:
         first = text.readline()
     delimiter = delimiter_of(first)
     if first.count(delimiter) == 0 and suffix == ".txt":
         delimiter = " "
-    last = first.count(delimiter)
     shape = {"sep": delimiter, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
     shape |= {"encoding": encoding, "encoding_errors": "replace", **options}
     try:
-        return pd.read_csv(file, **shape)
+        frame = pd.read_csv(file, **shape)
+        if isinstance(frame.index, pd.RangeIndex):  # else rows have one field more than the heading
+            return frame
     except pd.errors.ParserError:
-        if last != 1:
-            return None
-
-        def joined(fields: list[str]) -> list[str]:
-            return [fields[0], delimiter.join(fields[1:])]
-
-        return pd.read_csv(file, engine="python", on_bad_lines=joined, **shape)
+        pass
+    if first.count(delimiter) != 1:
+        return None
+    with open(file, encoding=encoding, errors="replace", newline="") as text:
+        found = csv.reader(text, delimiter=delimiter, skipinitialspace=True)
+        rows = [[fields[0], delimiter.join(fields[1:]).rstrip(delimiter)] for fields in found if fields]
+    return pd.DataFrame(rows) if options else pd.DataFrame(rows[1:], columns=rows[0])
 
 
 def is_text(file: str) -> bool:
+    """Whether a file has the suffix of a text table."""
     return file.lower().endswith((".csv", ".tsv", ".txt"))
 
 

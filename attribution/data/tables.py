@@ -200,15 +200,13 @@ def _read_one(path: FolderPath, finder: ImageFinder, config: Config) -> _Table |
     if not is_found.all():
         missing = frame[column][~is_found]
         notes.append(f"{len(missing):,} rows of {name} name no image, such as {missing.iloc[0]!r}")
-    rest = frame.drop(columns=column)
-    parts = parts_of(rest, name, notes)
-    if parts is None:
-        own = [_part_of(image, path, finder.files) for image in images]
-    else:
-        rest, own = rest.drop(columns=parts.name), parts
-    rows = rest.assign(path=images, table=name, part=own)[is_found]
+    others = frame.drop(columns=column)
+    parts = parts_of(others.drop(columns=config.label_column, errors="ignore"), name, notes)
+    own = [_part_of(i, path, finder.files) for i in images] if parts is None else parts
+    rows = others.assign(path=images, table=name, part=own)[is_found]
     try:
-        labels = choose_labels(rest, name, config, notes)
+        given = others if parts is None else others.drop(columns=parts.name)
+        labels = choose_labels(given, name, config, notes)
     except InputError as error:  # another table may be clear
         return _Table(path, rows, unclear=error, notes=notes)
     return _Table(path, rows, labels if labels is None else labels[is_found], notes=notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from attribution.config import Config
@@ -27,6 +28,7 @@ from attribution.experiments.verdicts import (
 from attribution.reporting import answer, html, terminal
 
 GALLERY = 24  # examples shown for each arm
+CLASSES = 30  # classes shown: those with the largest differences
 TONES = {BETTER: "good", WORSE: "bad"}
 
 
@@ -99,9 +101,11 @@ def _classes(table: pd.DataFrame) -> dict[str, Any]:
         excludes=((low > 0) | (high < 0)) & (low < high),
     )
     parts = [part for _, part in table.groupby("label_name", sort=False)]
+    largest = np.argsort([-part["mean"].abs().max() for part in parts])[:CLASSES]
     return {
         "columns": [*parts[0]["name"]] if parts else [],
-        "rows": [part.to_dict("records") for part in parts],
+        "rows": [parts[i].to_dict("records") for i in sorted(largest)],
+        "left_out": len(parts) - len(largest),
         "count": len(table),
         "by_chance": round(0.05 * len(table)),
         "excluding": int(table["excludes"].sum()),

@@ -89,3 +89,22 @@ def test_a_column_of_parts_in_other_words(load, folder, capsys, column, names, e
     else:
         assert "column split of all.csv names no parts and is not used: 0, 1, 2" in lines
     assert len(loaded.examples) == sum(expected)
+
+
+def test_labels_that_sound_like_parts_are_labels(load, folder) -> None:
+    for column, labels in (
+        ("is_train_station", ["0", "1"] * 6),
+        ("label", ["freight_train", "crash_test", "car"] * 4),
+        ("kind", ["train", "test", "car"] * 4),
+    ):
+        table = pd.DataFrame({"file": [f"{n}.png" for n in NAMES], column: labels})
+        table.to_csv(folder / "t.csv", index=False)
+        assert labels_of(load(folder, label_column=column)) == dict(zip(NAMES, labels))
+
+
+def test_each_table_may_name_its_own_part(load, folder, capsys) -> None:
+    for part, rows in (("train", slice(0, 9)), ("test", slice(9, 12))):
+        table = pd.DataFrame({"file": NAMES[rows], "label": LABELS[rows], "split": part})
+        table.to_csv(folder / f"{part[::-1]}.csv", index=False)
+    assert len(load(folder).rows("test")) == 3
+    assert "names no parts" not in capsys.readouterr().err

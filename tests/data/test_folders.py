@@ -126,13 +126,24 @@ def test_parts_beside_the_classes(load, tmp_path, capsys) -> None:
     write_classes(tmp_path / "k", CLASSES | {"test": 3})
     assert load(tmp_path / "k").class_names == ("cat", "dog")
     assert "not used: test (3 images)" in capsys.readouterr().err
+    assert load(tmp_path / "k", class_depth=1).class_names == ("cat", "dog", "test")
+
+
+def test_parts_beside_a_shelf_of_classes_and_in_another_case(load, tmp_path) -> None:
+    shelf = {"Fruit/Apple": 5, "Fruit/Pear": 5, "test/Fruit/Apple": 2, "test/Fruit/Pear": 2}
+    write_classes(tmp_path / "i", shelf)
+    write_classes(tmp_path / "j", CLASSES | {"Test/Cat": 2, "Test/Dog": 2})
+    for folder, names in (("i", ("Apple", "Pear")), ("j", ("cat", "dog"))):
+        loaded = load(tmp_path / folder)
+        assert loaded.class_names == names and len(loaded.rows("test")) == 4
 
 
 def test_flat_parts_are_no_classes(load, tmp_path) -> None:
     write_classes(tmp_path / "i", {"train": 6, "test": 6, "extra": 6})
     fails(load, tmp_path / "i", "holds neither class subfolders", "extra (6 images), test")
-    write_classes(tmp_path / "valid or not", {"valid": 5, "invalid": 5})
-    assert load(tmp_path / "valid or not").class_names == ("invalid", "valid")
+    for names in (["invalid", "valid"], ["car", "crash_test", "freight_train"]):
+        write_classes(tmp_path / names[0], dict.fromkeys(names, 5))
+        assert load(tmp_path / names[0]).class_names == tuple(names)
 
 
 def test_classes_that_differ_in_case_between_parts_are_one(load, tmp_path) -> None:
@@ -155,7 +166,7 @@ def test_the_same_classes_in_several_folders_are_refused_with_both_readings(load
 def test_masks_in_the_folder_of_their_images_are_left_out(load, tmp_path, capsys) -> None:
     write_classes(tmp_path / "i", {"cat": 5, "dog": 5, "with_mask": 5})
     for i, image in enumerate(sorted((tmp_path / "i" / "cat").iterdir())):
-        image.with_name(f"{image.stem}_mask_1.png").write_bytes(png(100 + i))
+        image.with_name(f"{image.stem}_Mask_1.png").write_bytes(png(100 + i))
     loaded = load(tmp_path / "i")
     assert sum(sizes(loaded)) == 15 and loaded.class_names == ("cat", "dog", "with_mask")
     assert "masks or annotations left out: cat (5 files such as" in capsys.readouterr().err

@@ -66,3 +66,17 @@ def test_a_label_of_several_words_and_one_that_is_unknown(load, folder) -> None:
     table.to_csv(folder / "t.csv", index=False)
     (folder / "t.txt").unlink()
     assert load(folder).class_names == ("-1", "1")
+
+
+def test_a_label_with_the_delimiter_in_the_first_row(load, folder) -> None:
+    rows = [f"{name}.png, {label}" for name, label in zip(NAMES, LABELS)]
+    text = "file,label\n" + "\n".join(rows).replace("cat", "cat, black") + ","
+    (folder / "t.csv").write_text(text)
+    assert load(folder).class_names == ("cat,black", "dog", "emu")
+
+
+def test_empty_tables_beside_class_folders_do_not_matter(load, root) -> None:
+    (root / "a.json").write_text("[]")
+    (root / "b.jsonl").write_text("")
+    (root / "c.csv").write_text("")
+    assert load(root).class_names == ("cat", "dog")
