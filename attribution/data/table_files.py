@@ -65,7 +65,9 @@ def _text_table(file: str, suffix: str, options: dict[str, Any]) -> pd.DataFrame
         return None
     with open(file, encoding=encoding, errors="replace", newline="") as text:
         found = csv.reader(text, delimiter=delimiter, skipinitialspace=True)
-        rows = [[fields[0], delimiter.join(fields[1:]).rstrip(delimiter)] for fields in found if fields]
+        rows = [
+            [fields[0], delimiter.join(fields[1:]).rstrip(delimiter)] for fields in found if fields
+        ]
     return pd.DataFrame(rows) if options else pd.DataFrame(rows[1:], columns=rows[0])
 
 
