@@ -93,7 +93,7 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     """Print the comparison, save what was asked for, and say where to look at the rest."""
     if isinstance(done.result, Scored):  # no comparison is finished, and export_arm needs none
         print(f"trak run: {done.run_id}")
-        _export(config, data, done.run_id)
+        _export(config, data, done, done.run_id)
         again = next_steps.command("ablation", config, trak_run_id=done.run_id)
         next_steps.say_next("To retrain without these images, and see what that changes:", again)
         return
@@ -101,7 +101,7 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     contrasts = answer.contrasts(done.result.contrasts)
     terminal.print_comparison(done.result.table, about_metric, contrasts)
     trak_id = lineage(done.run_id)["trak"]
-    _export(config, data, trak_id)
+    _export(config, data, done, trak_id)
     report = address(done.run_id, "report.html")
     if config.output:
         report = str(Path(config.output).expanduser() / "report.html")
@@ -113,12 +113,16 @@ def show(done: Upstream, config: Config, data: ImageData) -> None:
     _say_next(done, config, trak_id)
 
 
-def _export(config: Config, data: ImageData, trak_id: str) -> None:
+def _export(config: Config, data: ImageData, done: Upstream, trak_id: str) -> None:
     """Save what the exported arm keeps, and say how to train on it."""
     if not config.export_arm:
         return
-    scores = load_scores(artifact_path(trak_id, "scores"))
-    tables = comparison.exported(config, gather_evidence(config, data, scores))
+    if isinstance(done.result, Comparison):
+        evidence = done.result.evidence
+    else:  # an earlier command chose by them, or their matrix in hand is gone with unfinished work
+        scores = load_scores(artifact_path(trak_id, "scores"))
+        evidence = gather_evidence(config, data, scores)
+    tables = comparison.exported(config, evidence)
     for name, file in _exports(config).items():
         save(tables[name].to_csv(index=False).encode(), file)
         files = {"keep": file, "export": "corrected"}

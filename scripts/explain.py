@@ -48,7 +48,10 @@ def estimate(config: Config, data: ImageData) -> Estimate:
 def run(job: Job) -> list[Explanation]:
     """Find the training examples that raised and lowered each margin most."""
     config, data, scored = job.config, job.data, job.result("trak")
-    members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS), data)
+    if "finetune" in job.upstream:
+        members = job.result("finetune").members
+    else:
+        members = Ensemble.load(artifact_path(job.run_ids["finetune"], LOGITS), data)
     if not config.image or config.exact == "yes":
         return explanation.explain(config, data, scored.scores, members)
     warn_of_other_checkpoints(job)

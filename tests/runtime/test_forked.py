@@ -88,6 +88,8 @@ def test_no_fork_outlives_a_driver_that_a_signal_ends(number: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # Whoever runs the tests in the background lets them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     fork = Path(f"/proc/{int(driver.stdout.readline())}")
     driver.send_signal(number)
