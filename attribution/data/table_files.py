@@ -13,10 +13,15 @@ import pandas as pd
 WINDOWS = "cp1252"  # the encoding of tables that are not UTF-8
 
 
-def load_table(file: str, **options: Any) -> pd.DataFrame | None:
-    """A table of texts; None if the file holds something else."""
+def load_table(file: str, notes: list[str], **options: Any) -> pd.DataFrame | None:
+    """A table of texts; None if the file holds something else.
+
+    Args:
+        notes: gets a line about an encoding that was guessed.
+        options: of pandas.read_csv, for a text table.
+    """
     try:
-        frame = _any_table(file, options)
+        frame = _any_table(file, notes, options)
     except (ValueError, OSError, KeyError, TypeError):  # pandas' own errors are ValueErrors
         return None
     if frame is None or frame.columns.empty:
@@ -29,7 +34,7 @@ def load_table(file: str, **options: Any) -> pd.DataFrame | None:
     return texts.apply(lambda column: column.str.strip()).astype(object)
 
 
-def _any_table(file: str, options: dict[str, Any]) -> pd.DataFrame | None:
+def _any_table(file: str, notes: list[str], options: dict[str, Any]) -> pd.DataFrame | None:
     suffix = os.path.splitext(file)[1].lower()
     if suffix == ".parquet":
         return _parquet(file)
@@ -42,12 +47,16 @@ def _any_table(file: str, options: dict[str, Any]) -> pd.DataFrame | None:
             return pd.DataFrame({"file": list(held), "label": list(held.values())})
         is_rows = isinstance(held, list) and all(isinstance(row, dict) for row in held)
         return pd.DataFrame(held) if is_rows else None
-    return _text_table(file, suffix, options)
+    encoding = _encoding_of(file)
+    if encoding == WINDOWS:
+        notes.append(f"{os.path.basename(file)} is not UTF-8 and is read as {WINDOWS}")
+    return _text_table(file, suffix, encoding, options)
 
 
-def _text_table(file: str, suffix: str, options: dict[str, Any]) -> pd.DataFrame | None:
+def _text_table(
+    file: str, suffix: str, encoding: str, options: dict[str, Any]
+) -> pd.DataFrame | None:
     """A text table. Of two columns, the second one may hold the delimiter, as in `1.png big dog`."""
-    encoding = encoding_of(file)
     with open(file, encoding=encoding, errors="replace") as text:
         first = text.readline()
     delimiter = delimiter_of(first)
@@ -71,12 +80,7 @@ def _text_table(file: str, suffix: str, options: dict[str, Any]) -> pd.DataFrame
     return pd.DataFrame(rows) if options else pd.DataFrame(rows[1:], columns=rows[0])
 
 
-def is_text(file: str) -> bool:
-    """Whether a file has the suffix of a text table."""
-    return file.lower().endswith((".csv", ".tsv", ".txt"))
-
-
-def encoding_of(file: str) -> str:
+def _encoding_of(file: str) -> str:
     """The encoding of a text: UTF-8, or one of those that spreadsheets write on Windows."""
     with open(file, "rb") as content:
         start = content.read(2)

@@ -15,7 +15,7 @@ from attribution.data.folders import Files, FolderPath
 from attribution.data.image_finder import ImageFinder, stem
 from attribution.data.parts import role_of
 from attribution.data.sources import Source, from_files, some
-from attribution.data.table_files import WINDOWS, encoding_of, is_text, load_table
+from attribution.data.table_files import load_table
 from attribution.errors import InputError
 
 UNKNOWN = ("", "-1", "nan", "null")  # labels of images without one
@@ -182,19 +182,18 @@ def _joined(chosen: list[_Table], unlabelled: list[FolderPath], files: Files) ->
 def _read_one(path: FolderPath, finder: ImageFinder, config: Config) -> _Table | None:
     """What one table says; None if it names no images."""
     name, file = "/".join(path), finder.files.path(path[:-1], path[-1])
-    frame = load_table(file)
+    notes: list[str] = []
+    frame = load_table(file, notes)
     if frame is not None and any(finder.find(str(c), path) for c in frame):  # without a heading
-        frame = load_table(file, header=None)
+        notes = []
+        frame = load_table(file, notes, header=None)
     if frame is None or frame.empty:
         return None
-    notes: list[str] = []
     column = config.image_column
     if not column:
         column = choose_images(frame, name, lambda text: finder.find(text, path), notes)
     if column not in frame:
         return None
-    if is_text(file) and encoding_of(file) == WINDOWS:
-        notes.append(f"{name} is not UTF-8 and is read as {WINDOWS}")
     images = [finder.find(text, path, strict=True) for text in frame[column]]
     is_found = np.array([image is not None for image in images])
     if not is_found.all():

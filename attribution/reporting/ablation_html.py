@@ -105,7 +105,7 @@ def _classes(table: pd.DataFrame) -> dict[str, Any]:
     return {
         "columns": [*parts[0]["name"]] if parts else [],
         "rows": [parts[i].to_dict("records") for i in sorted(largest)],
-        "left_out": len(parts) - len(largest),
+        "left_out": len(parts) > len(largest),
         "count": len(table),
         "by_chance": round(0.05 * len(table)),
         "excluding": int(table["excludes"].sum()),

@@ -249,12 +249,12 @@ def class_loop(made: Made) -> list[dict[str, Any]]:
     return rows
 
 
-def check_class_table(made: Made) -> None:
+def check_class_table(made: Made, shown: set[str]) -> None:
     expected = class_loop(made)
     ((header, *rows),) = tables_after(made.tree, "Class by class")
     columns = list(dict.fromkeys(e["name"] for e in expected))
     assert header == ["class", "test images", *columns]
-    names = made.data.class_names
+    names = [name for name in made.data.class_names if name in shown]
     assert [row[0] for row in rows] == [" ".join(name.split()) for name in names]
     cells = {(e["label_name"], e["name"]): e for e in expected}
     for name, row in zip(names, rows, strict=True):
@@ -274,7 +274,28 @@ def check_class_table(made: Made) -> None:
 
 
 def test_the_class_table_is_that_of_explicit_loops(made) -> None:
-    check_class_table(made)
+    check_class_table(made, set(NASTY))
+    (text,) = [e.text for e in after(made.tree, "Class by class") if e.tag == "p"]
+    assert "The table shows" not in text
+
+
+def test_of_many_classes_those_with_the_largest_differences_are_shown(tmp_path) -> None:
+    names = [f"class {i}" for i in range(40)]
+    rng = np.random.default_rng(0)
+    spec = {
+        key: sorted(rng.integers(20, 60, N_SEEDS).tolist())
+        for key in SPEC
+        if key[:2] in (("none", 0), ("random", 6), ("harmful", 6), ("helpful", 6))
+    }
+    made = made_page(tmp_path, spec, names, n_train=120, per_class=2)
+    largest = pd.DataFrame(class_loop(made)).assign(size=lambda t: t["mean"].abs())
+    largest = largest.groupby("label_name")["size"].max()
+    ((_, *rows),) = tables_after(made.tree, "Class by class")
+    shown = {row[0] for row in rows}
+    assert len(rows) == 30
+    assert largest[list(shown)].min() >= largest[largest.index.difference(list(shown))].max()
+    check_class_table(made, shown)
+    assert "The table shows the 30 classes with the largest" in made.tree.text
 
 
 def galleries(tree: Element) -> dict[str, tuple[str, str, list[Element]]]:
@@ -412,7 +433,7 @@ def test_removed_and_relabelled_stand_side_by_side(tmp_path) -> None:
     assert [*galleries(made.tree)] == ["harmful 0.1", "harmful 0.1 relabelled"]
     assert all(figures for *_, figures in galleries(made.tree).values())
     assert "which were removed or relabelled" in made.tree.text
-    check_class_table(made)
+    check_class_table(made, set(NASTY))
 
 
 def test_baselines_alone_make_a_page(tmp_path) -> None:
